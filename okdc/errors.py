@@ -1,0 +1,54 @@
+"""What okdc says when it cannot go on: what was given, what was expected, what to type next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OkdcError(Exception):
+    """A mistake that the user can mend; the command line prints it as one paragraph and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class RecipeError(OkdcError):
+    """A recipe, flag or method setting that does not exist or has the wrong type."""
+
+
+class NetworkError(OkdcError):
+    """A network that cannot be found, built or inspected."""
+
+
+class CutError(OkdcError):
+    """A network that cannot be shared at the place asked for."""
+
+
+class DataError(OkdcError):
+    """Images or labels that cannot be trained on."""
+
+
+class RunError(OkdcError):
+    """A run folder or checkpoint that cannot be used as asked."""
+
+
+class ExportError(OkdcError):
+    """An export target that is not available, or that could not be written."""
+
+
+class TrainingError(OkdcError):
+    """Training that cannot go on, such as a loss that stays non-finite; the last good state is kept."""
+
+    exit_code = 1
+
+
+class GateError(OkdcError):
+    """An exported file that runs, but not well enough to ship."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names most like `name`, as the end of an error: ` Did you mean a, b?`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(matches)}?" if matches else ""
