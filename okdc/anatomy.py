@@ -1,0 +1,435 @@
+"""What a network is made of: its stages, blocks, cuts, classifier and feature map, learned by running it once."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from okdc.errors import NetworkError, nearest
+
+MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module; `start` and `end` count hook events, `flops_*` what the network had spent by then."""
+
+    name: str
+    kind: str
+    leaf: bool
+    start: int
+    end: int
+    flops_start: int
+    flops_end: int
+    input: tuple[int, ...] | None
+    output: tuple[int, ...] | None  # shape without the batch; None when it is not one tensor
+
+    @property
+    def keeps_shape(self) -> bool:
+        return self.input is not None and self.input == self.output
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of equal spatial size: `size` is pixels or tokens, `blocks` the modules that may be repeated at its end."""
+
+    size: int
+    first: str  # the first outermost module of the stage
+    before: str | None  # the module after which the stage starts, i.e. the cut that gives it to every branch
+    last: str  # the outermost module that the stage ends with
+    blocks: tuple[tuple[str, ...], ...]  # names; a block of a plain Sequential is several neighbours (conv, bn, act)
+    flops: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place to part: `name` is the module after which branches begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    flops_after: float  # share of the target's FLOPs (0 to 1)
+    params_after: float
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What `inspect` found out about a network."""
+
+    name: str
+    input_size: tuple[int, ...]
+    num_classes: int
+    params: int
+    flops: int  # multiply-adds count as two
+    classifier: str
+    embedding: int  # width of the classifier's input
+    feature_map: str  # the module whose output is the last map, or the last tokens, before pooling
+    feature_shape: tuple[int, ...]
+    layout: str  # nchw, nhwc or tokens
+    stages: tuple[Stage, ...]
+    cuts: tuple[Cut, ...]
+    calls: tuple[Call, ...]
+
+    def cut(self, private_stages: int = 1) -> str:
+        """The cut that gives the last `private_stages` stages to every branch.
+
+        Networks whose last stage is most of the network (a ViT) part after two thirds of its blocks instead.
+        """
+        last = self.stages[-1]
+        if last.before is None or last.flops > 0.7 * self.flops:
+            return self._cut_between_blocks()
+        candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
+            s.before for s in reversed(self.stages[:-private_stages]) if s.before
+        ]
+        legal = {c.name: c for c in self.cuts}
+        for name in candidates:
+            if name in legal and legal[name].flops_after >= MIN_TAIL:
+                return name
+        return self._cut_by_cost()
+
+    def find_cut(self, name: str) -> Cut:
+        """The cut called `name`; NetworkError with the nearest names when there is none."""
+        for cut in self.cuts:
+            if cut.name == name:
+                return cut
+        known = [c.name for c in self.cuts]
+        hint = nearest(name, known) or f" For example {', '.join(known[-6:])}."
+        raise NetworkError(f"{self.name} cannot be cut after {name!r}.{hint} (okdc inspect lists every cut.)")
+
+    def stages_after(self, cut: str) -> tuple[Stage, ...]:
+        """The stages that a branch parting after `cut` has for itself, whole or in part, early to late."""
+        ends = {c.name: c.end for c in self.calls}
+        moment = ends[self.find_cut(cut).name]
+        return tuple(
+            replace(s, blocks=tuple(run for run in s.blocks if ends[run[-1]] > moment))
+            for s in self.stages
+            if s.end > moment
+        )
+
+    def _cut_between_blocks(self) -> str:
+        blocks = self.stages[-1].blocks
+        return blocks[max(0, math.ceil(2 * len(blocks) / 3) - 1)][-1] if len(blocks) > 2 else self._cut_by_cost()
+
+    def _cut_by_cost(self) -> str:
+        """The cut whose tail is nearest to a third of the FLOPs, outermost modules first."""
+        legal = [c for c in self.cuts if c.flops_after >= MIN_TAIL]
+        if not legal:
+            raise NetworkError(
+                f"{self.name} has no module to part after: nothing follows that is worth training. "
+                "Train whole peer networks instead: --share none."
+            )
+        return min(legal, key=lambda c: (round(abs(c.flops_after - 1 / 3), 2), c.name.count("."))).name
+
+
+def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None) -> Anatomy:
+    """Run `network` once on `example` (B, C, H, W), or on noise of that (C, H, W) shape, and describe what it did.
+
+    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor.
+    """
+    images = _example(network, example)
+    calls, logits = _watch(network, images)
+    if not (isinstance(logits, Tensor) and logits.dim() == 2):
+        raise NetworkError(
+            f"{type(network).__name__} returned {_describe(logits)} for images {tuple(images.shape)}; "
+            "expected one tensor of logits (batch, classes). Wrap it in a module that returns the logits alone."
+        )
+    root = calls[-1]
+    inner = [c for c in calls[:-1] if c.start > root.start]
+    classifier = _classifier(network, inner, logits.shape[1])
+    aspect = images.shape[-2] / images.shape[-1]
+    feature = _feature_map(inner, classifier, aspect)
+    stages = _stages(network, inner, feature, classifier, aspect)
+    return Anatomy(
+        name=type(network).__name__,
+        input_size=tuple(images.shape[1:]),
+        num_classes=logits.shape[1],
+        params=sum(p.numel() for p in network.parameters()),
+        flops=root.flops_end // images.shape[0],
+        classifier=classifier.name,
+        embedding=math.prod(classifier.input or (0,)),
+        feature_map=feature.name,
+        feature_shape=feature.output or (),
+        layout=_layout(feature.output or (), aspect),
+        stages=tuple(replace(s, flops=s.flops // images.shape[0]) for s in stages),
+        cuts=_cuts(network, inner, classifier, root),
+        calls=tuple(inner),
+    )
+
+
+def _example(network: nn.Module, example: Tensor | tuple[int, ...] | None) -> Tensor:
+    if isinstance(example, Tensor):
+        return example
+    shape = example or getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    first = next(network.parameters(), torch.zeros(()))
+    return torch.randn(2, *shape, device=first.device, dtype=first.dtype)
+
+
+def _watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
+    """All calls in the order in which they ended (the network's own last), and what the network returned."""
+    calls: list[Call] = []
+    open_calls: list[tuple[int, int, tuple[int, ...] | None]] = []
+    clock = 0
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal clock
+        clock += 1
+        shapes = [tuple(a.shape[1:]) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        open_calls.append((clock, counter.get_total_flops(), shapes[0] if shapes else None))
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        nonlocal clock
+        clock += 1
+        start, flops, shape = open_calls.pop()
+        out = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+        leaf = next(module.children(), None) is None
+        calls.append(
+            Call(names[module], type(module).__name__, leaf, start, clock, flops, counter.get_total_flops(), shape, out)
+        )
+
+    names = {module: name for name, module in network.named_modules()}
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
+    counter = FlopCounterMode(display=False)
+    try:
+        with _at_rest(network), torch.no_grad(), counter:
+            logits = network(images)
+    except _SHAPE_ERRORS as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {str(error).splitlines()[0]}. "
+            "Give it the size it takes (--img-size, --in-chans)."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits
+
+
+_SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
+
+
+@contextmanager
+def _at_rest(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter that requires a gradient (torch's FLOP counter trips over those), then as before."""
+    modes = {m: m.training for m in network.modules()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    try:
+        network.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call:
+    """The last Linear or 1x1 convolution that gives `num_classes`; timm's `get_classifier()` where there is one."""
+    modules = dict(network.named_modules())
+    getter = getattr(network, "get_classifier", None)
+    own = getter() if callable(getter) else None
+    if isinstance(own, (tuple, list, nn.ModuleList)):  # a distilled head: the class token's classifier comes first
+        own = own[0]
+    parts = set(own.modules()) if isinstance(own, nn.Module) else set()
+    candidates = [
+        c
+        for c in calls
+        if c.output is not None and c.output[0] == num_classes and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))
+    ]
+    named = [c for c in candidates if modules[c.name] in parts]
+    if not (named or candidates):
+        raise NetworkError(
+            f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. "
+            "okdc needs to know the classifier: end the network with one."
+        )
+    return (named or candidates)[-1]
+
+
+def _size(shape: tuple[int, ...] | None, aspect: float) -> int | None:
+    """Pixels or tokens of one output shape without its batch; None when it is neither map nor tokens."""
+    if shape is None or len(shape) not in (2, 3):
+        return None
+    if len(shape) == 2:
+        return shape[0]
+    return math.prod(shape[:2] if _layout(shape, aspect) == "nhwc" else shape[1:])
+
+
+def _layout(shape: tuple[int, ...], aspect: float) -> str:
+    """Where the channels are, judged by which two sides have the image's aspect ratio."""
+    if len(shape) == 2:
+        return "tokens"
+    c, h, w = shape
+    return "nhwc" if abs(h / w - aspect) > 0.2 and abs(c / h - aspect) <= 0.2 else "nchw"
+
+
+def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
+    """The outermost module whose output is the last map (or tokens) before pooling."""
+    before = [c for c in calls if c.end < classifier.start and _size(c.output, aspect)]
+    spread = [c for c in before if (_size(c.output, aspect) or 0) > 1]
+    pools = [c for c in before if "pool" in c.kind.lower() and _size(c.input, aspect) == 1]
+    smallest = min((_size(c.output, aspect) or 0 for c in spread), default=1)
+    if pools and smallest <= 4 and not any(c.start > pools[-1].start for c in spread):
+        # On small images the last stage is a single pixel: what enters the last pooling is the feature map.
+        before = [c for c in before if c.end < pools[-1].start]
+        last = before[-1] if before else None
+    else:
+        last = spread[-1] if spread else None
+    if last is None:
+        raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")
+    return _outermost(calls, last)
+
+
+def _outermost(calls: list[Call], call: Call) -> Call:
+    """The largest module that ends with the same output, with nothing else called in between."""
+    best, clock = call, call.end
+    for other in calls:
+        if other.end == clock + 1 and other.start <= best.start and other.output == call.output:
+            best, clock = other, other.end
+    return best
+
+
+def _stages(
+    network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float
+) -> list[Stage]:
+    """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
+    body = [c for c in calls if c.end < classifier.start]
+    sizes = sorted({s for c in body if (s := _size(c.output, aspect)) and s > 0 and c.end <= feature.end}, reverse=True)
+    smallest = _size(feature.output, aspect) or 1
+    starts = {s: _stage_start(body, s, aspect) for s in sizes if s >= smallest}
+    order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
+    stages: list[Stage] = []
+    for i, (first, size) in enumerate(order):
+        later = [c.start for c, _ in order[i + 1 :]]
+        limit = min(later) if later else feature.end + 1
+        inside = [c for c in body if c.start >= first.start and c.end < limit]
+        if not inside or inside[-1].flops_end == first.flops_start:
+            continue
+        ends = [c for c in inside if _size(c.output, aspect) == size]
+        last = _outermost(inside, ends[-1]) if ends else inside[-1]
+        stages.append(
+            Stage(
+                size=size,
+                first=first.name,
+                before=_ended_before(body, first),
+                last=last.name,
+                blocks=_blocks(network, inside, size, aspect),
+                flops=inside[-1].flops_end - first.flops_start,
+                end=inside[-1].end,
+            )
+        )
+    if not stages:
+        raise NetworkError(f"{type(network).__name__} has no stages that okdc can see.")
+    with_blocks = [s for s in stages if s.blocks]
+    return [s for s in stages if s.size <= with_blocks[0].size] if with_blocks else stages[-1:]
+
+
+def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
+    """The first module that takes the size before and gives `size`; a mere pooling belongs to the stage before it."""
+    entering = [
+        c for c in body if _size(c.output, aspect) == size and ((s := _size(c.input, aspect)) is None or s > size)
+    ]
+    entering = [c for c in entering if c.input is not None]
+    if not entering:
+        return min((c for c in body if _size(c.output, aspect) == size), key=lambda c: c.start, default=None)
+    nearest_size = min(_size(c.input, aspect) or 0 for c in entering)
+    first = min((c for c in entering if _size(c.input, aspect) == nearest_size), key=lambda c: c.start)
+    if first.flops_end == first.flops_start:
+        following = [c for c in body if c.start > first.end and _size(c.output, aspect) == size]
+        if following:
+            return min(following, key=lambda c: c.start)
+    return first
+
+
+def _ended_before(body: list[Call], first: Call) -> str | None:
+    """The outermost module that ended last before `first` began."""
+    once = _called_once(body)
+    done = [c for c in body if c.end < first.start and c.name in once]
+    return _outermost(done, done[-1]).name if done else None
+
+
+def _called_once(calls: list[Call]) -> set[str]:
+    count = Counter(c.name for c in calls)
+    return {name for name, times in count.items() if times == 1}
+
+
+def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
+    """Modules that keep their input's shape and may be repeated: residual blocks, transformer blocks, conv-bn-act runs."""
+    modules = dict(network.named_modules())
+    once = _called_once(inside)
+    worth = 0.05 * (inside[-1].flops_end - inside[0].flops_start)
+    same = [
+        c
+        for c in inside
+        if c.keeps_shape
+        and not c.leaf
+        and c.name in once
+        and c.flops_end - c.flops_start >= worth
+        and _size(c.output, aspect) == size
+        and any(True for _ in modules[c.name].parameters())
+        and not isinstance(modules[c.name], nn.Sequential)
+        and not _spans_blocks(c, inside)
+    ]
+    outer = [c for c in same if not any(o.start < c.start and c.end < o.end for o in same)]
+    return tuple((c.name,) for c in outer) or tuple(_runs(modules, inside, size, aspect))
+
+
+def _spans_blocks(call: Call, inside: list[Call]) -> bool:
+    """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
+    within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
+    within = [c for c in within if c.kind != "Sequential"]
+    outer = [c for c in within if not any(o.start < c.start and c.end < o.end for o in within)]
+    kinds = [c.kind for c in outer]
+    return any(kinds.count(kind) > 1 and kind not in _ACTIVATIONS for kind in kinds)
+
+
+_ACTIVATIONS = {"BatchNormAct2d", "GroupNormAct", "ConvNormAct", "ConvBnAct", "Conv2dNormActivation", "LayerScale", "Mlp"}
+
+
+def _runs(
+    modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float
+) -> Iterator[tuple[str, ...]]:
+    """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
+    flat = [c for c in inside if c.leaf and _size(c.output, aspect) == size and _size(c.input, aspect) == size]
+    for i, call in enumerate(flat):
+        layer = modules[call.name]
+        if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
+            continue
+        parent = call.name.rpartition(".")[0]
+        run = [call.name]
+        for follower in flat[i + 1 :]:
+            if isinstance(modules[follower.name], nn.Conv2d) or follower.name.rpartition(".")[0] != parent:
+                break
+            run.append(follower.name)
+        if len(run) > 1 and isinstance(modules.get(parent), nn.Sequential):
+            yield tuple(run)
+
+
+def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -> tuple[Cut, ...]:
+    """Every module that is called once, gives one tensor and ends before the classifier, in the order of ending."""
+    once = _called_once(calls)
+    total = max(1, root.flops_end)
+    params = max(1, sum(p.numel() for p in network.parameters()))
+    own = {name: sum(p.numel() for p in m.parameters(recurse=False)) for name, m in network.named_modules()}
+    cuts, spent = [], 0
+    for call in calls:
+        spent += own[call.name] if call.name in once else 0
+        if call.name in once and call.end < classifier.start:
+            cuts.append(Cut(call.name, call.output or (), 1 - call.flops_end / total, 1 - spent / params))
+    return tuple(cuts)
+

@@ -1,0 +1,346 @@
+"""The target with its branches: the trunk runs once and is recorded, every branch replays it; strip gives the target back.
+
+The target is run whole, as the user wrote it. A branch is another full network of the same family in which the modules
+before the cut are `Replay`s that return what was recorded, so its own forward code runs unchanged and costs only its
+tail. Nothing is traced. Attach and strip are both in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from okdc.anatomy import Anatomy, inspect
+from okdc.errors import CutError, NetworkError
+from okdc.growth import born, grow
+from okdc.replay import Handling, Proof, Record, Replay, Tap, Tape, random_state, set_random_state
+
+TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
+
+
+@dataclass(frozen=True)
+class CohortOutput:
+    """What M members said about one batch: tuples of M tensors, member 0 is the target."""
+
+    logits: tuple[Tensor, ...]  # (B, C)
+    feature_maps: tuple[Tensor, ...] = ()  # (B, D, H, W); tokens are (B, D, N, 1); empty unless tapped
+    embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The plan of one auxiliary member.
+
+    `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
+    are appended to each stage that it has for itself, early to late, `network` another architecture for a peer.
+    """
+
+    cut: str | None = None
+    extra_blocks: tuple[int, ...] = ()
+    network: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one member costs: its parameters, those of them that are its own, and the FLOPs that it adds per image."""
+
+    name: str
+    params: int
+    own_params: int
+    flops: int
+    grown: str
+
+
+class Cohort(nn.Module):
+    """A target and its auxiliary members, run together; member 0 is the user's own object, whole and unchanged.
+
+    `example` (B >= 2, C, H, W) is what the members are proved on: a branch is accepted only if with equal weights its
+    logits equal the target's, in evaluation and in training mode. Otherwise CutError, and the target is left as it was.
+    `fresh` makes another network like the target with new weights; without it branches are redrawn copies.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        example: Tensor,
+        branches: Sequence[Branch] = (),
+        *,
+        taps: Sequence[str] = (),
+        pretrained: bool = False,
+        fresh: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self.anatomy = inspect(target, example)
+        self.taps = tuple(taps)
+        self.tape = Tape()
+        self._hooks: list[Any] = []
+        self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
+        cuts = {b.cut: _before(target, self.anatomy, b.cut) for b in branches if b.cut}
+        proofs = {cut: _copy(target) for cut in cuts}  # copies are made before any hook stands on the target
+        siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
+        redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
+        try:
+            self._record({name: module for found in cuts.values() for name, module in found.items()})
+            for cut, network in proofs.items():
+                _stand_in(network, cuts[cut], self.tape)
+                _prove(target, network, self.anatomy, cut, self.tape, example)
+            self.grown = [
+                self._finish(network, plan, cuts, redraw, pretrained, example)
+                for network, plan, redraw in zip(siblings, branches, redrawn, strict=True)
+            ]
+            self.branches = nn.ModuleList(siblings)
+            self._tap(example)
+            self.costs = self._measure(example)
+        except BaseException:
+            self.strip()
+            raise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("target", *(f"branch{i + 1}" for i in range(len(self.branches))))
+
+    @property
+    def members(self) -> tuple[nn.Module, ...]:
+        return (self.target, *self.branches)
+
+    def __len__(self) -> int:
+        return 1 + len(self.branches)
+
+    def forward(self, images: Tensor) -> CohortOutput:
+        tape = self.tape
+        tape.start()
+        logits = [self.target(images)]
+        for branch in self.branches:
+            tape.rewind()
+            logits.append(branch(images))
+        maps = self._tapped("feature_map")
+        embeddings = self._tapped("embedding")
+        tape.clear()
+        return CohortOutput(tuple(logits), maps, embeddings)
+
+    def strip(self) -> nn.Module:
+        """The very object that came in, trained, with nothing of the cohort left on it."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks.clear()
+        return self.target
+
+    def _tapped(self, kind: str) -> tuple[Tensor, ...]:
+        return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
+
+    def _record(self, trunk: dict[str, nn.Module]) -> None:
+        for name, module in trunk.items():
+            self.tape.handling[name] = Handling()
+            self._hooks.append(module.register_forward_hook(Record(self.tape, name)))
+
+    def _tap(self, example: Tensor) -> None:
+        for i, member in enumerate(self.members if self.taps else ()):
+            anatomy = self.anatomy if type(member) is type(self.target) else inspect(member, example)
+            if "feature_map" in self.taps:
+                tap = Tap(self.tape, "feature_map", i, anatomy.layout)
+                self._hooks.append(member.get_submodule(anatomy.feature_map).register_forward_hook(tap))
+            if "embedding" in self.taps:
+                tap = Tap(self.tape, "embedding", i, anatomy.layout)
+                self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+
+    def _finish(
+        self, network: nn.Module, plan: Branch, cuts: dict, redraw: bool, pretrained: bool, example: Tensor
+    ) -> str:
+        """Make a sibling of the target the branch that was planned; what was appended to it, in words."""
+        if plan.network is not None:
+            return type(network).__name__
+        stages = self.anatomy.stages_after(plan.cut) if plan.cut else self.anatomy.stages
+        if redraw:
+            born(network, pretrained)
+        # Appended blocks first: they may stand after modules that are about to be replaced.
+        grown = [grow(network, self.anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
+        if plan.cut:
+            _stand_in(network, cuts[plan.cut], self.tape)
+            _tie_unused(network, self.target, self.tape, example)
+        return ", ".join(grown)
+
+    def _measure(self, example: Tensor) -> tuple[Cost, ...]:
+        """Run every member once; the FLOPs of a branch are those of its own tail."""
+        costs, seen, flops = [], set[int](), []
+        with unchanged(self), torch.no_grad():
+            self.eval().requires_grad_(False)
+            self.tape.start()
+            for member in self.members:
+                self.tape.rewind()
+                with FlopCounterMode(display=False) as counter:
+                    member(example)
+                flops.append(counter.get_total_flops() // len(example))
+            self.feature_widths = tuple(x.shape[1] for x in self._tapped("feature_map"))
+            self.embedding_widths = tuple(x.shape[1] for x in self._tapped("embedding"))
+            self.tape.clear()
+        for name, member, spent, grown in zip(self.names, self.members, flops, ["", *self.grown], strict=True):
+            own = sum(p.numel() for p in member.parameters() if id(p) not in seen)
+            seen |= {id(p) for p in member.parameters()}
+            costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, grown))
+        return tuple(costs)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Run a module on trial: buffers, modes, frozen parameters and random numbers are afterwards what they were."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    modes = [(m, m.training) for m in module.modules()]
+    trained = [(p, p.requires_grad) for p in module.parameters()]
+    state = random_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for part, mode in modes:
+            part.training = mode
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+        set_random_state(state)
+
+
+def _copy(target: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(target)
+    except Exception as error:
+        raise NetworkError(
+            f"{type(target).__name__} cannot be copied ({error}), and branches are copies of the target. Store only "
+            "modules, leaf tensors and plain values on it, or give its name or factory instead of the object."
+        ) from error
+
+
+def _sibling(target: nn.Module, fresh: Callable[[], nn.Module] | None) -> nn.Module:
+    """Another network like the target: newly made where its maker is known, else a copy (to be redrawn)."""
+    if fresh is None:
+        return _copy(target)
+    network = fresh()
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in target.state_dict().items()}, "fresh() makes another architecture"
+    for mine, theirs in zip(network.parameters(), target.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    return network.to(next(target.parameters()).device)
+
+
+def _before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module]:
+    """The outermost modules all of whose calls end before the cut; modules called on both sides stay in the branch."""
+    anatomy.find_cut(cut)
+    moment = next(c.end for c in anatomy.calls if c.name == cut)
+    last: dict[str, int] = {}
+    for call in anatomy.calls:
+        last[call.name] = max(last.get(call.name, 0), call.end)
+    names = {module: name for name, module in target.named_modules()}
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            finished = all(last.get(names[m], 0) <= moment for m in child.modules())
+            if finished and names[child] in last:
+                found[names[child]] = child
+            else:
+                walk(child)
+
+    walk(target)
+    return found
+
+
+def _stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape) -> None:
+    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target."""
+    doomed = {network.get_submodule(name): name for name in trunk}
+    for module in list(network.modules()):
+        for key, child in module._modules.items():
+            if child in doomed:
+                module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]])
+
+
+def _tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
+    """Point parameters that a branch still has but never uses (position embeddings before the cut) to the target's own."""
+    with unchanged(target), unchanged(network), torch.enable_grad():
+        target.eval(), network.eval()
+        tape.start()
+        target(example)
+        logits = network(example)
+        tape.clear()
+        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
+    own = dict(target.named_parameters())
+    for (name, _), grad in zip(named, grads, strict=True):
+        if grad is None and name in own:
+            parent, _, leaf = name.rpartition(".")
+            network.get_submodule(parent)._parameters[leaf] = own[name]
+
+
+def _prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
+    """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
+    names = [m.name for m in network.modules() if isinstance(m, Replay)]
+    with unchanged(target), unchanged(network):
+        try:
+            _learn_handling(target, network, tape, example)
+            difference = _differences(target, network, tape, example)
+            if difference > TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
+                for name in names:
+                    tape.handling[name] = Handling()
+                difference = _differences(target, network, tape, example)
+        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
+        finally:
+            tape.clear()
+            tape.proof = None
+    if not difference <= TOLERANCE:
+        raise CutError(_refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e})"))
+
+
+def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
+    others = [c.name for c in anatomy.cuts if c.flops_after >= 0.05 and c.name != cut and c.name.count(".") <= 1]
+    return (
+        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. "
+        f"Cut elsewhere with --cut NAME (such as {', '.join(others[-4:])}), or train whole peer networks: --share none."
+    )
+
+
+def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> None:
+    """One watched run: outputs whose gradient is None never reach the logits; versions tell what is changed in place."""
+    target.train(False), network.train(False)
+    proof = tape.proof = Proof(probing=True)
+    tape.start()
+    with torch.enable_grad():
+        target(example)
+        changed_by_target = {name for name, tensor, version in proof.recorded if tensor._version != version}
+        logits = network(example)
+    changed_by_branch = {name for name, tensor, version in proof.replayed if tensor._version != version}
+    grads = torch.autograd.grad(logits.sum(), [leaf for _, leaf in proof.leaves], allow_unused=True)
+    live = {name for (name, _), grad in zip(proof.leaves, grads, strict=True) if grad is not None}
+    live |= {name for name, tensor, _ in proof.replayed if not tensor.is_floating_point()}
+    for name in {name for name, _, _ in proof.recorded} & {m.name for m in network.modules() if isinstance(m, Replay)}:
+        handling = tape.handling[name]
+        fresh = handling == Handling()
+        handling.live = name in live or (handling.live and not fresh)
+        handling.clone_recorded = name in changed_by_target or (handling.clone_recorded and not fresh)
+        handling.clone_replayed = name in changed_by_branch or (handling.clone_replayed and not fresh)
+
+
+def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
+    """The largest difference of logits in evaluation and in training mode (same random numbers), over the largest logit."""
+    worst = 0.0
+    for training in (False, True):
+        target.train(training), network.train(training)
+        tape.proof = Proof()
+        tape.start()
+        with torch.no_grad():
+            reference = target(example)
+            if not (isinstance(reference, Tensor) and reference.dim() == 2):
+                raise TypeError(f"in {'training' if training else 'evaluation'} mode it returns no single logits tensor")
+            logits = network(example)
+        tape.clear()
+        scale = reference.abs().max().clamp_min(1e-12)
+        worst = max(worst, float((logits - reference).abs().max() / scale))
+    return worst

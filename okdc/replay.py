@@ -1,0 +1,170 @@
+"""Record and replay: what the trunk returned, module by module, and the stand-ins that return it again in a branch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@dataclass
+class Handling:
+    """How one module's output travels: `live` if it reaches a branch's logits; cloned where code changes it in place."""
+
+    live: bool = True
+    clone_recorded: bool = True
+    clone_replayed: bool = True
+
+
+@dataclass
+class Proof:
+    """What is watched while a cut is being proved: random states, in-place changes, and which outputs matter."""
+
+    probing: bool = False
+    random_states: dict[str, list[Any]] = field(default_factory=dict)
+    recorded: list[tuple[str, Tensor, int]] = field(default_factory=list)  # name, tensor, its version then
+    replayed: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    leaves: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    def probe(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of a replayed tensor whose gradient and version can be looked at afterwards."""
+        leaf = tensor.detach()
+        if leaf.is_floating_point():
+            leaf = leaf.requires_grad_()
+            self.leaves.append((name, leaf))
+        copied = leaf.clone()
+        self.replayed.append((name, copied, copied._version))
+        return copied
+
+
+class Tape:
+    """What the trunk said in this forward pass, by module and call; a copy of a cohort gets an empty tape of its own."""
+
+    def __init__(self) -> None:
+        self.recording = False
+        self.outputs: dict[str, list[Any]] = {}
+        self.position: dict[str, int] = {}
+        self.tapped: dict[tuple[str, int], Tensor] = {}
+        self.handling: dict[str, Handling] = {}
+        self.proof: Proof | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
+        fresh = Tape()
+        fresh.handling = self.handling
+        memo[id(self)] = fresh
+        return fresh
+
+    def start(self) -> None:
+        self.clear()
+        self.recording = True
+
+    def rewind(self) -> None:
+        """Begin the next branch: every module's first call is answered by its first output again."""
+        self.position = {}
+
+    def clear(self) -> None:
+        self.recording = False
+        self.outputs, self.position, self.tapped = {}, {}, {}
+
+
+class Record:
+    """Forward hook that puts a trunk module's output on the tape."""
+
+    def __init__(self, tape: Tape, name: str) -> None:
+        self.tape, self.name = tape, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        tape = self.tape
+        if not tape.recording:
+            return
+        handling = tape.handling[self.name]
+        if tape.proof is not None:
+            tape.proof.random_states.setdefault(self.name, []).append(random_state())
+            if tape.proof.probing:
+                tape.proof.recorded += [(self.name, t, t._version) for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if not handling.live:
+            output = tree_map_only(Tensor, _shape_only, output)
+        elif handling.clone_recorded:
+            output = tree_map_only(Tensor, torch.clone, output)
+        tape.outputs.setdefault(self.name, []).append(output)
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    """Zeros of the same shape that take no memory, for outputs that never reach the logits."""
+    return tensor.new_zeros(()).expand(tensor.shape)
+
+
+class Replay(nn.Module):
+    """Stands in a branch for a trunk module, has no parameters, and returns what the target's own module returned."""
+
+    def __init__(self, tape: Tape, name: str, original: nn.Module) -> None:
+        super().__init__()
+        self.tape, self.name = tape, name
+        self._original = (original,)  # in a tuple, so that it is not registered as a part of the branch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tape = self.tape
+        position = tape.position.get(self.name, 0)
+        tape.position[self.name] = position + 1
+        output = tape.outputs[self.name][position]
+        if tape.proof is not None:
+            set_random_state(tape.proof.random_states[self.name][position])
+            if tape.proof.probing:
+                probe = tape.proof.probe
+                return tree_map_only(Tensor, lambda t: probe(self.name, t), output)
+        if tape.handling[self.name].clone_replayed:
+            output = tree_map_only(Tensor, torch.clone, output)
+        return output
+
+    # Code that reads attributes or items of the module (patch_embed.grid_size, stages[0]) is answered by the original.
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def __len__(self) -> int:
+        return len(self._original[0])  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._original[0][index]  # type: ignore[index]
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class Tap:
+    """Hook that keeps a member's feature map (a module's output) or its embedding (the classifier's input)."""
+
+    def __init__(self, tape: Tape, kind: str, member: int, layout: str) -> None:
+        self.tape, self.kind, self.member, self.layout = tape, kind, member, layout
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        if self.tape.recording:
+            value = args[0].flatten(1) if self.kind == "embedding" else _as_map(output, self.layout)
+            self.tape.tapped[self.kind, self.member] = value
+
+
+def _as_map(x: Tensor, layout: str) -> Tensor:
+    """(B, D, H, W) from nchw (B, D, H, W), nhwc (B, H, W, D), or tokens (B, N, D), which become (B, D, N, 1)."""
+    if layout == "tokens":
+        return x.transpose(1, 2).unsqueeze(-1)
+    return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
+
+
+def random_state() -> tuple[Any, ...]:
+    """Where torch's (and the GPU's) and Python's random numbers stand."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, random.getstate()
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    cpu, cuda, python = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    random.setstate(python)

@@ -1,0 +1,130 @@
+"""Small hand-written networks that each show one trap of sharing a trunk."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class Tiny(nn.Module):
+    """Three stages and a linear classifier; no block keeps its shape, so growth uses okdc's own."""
+
+    def __init__(self, classes: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv(3, width)
+        self.early = conv(width, 2 * width, 2)
+        self.late = conv(2 * width, 4 * width, 2)
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.early(self.stem(x))).mean((2, 3)))
+
+
+class ControlFlow(Tiny):
+    """Functional dropout before and after the cut, a skip across it, a loop and a branch in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.stem(x), 0.2, self.training)
+        early = self.early(x)
+        for _ in range(2):
+            early = early * 0.9 + 0.1
+        late = self.late(early)
+        if self.training:
+            late = F.dropout2d(late, 0.3)
+        pooled = late.mean((2, 3))
+        pooled[:, : early.shape[1]] = pooled[:, : early.shape[1]] + early.amax((2, 3))
+        return self.head(pooled)
+
+
+class ChangesInPlace(Tiny):
+    """The tail writes into what the trunk returned: siblings must not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = self.early[:2]  # autograd would refuse to see the output of a ReLU changed
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.early(self.stem(x))
+        early += 1.0
+        early.mul_(0.5)
+        return self.head(self.late(early).mean((2, 3)))
+
+
+class CalledTwice(Tiny):
+    """One activation module serves the trunk and the tail; the stem's norm is called twice before the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.norm(self.stem(x))))
+        return self.head(self.act(self.late(self.act(self.early(x)))).mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """Returns a tuple and takes one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.one, self.two = conv(width, width), conv(width, width)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.one(pair[0]), self.two(pair[1]) + pair[0]
+
+
+class Tuples(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        one, two = self.pair((x, x + 1))
+        return self.head(self.late(one + two).mean((2, 3)))
+
+
+class ReadsAttribute(Tiny):
+    """The tail asks a trunk module for its settings and for one of its parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        scale = self.stem[0].kernel_size[0] * len(self.stem)
+        return self.head(self.late(x / scale).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A small ViT: class token, position embedding, equal blocks."""
+
+    def __init__(self, classes: int = 4, depth: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 8, 8)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+class TwoOutputs(Tiny):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits, logits

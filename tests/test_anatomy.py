@@ -1,0 +1,51 @@
+"""What `inspect` says about networks of different kinds."""
+
+from __future__ import annotations
+
+import timm
+import torch
+
+from okdc.anatomy import inspect
+from tests import networks
+
+
+def test_hierarchical_network() -> None:
+    anatomy = inspect(timm.create_model("resnet18", num_classes=10), (3, 64, 64))
+    assert (anatomy.classifier, anatomy.embedding, anatomy.feature_map) == ("fc", 512, "layer4")
+    assert anatomy.feature_shape == (512, 2, 2) and anatomy.layout == "nchw"
+    assert [s.size for s in anatomy.stages] == [256, 64, 16, 4]
+    assert [s.blocks[-1] for s in anatomy.stages] == [(f"layer{i}.1",) for i in (1, 2, 3, 4)]
+    assert anatomy.cut(1) == "layer3" and anatomy.cut(2) == "layer2"
+    assert anatomy.params == 11181642
+    shares = {c.name: c for c in anatomy.cuts}
+    assert shares["layer3"].flops_after < shares["layer2"].flops_after < 1
+    assert abs(shares["layer3"].params_after - 8398858 / 11181642) < 1e-6
+
+
+def test_single_pixel_feature_map_on_small_images() -> None:
+    anatomy = inspect(timm.create_model("resnet18", num_classes=10), (3, 32, 32))
+    assert anatomy.feature_map == "layer4" and anatomy.feature_shape == (512, 1, 1)
+
+
+def test_isotropic_network_parts_after_two_thirds_of_its_blocks() -> None:
+    anatomy = inspect(networks.Tokens(depth=6), (3, 32, 32))
+    assert anatomy.layout == "tokens" and anatomy.embedding == 16 and anatomy.feature_map == "norm"
+    assert anatomy.cut() == "blocks.3"
+    assert [run[0] for run in anatomy.stages_after("blocks.3")[-1].blocks] == ["blocks.4", "blocks.5"]
+
+
+def test_channels_last_network() -> None:
+    anatomy = inspect(timm.create_model("swin_tiny_patch4_window7_224", num_classes=10))
+    assert anatomy.layout == "nhwc" and anatomy.feature_shape == (7, 7, 768)
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    network = networks.Tiny().train()
+    network.late.eval()
+    network.head.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    inspect(network, (3, 32, 32))
+    assert network.training and not network.late.training and network.stem.training
+    assert not network.head.weight.requires_grad and network.head.bias.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert not any(m._forward_hooks for m in network.modules())

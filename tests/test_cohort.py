@@ -1,0 +1,222 @@
+"""Sharing is exact, branches differ at birth, strip gives the user's object back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort
+from okdc.errors import CutError, NetworkError
+from okdc.replay import Replay
+from tests import networks
+
+TRAPS = [
+    networks.ControlFlow,
+    networks.ChangesInPlace,
+    networks.CalledTwice,
+    networks.Tuples,
+    networks.ReadsAttribute,
+    networks.Tokens,
+]
+ZOO = {
+    "resnet18": (64, "layer2"),
+    "resnet32_cifar": (32, "stages.1"),
+    "mobilenetv3_small_100": (64, None),
+    "efficientnet_b0": (64, None),
+    "convnext_atto": (64, None),
+    "vit_tiny_patch16_224": (224, "blocks.7"),
+    "swin_tiny_patch4_window7_224": (224, None),
+    "ghostnet_100": (64, None),
+    "hrnet_w18_small": (64, None),
+    "densenet121": (64, None),
+    "vgg11_bn": (64, None),
+    "torchvision/resnet18": (64, "layer2"),
+    "torchvision/shufflenet_v2_x1_0": (64, None),
+    "torchvision/vit_b_16": (32, None),
+}
+
+
+def example(size: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def build(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "torchvision/vit_b_16":
+        return torchvision.models.VisionTransformer(32, 8, 6, 2, 32, 64, num_classes=10)
+    if name.startswith("torchvision/"):
+        return torchvision.models.get_model(name.removeprefix("torchvision/"), num_classes=10)
+    import okdc.networks  # noqa: F401 (registers the CIFAR networks)
+
+    small = {"mlp_ratio": 0.02} if name == "vgg11_bn" else {}
+    return timm.create_model(name, num_classes=10, **small)
+
+
+def with_weights_of_target(cohort: Cohort) -> Cohort:
+    """The same cohort with every branch's weights set equal to the target's."""
+    own = cohort.target.state_dict()
+    for branch in cohort.branches:
+        branch.load_state_dict({k: v for k, v in own.items() if k in branch.state_dict()})
+    return cohort
+
+
+@pytest.mark.parametrize("kind", TRAPS, ids=lambda kind: kind.__name__)
+def test_traps_are_shared_exactly(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    cuts = [c.name for c in inspect(kind(), example()).cuts if c.flops_after > 0.05]
+    assert len(cuts) > 3
+    for cut in cuts:  # construction proves equal logits in evaluation and in training mode, or raises
+        cohort = with_weights_of_target(Cohort(kind(), example(), [Branch(cut), Branch(cut)]))
+        out = cohort.eval()(example())
+        assert torch.equal(out.logits[0], out.logits[1]) and torch.equal(out.logits[0], out.logits[2]), cut
+
+
+def test_gradients_of_a_shared_trunk_are_those_of_unshared_copies() -> None:
+    torch.manual_seed(0)
+    target = networks.ChangesInPlace().double()
+    alone = copy.deepcopy(target)
+    images = example().double()
+    cohort = with_weights_of_target(Cohort(target, images, [Branch("early"), Branch("early")]))
+    sum(z.square().sum() for z in cohort.eval()(images).logits).backward()
+    (3 * alone.eval()(images).square().sum()).backward()
+    for mine, theirs in zip(cohort.target.stem.parameters(), alone.stem.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_networks_of_every_kind(name: str) -> None:
+    size, expected_cut = ZOO[name]
+    target = build(name, size)
+    keys = list(target.state_dict())
+    flags = [getattr(m, "inplace", None) for m in target.modules()]
+    images = example(size)
+    with torch.no_grad():
+        before = target.eval()(images)
+    anatomy = inspect(target, images)
+    cut = anatomy.cut()
+    if expected_cut:
+        assert anatomy.cut(2 if len(anatomy.stages) >= 4 else 1) == expected_cut
+    assert anatomy.find_cut(cut).flops_after >= 0.05
+    stages = len(anatomy.stages_after(cut))
+    taps = ("feature_map", "embedding")
+    cohort = Cohort(target, images, [Branch(cut, (1,) * stages), Branch(cut, (2,) * stages)], taps=taps)
+    assert all(cohort.grown), "every branch grew"
+    out = cohort.train()(images)
+    sum(z.sum() for z in out.logits).backward()
+    assert [n for n, p in cohort.named_parameters() if p.grad is None] == []
+    assert cohort.costs[2].params > cohort.costs[1].params and cohort.costs[2].flops > cohort.costs[1].flops
+    assert len({tuple(e.flatten().tolist()) for e in out.embeddings}) == 3, "members disagree at birth"
+    student = cohort.strip()
+    assert student is target and list(student.state_dict()) == keys
+    assert [getattr(m, "inplace", None) for m in student.modules()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks or isinstance(m, Replay) for m in student.modules())
+    fresh = build(name, size)
+    with torch.no_grad():  # construction on trial left weights and buffers as they were
+        torch.testing.assert_close(fresh.eval()(images), before)
+
+
+def test_own_block_or_fallback() -> None:
+    resnet = timm.create_model("resnet18", num_classes=4)
+    images = example(64)
+    assert Cohort(resnet, images, [Branch("layer3", (2,))]).grown == ["2 x BasicBlock after layer4.1"]
+    assert Cohort(networks.Tiny(), example(), [Branch("early", (1,))]).grown == ["1 x ResidualConv after late"]
+    vgg = timm.create_model("vgg11_bn", num_classes=4, mlp_ratio=0.02)
+    cohort = Cohort(vgg, images, [Branch("features.21", (1,))])
+    assert cohort.grown == ["1 x Conv2d-BatchNorm2d-ReLU after features.27"], "before the pooling that ends the stage"
+
+
+def test_share_none_is_whole_peer_networks() -> None:
+    torch.manual_seed(0)
+    peer = networks.Tokens()
+    cohort = Cohort(networks.Tiny(), example(), [Branch(), Branch(network=peer)], taps=("embedding", "feature_map"))
+    out = cohort.eval()(example())
+    assert cohort.costs[1].own_params == cohort.costs[0].params and cohort.costs[2].own_params > 0
+    assert not any(isinstance(m, Replay) for m in cohort.modules())
+    assert [e.shape[1] for e in out.embeddings] == [32, 32, 16]
+    assert out.feature_maps[2].shape == (2, 16, 17, 1)
+    assert (out.logits[0] - out.logits[1]).abs().max() > 1e-3
+
+
+def test_fresh_networks_keep_the_makers_own_scheme() -> None:
+    def make() -> nn.Module:
+        network = networks.Tiny()
+        nn.init.orthogonal_(network.head.weight)
+        return network
+
+    cohort = Cohort(make(), example(), [Branch("early", (1,))], fresh=make)
+    weight = cohort.branches[0].head.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4))
+    assert not torch.equal(weight, cohort.target.head.weight)
+
+
+def test_pretrained_branches_stay_near_and_differ() -> None:
+    torch.manual_seed(0)
+    cohort = Cohort(networks.Tiny(), example(), [Branch("early"), Branch("early")], pretrained=True)
+    own, first, second = (m.late[0].weight for m in cohort.members)
+    assert 0.05 < (own - first).std() / own.std() < 0.2
+    assert (first - second).abs().max() > 0
+
+
+def test_a_copy_of_a_cohort_has_its_own_tape() -> None:
+    cohort = Cohort(networks.Tiny(), example(), [Branch("early")], taps=("embedding",)).eval()
+    twin = copy.deepcopy(cohort)
+    with torch.no_grad():
+        before = cohort(example())
+        for parameter in twin.target.stem.parameters():
+            parameter.mul_(2)
+        assert not torch.equal(twin(example()).logits[1], before.logits[1])
+        assert torch.equal(cohort(example()).logits[1], before.logits[1])
+        lonely = copy.deepcopy(cohort.target)  # what a moving average of the weights copies
+        lonely(example())
+    assert not cohort.tape.outputs and not twin.tape.outputs
+    twin.strip()
+    assert any(m._forward_hooks for m in cohort.target.modules())
+
+
+def test_the_trunk_runs_once() -> None:
+    cohort = Cohort(networks.Tiny(), example(), [Branch("early"), Branch("early")])
+    tracked = int(cohort.target.stem[1].num_batches_tracked)
+    cohort.train()(example())
+    assert int(cohort.target.stem[1].num_batches_tracked) == tracked + 1
+    assert cohort.costs[1].flops < 0.5 * cohort.costs[0].flops
+
+
+def test_the_cohort_compiles_to_one_graph() -> None:
+    target = timm.create_model("resnet18", num_classes=4)
+    images = example(64)
+    cohort = Cohort(target, images, [Branch("layer2", (1, 1)), Branch("layer2", (2, 1))], taps=("feature_map",)).eval()
+    compiled = torch.compile(cohort, fullgraph=True, backend="aot_eager")  # a graph break raises
+    with torch.no_grad():
+        for mine, theirs in zip(compiled(images).logits, cohort(images).logits, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    torch._dynamo.reset()
+
+
+def test_refusals_say_what_to_type_and_leave_the_target_alone() -> None:
+    target = networks.Tiny()
+    with pytest.raises(NetworkError, match=r"cannot be cut after 'erly'. Did you mean early"):
+        Cohort(target, example(), [Branch("erly")])
+
+    class Moody(networks.Tiny):
+        """What the tail does depends on how often the network has run."""
+
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Moody.runs += 1
+            return super().forward(x) * Moody.runs
+
+    moody = Moody()
+    with pytest.raises(CutError, match=r"cannot be shared up to 'early'.*--cut.*--share none"):
+        Cohort(moody, example(), [Branch("early")])
+    assert not any(m._forward_hooks for m in [*target.modules(), *moody.modules()])
+    with pytest.raises(NetworkError, match="returned a tuple of 2"):
+        Cohort(networks.TwoOutputs(), example())
+    with pytest.raises(NetworkError, match=r"cannot run on images \(2, 1, 32, 32\)"):
+        inspect(target, torch.randn(2, 1, 32, 32))
