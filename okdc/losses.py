@@ -1,0 +1,42 @@
+"""The maths of the methods, as pure functions. Shapes: M members, B batch, C classes, D width, H W pixels.
+
+Every loss is a mean over the batch in nats per example, computed in at least float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and label smoothing give them."""
+    return F.cross_entropy(_full(logits), labels if labels.dim() == 1 else _full(labels))
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True) -> Tensor:
+    """KL(teacher || student) of softened logits (B, C), times T^2 so that its gradient does not shrink with T (Hinton 2015).
+
+    The teacher is a constant unless `detach` is False. `eps` is added to the teacher's probabilities without
+    renormalising, as some official codes do; 0 is the exact divergence.
+    """
+    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    log_q = F.log_softmax(student / temperature, dim=1)
+    log_p = F.log_softmax(teacher / temperature, dim=1)
+    p = log_p.exp()
+    if eps:
+        p = p + eps
+        log_p = p.log()
+    return temperature**2 * (p * (log_p - log_q)).sum(dim=1).mean()
+
+
+def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
+    """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1."""
+    length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)
+    progress = torch.where(length > 0, epoch.clamp_min(0).minimum(length) / length.clamp_min(1e-12), 1.0)
+    return torch.exp(-5 * (1 - progress) ** 2)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -1,0 +1,53 @@
+"""The methods: one file each, found by its file name; `package.module:Class` names one from outside okdc."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from importlib import import_module
+
+from okdc.errors import RecipeError, nearest
+from okdc.methods._base import Method
+
+__all__ = ["Method", "card", "get", "names", "settings"]
+
+
+def names() -> list[str]:
+    """The methods that ship with okdc."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method: `ahbf`, or `my_package.my_module:MyMethod`; RecipeError with the nearest names."""
+    module_name, _, class_name = name.partition(":")
+    if not class_name and name not in names():
+        raise RecipeError(
+            f"there is no method {name!r}.{nearest(name, names())} "
+            f"Known: {', '.join(names())}; one of your own is package.module:Class."
+        )
+    try:
+        module = import_module(module_name if class_name else f"{__name__}.{name}")
+        found = getattr(module, class_name) if class_name else _only_method(module.__name__, vars(module))
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"method {name!r} cannot be imported: {error}. Expected package.module:Class.") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise RecipeError(f"{name!r} is not a method: expected a subclass of okdc.Method, got {found!r}.")
+    return found
+
+
+def settings(name: str) -> inspect.Signature:
+    """The settings of a method: its constructor's keywords, without `self` and `cohort`."""
+    signature = inspect.signature(get(name).__init__, eval_str=True)
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in ("self", "cohort")])
+
+
+def card(name: str) -> str:
+    """What a method is, where it comes from, how it differs and what it costs: the docstring of its file."""
+    return inspect.cleandoc(inspect.getmodule(get(name)).__doc__ or "")  # type: ignore[union-attr]
+
+
+def _only_method(module_name: str, namespace: dict) -> type[Method]:
+    own = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module_name]
+    if len(own) != 1:
+        raise AttributeError(f"{module_name} defines {len(own)} methods, expected one")
+    return own[0]

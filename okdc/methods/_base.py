@@ -1,0 +1,90 @@
+"""The seam that a method fills: what it needs from the cohort, and the losses it makes of what the members say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from okdc.anatomy import Anatomy
+from okdc.cohort import Branch, Cohort, CohortOutput
+
+
+class Method(nn.Module):
+    """One rule by which the members of a cohort teach each other; it owns the cohort, so it is what is trained and saved.
+
+    A subclass declares what it needs as class attributes, its settings as keywords of `__init__`, and writes `losses`.
+    """
+
+    members: ClassVar[int] = 2  # default size of the cohort, the target included
+    extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
+    share: ClassVar[str] = "trunk"  # or "none": whole peer networks
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map" and "embedding"
+    views: ClassVar[int] = 1  # augmentations of each image per step
+    pairs: ClassVar[bool] = False  # whether batches must hold several images of a class
+
+    epoch: Tensor
+    epochs: Tensor
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__()
+        self.cohort = cohort
+        # Tensors, so that a compiled step is not compiled again every epoch. The loop fills them.
+        self.register_buffer("epoch", torch.zeros(()))
+        self.register_buffer("epochs", torch.ones(()))
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes)."""
+        return self.losses(self.cohort(images), labels)
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Named scalar losses, already weighted; the loop adds them up and logs each."""
+        raise NotImplementedError
+
+    def ensemble(self, out: CohortOutput) -> Tensor:
+        """Logits (B, C) of the cohort as a whole; by default the mean of the members' logits."""
+        return torch.stack(out.logits).mean(0)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Parameters and their learning rates; by default everything at `lr`."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
+
+    def after_step(self, images: Tensor, labels: Tensor) -> None:
+        """Called after each optimizer step: moving averages and the like; by default nothing."""
+
+    @classmethod
+    def plan(
+        cls,
+        anatomy: Anatomy,
+        *,
+        members: int | None = None,
+        extra_blocks: int | None = None,
+        private_stages: int | None = None,
+        cut: str | None = None,
+        share: str | None = None,
+        peers: Sequence[nn.Module] = (),
+    ) -> list[Branch]:
+        """The auxiliary members to build beside a target; what is None is the method's own default."""
+        if peers:
+            return [Branch(network=peer) for peer in peers]
+        members = cls.members if members is None else members
+        if members < 2:
+            return []
+        extra = cls.extra_blocks if extra_blocks is None else extra_blocks
+        place = None
+        if (share or cls.share) == "trunk":
+            place = cut or anatomy.cut(private_stages or cls.private_stages(anatomy))
+        stages = anatomy.stages_after(place) if place else anatomy.stages
+        return [Branch(place, cls.depth(i, len(stages), extra)) for i in range(1, members)]
+
+    @classmethod
+    def private_stages(cls, anatomy: Anatomy) -> int:
+        """How many of the last stages every branch has for itself; by default one."""
+        return 1
+
+    @classmethod
+    def depth(cls, branch: int, stages: int, extra: int) -> tuple[int, ...]:
+        """Blocks that branch `branch` (1-based) has more than the target, for each of its stages, early to late."""
+        return (0,) * stages

@@ -1,0 +1,141 @@
+"""Branches that grow deeper one by one; each is fused into the teaching assistant that teaches the one before.
+
+Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023,
+    doi 10.1609/aaai.v37i6.25937.
+Code: linruigong965/AHBF (read, not copied: no licence): the fusion classes, the loss loop of train_ahbf.py, its ramp.
+Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's (it ends with
+    the run and peaks at 1; the later code halves it: --set method.kd_weight=0.75 and cohort.extra_blocks=2 are near that).
+    Every branch of a MobileNet gets its own blocks (the code reuses branch 0's). As in the code, gradients also flow
+    into the teaching side (detach_teacher changes that), and a third direction, assistant to its own branch, is used.
+Costs: the tail once more per branch, with up to (M - 1) x extra blocks, and one 1x1 convolution per fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SEModule
+from timm.layers.cbam import ChannelAttn
+from torch import Tensor, nn
+
+from okdc.anatomy import Anatomy
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl, rampup
+from okdc.methods._base import Method
+
+Attention = Literal["none", "se", "cbam"]
+
+
+class SpatialAttention(nn.Module):
+    """Weights each pixel by sigmoid(conv7x7 of [mean over D, max over D]), x (B, D, H, W)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * torch.sigmoid(self.conv(summary))
+
+
+class Fusion(nn.Module):
+    """Merges the assistant so far with the next branch: a new feature map, and gated logits (spec section 4)."""
+
+    def __init__(self, assistant_width: int, branch_width: int, attention: Attention = "none") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(assistant_width + branch_width, branch_width, 1)
+        self.bn = nn.BatchNorm2d(branch_width)
+        self.attention = _attention(attention, branch_width)
+        self.gate_fc = nn.Linear(branch_width, 2)
+        self.gate_bn = nn.BatchNorm1d(2)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, assistant: tuple[Tensor, Tensor], branch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Feature map (B, D, H, W) and logits (B, C) of both, in that order; the same of the new assistant."""
+        feature = self.attention(self.bn(self.conv(torch.cat([assistant[0], branch[0]], 1))))
+        gate = F.softmax(F.relu(self.gate_bn(self.gate_fc(feature.mean((2, 3))))), dim=1)
+        return feature, gate[:, :1] * assistant[1] + gate[:, 1:] * branch[1]
+
+
+def _attention(kind: Attention, width: int) -> nn.Module:
+    if kind == "se":
+        return SEModule(width, rd_ratio=1 / 16, rd_divisor=1, bias=False)
+    if kind == "cbam":
+        return nn.Sequential(ChannelAttn(width, rd_ratio=1 / 16, rd_divisor=1), SpatialAttention())
+    return nn.Identity()
+
+
+class Ahbf(Method):
+    """Adaptive Hierarchy-Branch Fusion: branches of growing depth, a chain of fusion modules, the target ships."""
+
+    members = 4
+    extra_blocks = 4
+    taps = ("feature_map",)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        temperature: float = 3.0,
+        lambda_assistant: float = 2.0,
+        lambda_branch: float = 4.0,
+        kd_weight: float = 1.0,
+        rampup_epochs: int | None = None,
+        eps: float = 1e-7,
+        detach_teacher: bool = False,
+        attention: Attention = "none",
+    ) -> None:
+        super().__init__(cohort)
+        self.temperature = temperature
+        self.lambda_assistant = lambda_assistant
+        self.lambda_branch = lambda_branch
+        self.kd_weight = kd_weight
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
+        self.detach_teacher = detach_teacher
+        widths = cohort.feature_widths
+        self.fusions = nn.ModuleList(Fusion(a, b, attention) for a, b in zip(widths, widths[1:]))
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return self.chain_losses(out.logits, self.assistants(out), labels)
+
+    def chain_losses(
+        self, branches: Sequence[Tensor], assistants: Sequence[Tensor], labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Spec section 6 on logits (B, C) of the M branches and of the M assistants, of which the first is branch 0."""
+        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(self.cohort.names, branches, strict=True)}
+        parts |= {f"ce/assistant{i}": cross_entropy(t, labels) for i, t in enumerate(assistants) if i > 0}
+        ramp = rampup(self.epoch, self.epochs if self.rampup_epochs is None else self.rampup_epochs)
+        from_assistant, from_branch = torch.zeros_like(ramp), torch.zeros_like(ramp)
+        for now, following, branch in zip(assistants, assistants[1:], branches[1:]):
+            from_assistant = from_assistant + self._kd(now, following) + self._kd(branch, following)
+            from_branch = from_branch + self._kd(now, branch)
+        parts["kd/assistant"] = self.kd_weight * self.lambda_assistant * ramp * from_assistant
+        parts["kd/branch"] = self.kd_weight * self.lambda_branch * ramp * from_branch
+        return parts
+
+    def assistants(self, out: CohortOutput) -> list[Tensor]:
+        """Logits (B, C) of the M teaching assistants; the first is the target itself, the last the whole cohort's."""
+        assistant = (out.feature_maps[0], out.logits[0])
+        logits = [out.logits[0]]
+        for i, fusion in enumerate(self.fusions):
+            assistant = fusion(assistant, (out.feature_maps[i + 1], out.logits[i + 1]))
+            logits.append(assistant[1])
+        return logits
+
+    def ensemble(self, out: CohortOutput) -> Tensor:
+        return self.assistants(out)[-1]
+
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kl(student, teacher, self.temperature, eps=self.eps, detach=self.detach_teacher)
+
+    @classmethod
+    def private_stages(cls, anatomy: Anatomy) -> int:
+        return 2 if len(anatomy.stages) >= 4 else 1
+
+    @classmethod
+    def depth(cls, branch: int, stages: int, extra: int) -> tuple[int, ...]:
+        return tuple(extra * ((branch + stages - 1 - s) // stages) for s in range(stages))

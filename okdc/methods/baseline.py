@@ -1,0 +1,24 @@
+"""The target alone, trained with labels: the control that every gain in a report is measured against.
+
+Paper: none.
+Code: none.
+Differs: it is trained exactly like a method: same data, schedule, seed and loop.
+Costs: one target.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from okdc.cohort import CohortOutput
+from okdc.losses import cross_entropy
+from okdc.methods._base import Method
+
+
+class Baseline(Method):
+    """Cross entropy of the target."""
+
+    members = 1
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return {"ce/target": cross_entropy(out.logits[0], labels)}

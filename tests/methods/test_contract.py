@@ -1,0 +1,139 @@
+"""What every method must do, from the file listing: a new method is under all of this with no test written."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from okdc import methods, recipe
+from okdc.anatomy import inspect
+from okdc.cohort import Cohort
+from okdc.methods import Method
+from tests.networks import Tiny, Tokens
+
+NAMES = methods.names()
+HERE = Path(__file__).parent
+NETWORKS = {"convolutional": Tiny, "tokens": Tokens}
+
+
+def build(name: str, network: type[nn.Module] = Tiny) -> Method:
+    torch.manual_seed(0)
+    target, kind = network(), methods.get(name)
+    images = torch.randn(2, 3, 32, 32)
+    members = min(kind.members, 3)
+    plan = kind.plan(inspect(target, images), members=members, extra_blocks=min(kind.extra_blocks, 1))
+    return kind(Cohort(target, images, plan, taps=kind.taps))
+
+
+def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(size, 3, 32, 32, generator=generator), torch.arange(size) % 4
+
+
+def step(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    torch.manual_seed(3)
+    parts = method.train()(*batch())
+    optimizer.zero_grad()
+    sum(parts.values()).backward()
+    optimizer.step()
+    method.after_step(*batch())
+    return {name: value.item() for name, value in parts.items()}
+
+
+def sgd(method: Method) -> torch.optim.Optimizer:
+    return torch.optim.SGD(method.param_groups(0.05), lr=0.05, momentum=0.9)
+
+
+def test_every_method_has_a_recipe_and_a_test() -> None:
+    assert set(NAMES) >= {"ahbf", "baseline", "dml"}
+    assert {file.stem.removeprefix("test_") for file in HERE.glob("test_*.py")} - {"contract"} == set(NAMES)
+    assert {recipe.load(name, methods.settings).method["name"] for name in recipe.names()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_is_complete(name: str) -> None:
+    card = methods.card(name)
+    assert card.splitlines()[0].endswith(".") and len(card.splitlines()[0]) <= 120
+    for section in ("Paper:", "Code:", "Differs:", "Costs:"):
+        assert f"\n{section} " in card, section
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_learns(name: str, network: str) -> None:
+    method = build(name, NETWORKS[network])
+    method.epochs.fill_(2), method.epoch.fill_(1)
+    before = {key: p.detach().clone() for key, p in method.named_parameters()}
+    optimizer = sgd(method)
+    for _ in range(3):
+        parts = step(method, optimizer)
+        assert parts and all(torch.isfinite(torch.tensor(list(parts.values()))))
+    still = [key for key, p in method.named_parameters() if torch.equal(p, before[key])]
+    # A bias in front of a batch norm is cancelled by it: the gradient is rounding alone, and may be nothing.
+    assert [key for key in still if not key.endswith(".bias")] == []
+    assert [key for key, p in method.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_members_disagree_at_birth(name: str) -> None:
+    method = build(name).eval()
+    logits = method.cohort(batch()[0]).logits
+    for i, mine in enumerate(logits):
+        assert all((mine - other).abs().max() > 1e-4 for other in logits[:i])
+    assert method.ensemble(method.cohort(batch()[0])).shape == logits[0].shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_may_be_probabilities(name: str) -> None:
+    method = build(name).eval()
+    images, labels = batch()
+    hard = method(images, labels)
+    soft = method(images, nn.functional.one_hot(labels, 4).float())
+    for key in hard:
+        torch.testing.assert_close(hard[key], soft[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_student_is_the_users_own_object(name: str) -> None:
+    torch.manual_seed(0)
+    target = Tiny()
+    keys, flags = list(target.state_dict()), [getattr(m, "inplace", None) for m in target.modules()]
+    kind, images = methods.get(name), torch.randn(2, 3, 32, 32)
+    method = kind(Cohort(target, images, kind.plan(inspect(target, images)), taps=kind.taps))
+    step(method, sgd(method))
+    inside = method.eval().cohort(batch()[0]).logits[0]
+    student = method.cohort.strip()
+    assert student is target and type(student) is Tiny and list(student.state_dict()) == keys
+    assert [getattr(m, "inplace", None) for m in student.modules()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in student.modules())
+    assert torch.equal(student(batch()[0]), inside)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_numbers_and_exact_resume(name: str) -> None:
+    straight, again = build(name), build(name)
+    first, second = sgd(straight), sgd(again)
+    losses = [step(straight, first) for _ in range(4)]
+    assert [step(again, second) for _ in range(2)] == losses[:2]
+    saved = copy.deepcopy((again.state_dict(), second.state_dict()))
+    resumed = build(name)
+    for parameter in resumed.parameters():
+        parameter.data.zero_()  # nothing but what was saved may matter
+    optimizer = sgd(resumed)
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert [step(resumed, optimizer) for _ in range(2)] == losses[2:]
+    for mine, theirs in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_are_full_precision_under_autocast(name: str) -> None:
+    method = build(name).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = method(*batch())
+    assert {value.dtype for value in parts.values()} == {torch.float32}
