@@ -1,0 +1,14 @@
+"""Images in, batches out: open what the user names, check it before training, and load it in a stateless order.
+
+The order of the images is f(seed, epoch) and the augmentation of an image is f(seed, epoch, image), whatever the number
+of worker processes; that is what lets a run that was killed in the middle of an epoch go on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from okdc.data._common import Data, Source, TrainBatches
+from okdc.data._loading import load
+from okdc.data._own import wrap
+from okdc.data._sources import open_source
+
+__all__ = ["Data", "Source", "TrainBatches", "load", "open_source", "wrap"]

@@ -1,0 +1,121 @@
+"""What the parts of `okdc.data` share: the values they return, borrowed random numbers, and the count of bad images."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from okdc.errors import DataError
+
+log = logging.getLogger("okdc")
+
+Batch = tuple[Tensor, Tensor]
+
+
+class TrainBatches(Protocol):
+    """Training batches of (images, labels); `len` is the number of steps per epoch."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` (0-based) from step `start` on: images (B, C, H, W), labels (B,) or (B, classes)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set opened and checked, not yet batched; each split gives (PIL image, class index)."""
+
+    train: Any
+    validation: Any
+    classes: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to train and to validate with.
+
+    `validation` gives (images (B, C, H, W) float32, labels (B,) int64), every readable image once and in order;
+    `validation_images` gives the same images raw, as (PIL image, class index), or is None where only the user's own
+    loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes` counts the training and the
+    validation images. `bad_images` maps each image that could not be read so far to the reason.
+    """
+
+    train: TrainBatches
+    validation: Iterable[Batch] | None
+    validation_images: Iterable[tuple[Image.Image, int]] | None
+    classes: tuple[str, ...]
+    preprocess: dict[str, Any]
+    name: str
+    sizes: tuple[int, int]
+    bad_images: dict[str, str]
+
+
+class BadImages:
+    """Unreadable images: each is named once in the log; more than `limit` of them stop the run with a DataError."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        log.warning("skipped an unreadable image: %s (%s)", name, reason)
+        if len(self.reasons) > self.limit:
+            some = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:5])
+            raise DataError(
+                f"{len(self.reasons)} images cannot be read, and at most {self.limit} may be skipped. Some of them: "
+                f"{some}. Mend or delete them, or allow more with --max-bad-images N."
+            )
+
+
+def derive_seed(*key: int) -> int:
+    """A 32-bit seed that depends on `key` and on nothing else; zeros at the end of a key do not count."""
+    return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in key]).generate_state(1)[0])
+
+
+def reseed(*key: int) -> None:
+    """Seed the global generators of Python, numpy and torch (CPU only: a GPU's belong to the network)."""
+    seed = derive_seed(*key)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def borrowed_generators(*key: int) -> Iterator[None]:
+    """Seed the global generators from `key` for a while, then give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        reseed(*key)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
+    """Iterate with random numbers that depend only on `key` and the step, and that nobody else notices."""
+    with borrowed_generators(*key):
+        iterator = iter(batches)
+    for step in count(1):
+        with borrowed_generators(*key, step):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch

@@ -1,0 +1,197 @@
+"""The user's own loaders, checked and given the same face as okdc's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okdc.data._common import Batch, Data, iterate_seeded
+from okdc.errors import DataError
+
+
+def wrap(
+    train: Iterable[Any],
+    validation: Iterable[Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    classes: Sequence[str] | None = None,
+    preprocess: dict[str, Any] | None = None,
+    name: str | None = None,
+    seed: int = 0,
+) -> Data:
+    """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
+
+    Both are read anew each epoch, with global random numbers that are f(seed, epoch, step), so that a DataLoader
+    without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on.
+    Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
+    `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
+    Raises DataError for one-shot iterators, empty loaders, and batches of a wrong type, shape or range.
+    """
+    _check_iterable(train, "training")
+    names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]
+    seen = _survey(train, "training", seed, len(names))
+    names = names or [str(i) for i in range(seen.classes)]
+    if len(names) < 2:
+        raise DataError(
+            "the training loader has labels of one class only; expected two or more. If there are more: num_classes=N"
+        )
+    images = 0
+    if validation is not None:
+        _check_iterable(validation, "validation")
+        images = _survey(validation, "validation", seed, len(names)).images
+    channels = seen.input_size[0]
+    neutral = {
+        "input_size": seen.input_size, "mean": (0.0,) * channels, "std": (1.0,) * channels,
+        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
+    }  # fmt: skip
+    return Data(
+        train=OwnBatches(train, seen.steps, len(names), seed),
+        validation=None if validation is None else OwnValidation(validation, len(names), seed),
+        validation_images=None,
+        classes=tuple(names),
+        preprocess=neutral | (preprocess or {}),
+        name=name or type(getattr(train, "dataset", train)).__name__,
+        sizes=(seen.images, images),
+        bad_images={},
+    )
+
+
+class OwnBatches:
+    """Training batches of the user's loader; skipped batches are read and thrown away."""
+
+    def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int):
+        self.loader, self.steps, self.num_classes, self.seed = loader, steps, num_classes, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
+        for name in ("sampler", "batch_sampler", "dataset"):
+            part: Any = getattr(self.loader, name, None)
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        step = -1
+        for step, batch in enumerate(iterate_seeded(self.loader, self.seed, epoch)):
+            if step >= start:
+                yield _checked(batch, "training", self.num_classes)
+        if step < 0:
+            raise DataError(
+                f"the training loader gave batches once, but none in epoch {epoch}; expected an iterable that can be "
+                "read again each epoch, such as a torch DataLoader or a list of batches."
+            )
+
+
+class OwnValidation:
+    """Validation batches of the user's loader, with the same random numbers in each pass."""
+
+    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int):
+        self.loader, self.num_classes, self.seed = loader, num_classes, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in iterate_seeded(self.loader, self.seed):
+            yield _checked(batch, "validation", self.num_classes)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a loader before training."""
+
+    steps: int
+    images: int
+    classes: int
+    input_size: tuple[int, ...]
+
+
+def _check_iterable(loader: Any, role: str) -> None:
+    expected = "expected a torch DataLoader, a list of (images, labels) batches, or another iterable to read each epoch"
+    if not isinstance(loader, Iterable):
+        raise DataError(f"the {role} loader is a {type(loader).__name__}, which cannot be iterated over; {expected}.")
+    if isinstance(loader, Iterator):
+        raise DataError(
+            f"the {role} loader is a {type(loader).__name__}, which can be read only once; {expected}. Pass the "
+            "DataLoader itself rather than iter(loader), or list(batches) if they fit in memory."
+        )
+
+
+def _survey(loader: Any, role: str, seed: int, num_classes: int) -> Survey:
+    """Look at the first batch, and at all of them only where classes or steps cannot be told otherwise."""
+    length = _length(loader)
+    whole = not num_classes or length is None
+    steps = images = highest = 0
+    input_size: tuple[int, ...] = ()
+    for batch in iterate_seeded(loader, seed, 0):
+        pixels, labels = _checked(batch, role, num_classes)
+        input_size = input_size or tuple(pixels.shape[1:])
+        steps, images = steps + 1, images + len(pixels)
+        highest = max(highest, labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max()))
+        if not whole:
+            break
+    if not steps:
+        raise DataError(
+            f"the {role} loader is empty; expected at least one batch of (images, labels). Is drop_last dropping it?"
+        )
+    if not whole and length is not None:
+        dataset_length = _length(getattr(loader, "dataset", None))
+        steps, images = length, images * length if dataset_length is None else dataset_length
+    return Survey(steps, images, highest + 1, input_size)
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except TypeError:
+        return None
+
+
+def _dataset_classes(loader: Any) -> list[str]:
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and not hasattr(dataset, "classes"):
+        dataset = getattr(dataset, "dataset", None)  # torch's Subset keeps the data set that it is a part of
+    return [str(name) for name in getattr(dataset, "classes", [])]
+
+
+def _checked(batch: Any, role: str, num_classes: int) -> Batch:
+    parts = batch if isinstance(batch, (tuple, list)) else ()
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        given = f"{type(batch).__name__} of ({', '.join(type(part).__name__ for part in parts)})"
+        raise DataError(
+            f"the {role} loader gave a {given if parts else type(batch).__name__}; expected two tensors, (images, "
+            "labels). Give the loader a collate_fn that returns those."
+        )
+    images, labels = parts
+    if images.ndim != 4 or not images.is_floating_point():
+        raise DataError(
+            f"the {role} loader gave images of shape {tuple(images.shape)} and type {images.dtype}; expected float "
+            "(B, C, H, W), normalised. Add torchvision's ToTensor() and Normalize(mean, std) to the data set's "
+            "transform."
+        )
+    _check_labels(labels, len(images), role, num_classes)
+    return images, labels
+
+
+def _check_labels(labels: Tensor, count: int, role: str, num_classes: int) -> None:
+    soft = labels.ndim == 2 and labels.is_floating_point() and role == "training"
+    if not count or len(labels) != count or not (soft or (labels.ndim == 1 and labels.dtype == torch.int64)):
+        raise DataError(
+            f"the {role} loader gave labels of shape {tuple(labels.shape)} and type {labels.dtype} for {count} "
+            f"images; expected one int64 class index per image, shape ({count},): labels.long()"
+        )
+    if soft:
+        if num_classes and labels.shape[1] != num_classes:
+            raise DataError(
+                f"the {role} labels have {labels.shape[1]} columns; expected {num_classes}, one per class: "
+                "num_classes=N"
+            )
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes and high >= num_classes):
+        expected = f"0 to {num_classes - 1}" if num_classes else "0 and up"
+        raise DataError(
+            f"the {role} loader gave labels from {low} to {high}; expected {expected}. Say num_classes=N if there "
+            "are more."
+        )

@@ -1,0 +1,141 @@
+"""Open what `--data` names: digits, a folder, or a prefix of timm's create_dataset."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from timm.data import create_dataset
+
+from okdc.data._common import Source
+from okdc.data._folders import VALIDATION_NAMES, open_folder
+from okdc.data._images import Images, check, labels_of, names_by_index, split_in_two
+from okdc.data._streams import Stream, stream_classes
+from okdc.errors import DataError, nearest
+from okdc.settings import DataSettings
+
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
+TORCH_NAMES = (
+    *("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"),
+    *("imagenet", "places365", "inaturalist"),
+)
+
+Split = TypeVar("Split")
+
+
+def open_source(settings: DataSettings, seed: int) -> Source:
+    """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
+
+    `digits`, a folder, `torch/NAME` (files in ./data, or in ROOT with `torch/NAME:ROOT`) and `hfds/ID` are read image
+    by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data._streams for what that costs.
+    `seed` shuffles the streams; it never decides which images validate.
+    """
+    prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
+    _require_package(settings.data, PACKAGES.get(prefix))
+    if prefix in ("wds", "hfids", "tfds"):
+        return _stream(settings, prefix, seed)
+    if settings.data == "digits":
+        source = _digits()
+    elif prefix in ("torch", "hfds"):
+        source = _named(settings, prefix)
+    else:
+        source = open_folder(settings)
+    check(source)
+    return source
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype("uint8")
+    images = [(Image.fromarray(array), int(label)) for array, label in zip(pixels, digits.target)]
+    train, validation = Images(images, torch.as_tensor(digits.target, dtype=torch.int64), "digits").split(5)
+    return Source(train, validation, tuple(str(name) for name in digits.target_names), "digits")
+
+
+def _require_package(given: str, package: str | None) -> None:
+    if package and importlib.util.find_spec(package) is None:
+        command = f"pip install {package}" + (" tensorflow" if package.startswith("tensorflow") else "")
+        raise DataError(f"--data {given} needs the package '{package}', which is not installed: {command}")
+
+
+def _named(settings: DataSettings, prefix: str) -> Source:
+    name, root = settings.data, None
+    if prefix == "torch":
+        name, _, root = settings.data.partition(":")
+        _check_torch_name(name.partition("/")[2])
+        root = root or "data"
+
+    def open_split(split: str) -> Images:
+        dataset = _create(settings, name, root=root, split=split)
+        return Images(dataset, labels_of(dataset, settings.data), settings.data)
+
+    train = open_split(settings.train_split)
+    classes = _class_names(train)
+    validation = _validation_split(settings, open_split)
+    if validation is None:
+        return split_in_two(train, classes, name)
+    return Source(train, validation, classes, name)
+
+
+def _check_torch_name(name: str) -> None:
+    if name.lower() not in TORCH_NAMES:
+        raise DataError(
+            f"'{name}' is not a data set of torchvision; expected torch/ and one of "
+            f"{', '.join(TORCH_NAMES)}.{nearest(name, TORCH_NAMES)}"
+        )
+
+
+def _class_names(images: Images) -> tuple[str, ...]:
+    if names := getattr(images.dataset, "classes", None):
+        return tuple(str(name) for name in names)
+    indices = getattr(getattr(images.dataset, "reader", None), "class_to_idx", None)
+    return names_by_index(indices or {str(label): label for label in range(int(images.labels.max()) + 1)})
+
+
+def _stream(settings: DataSettings, prefix: str, seed: int) -> Source:
+    root = settings.data.partition("/")[2] if prefix == "wds" else None
+    # webdataset stores plain indices: there the class map names them, elsewhere timm maps names to indices with it.
+    class_map = "" if prefix == "wds" else settings.class_map
+
+    def open_split(split: str, training: bool = False) -> Stream:
+        def create(batch_size: int) -> Any:
+            options = {"is_training": training, "batch_size": batch_size, "seed": seed, "class_map": class_map}
+            return _create(settings, settings.data, root=root, split=split, **options)
+
+        create(1)  # so that a wrong name or split is an error now, not at the first batch
+        return Stream(create)
+
+    train = open_split(settings.train_split, training=True)
+    return Source(train, _validation_split(settings, open_split), stream_classes(train, settings), settings.data)
+
+
+def _create(settings: DataSettings, name: str, **options: Any) -> Any:
+    options = {"download": settings.dataset_download, "class_map": settings.class_map or None, **options}
+    try:
+        return create_dataset(name, **options)
+    except (RuntimeError, ValueError, AssertionError, OSError, KeyError) as error:
+        where = f" in the folder '{options['root']}'" if options["root"] else ""
+        fetched = settings.dataset_download or not name.lower().startswith(("torch/", "tfds/"))
+        download = "" if fetched else ", or let it be fetched with --dataset-download"
+        raise DataError(
+            f"cannot open '{name}', split '{options['split']}'{where} ({type(error).__name__}: {error}). Check the "
+            f"name, --train-split and --val-split{download}."
+        ) from error
+
+
+def _validation_split(settings: DataSettings, open_split: Callable[[str], Split]) -> Split | None:
+    """The split that was asked for, or, when none was, the first that exists of those that usually validate."""
+    if settings.val_split not in VALIDATION_NAMES:
+        return open_split(settings.val_split)
+    for name in dict.fromkeys((settings.val_split, *VALIDATION_NAMES)):
+        try:
+            return open_split(name)
+        except DataError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # a disk or a network that failed, which says nothing of the splits that exist
+    return None

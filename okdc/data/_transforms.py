@@ -1,0 +1,100 @@
+"""What happens to an image on its way into a batch, and to a batch on its way into the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.loader import adapt_to_chs
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision import transforms
+
+from okdc.data._common import Batch, borrowed_generators
+from okdc.errors import DataError
+from okdc.settings import DataSettings
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def preprocessing(settings: DataSettings, config: dict[str, Any]) -> dict[str, Any]:
+    """The network's own `config` with what the settings say otherwise; mean and std have one number per channel."""
+    given = {key: getattr(settings, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+    config = config | {key: value for key, value in given.items() if value is not None}
+    channels = config["input_size"][0]
+    if channels not in MODES:
+        raise DataError(
+            f"the network takes {channels} channels; images can be given as 1 (grey) or 3 (RGB). Use --in-chans 1 or "
+            f"3, or pass your own loader of {channels}-channel tensors to okdc.compress()."
+        )
+    return config | {key: tuple(adapt_to_chs(config[key], channels)) for key in ("mean", "std")}
+
+
+def image_transform(settings: DataSettings, config: dict[str, Any], training: bool) -> transforms.Compose:
+    """PIL image -> uint8 tensor (C, H, W), by timm's recipe; normalised later, a whole batch at a time.
+
+    Raises DataError for an augmentation policy or an interpolation that timm does not know.
+    """
+    options: dict[str, Any] = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    if training:
+        options |= {key: getattr(settings, key) for key in ("no_aug", "scale", "ratio", "hflip", "vflip")}
+        options |= {"auto_augment": settings.aa, "color_jitter": settings.color_jitter or None}
+    try:
+        transform = create_transform(config["input_size"], is_training=training, use_prefetcher=True, **options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise DataError(
+            f"no image transform can be made of --aa {settings.aa} and --interpolation {config['interpolation']} "
+            f"({type(error).__name__}: {error}); expected a policy such as rand-m9-mstd0.5 or augmix-m3-w2, and "
+            "nearest, bilinear, bicubic or lanczos."
+        ) from error
+    if training and settings.crop_padding is not None and not settings.no_aug:
+        size = tuple(config["input_size"][-2:])
+        # CIFAR's way takes the place of timm's first step, the random resized crop.
+        transform.transforms[:1] = [
+            transforms.Resize(max(size), interpolation=str_to_interp_mode(config["interpolation"])),
+            transforms.RandomCrop(size, padding=settings.crop_padding),
+        ]
+    return transform
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Any PIL image as RGB or L."""
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
+    return image if image.mode == mode else image.convert(mode)
+
+
+class BatchAugmentation:
+    """Random erasing, mixup, cutmix and label smoothing of a batch; its random numbers are f(seed, epoch, step)."""
+
+    def __init__(self, settings: DataSettings, num_classes: int, seed: int, device: torch.device):
+        self.num_classes, self.seed, self.smoothing = num_classes, seed, settings.smoothing
+        active = not settings.no_aug
+        self.erase = RandomErasing(settings.reprob, device=device) if settings.reprob and active else None
+        self.mixup = None
+        if settings.mixup or settings.cutmix:
+            self.mixup = Mixup(
+                settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
+        """images (B, C, H, W), labels (B,) int64 -> images, labels; the latter (B, classes) float where soft."""
+        if self.erase or self.mixup:
+            with borrowed_generators(self.seed, epoch, step, 1):
+                if self.erase:
+                    images = self.erase(images)
+                if self.mixup:
+                    return self._mix(self.mixup, images, labels)
+        if self.smoothing:
+            labels = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+        return images, labels
+
+    def _mix(self, mixup: Mixup, images: Tensor, labels: Tensor) -> Batch:
+        even = len(images) // 2 * 2  # timm mixes pairs; the odd one out stays as it is
+        mixed, targets = mixup(images[:even], labels[:even])
+        rest = mixup_target(labels[even:], self.num_classes, smoothing=self.smoothing)
+        return torch.cat([mixed, images[even:]]), torch.cat([targets, rest])
