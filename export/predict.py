@@ -1,0 +1,179 @@
+"""Classify images with the model in this folder; needs numpy, pillow and onnxruntime only.
+
+    python predict.py IMAGE_OR_FOLDER... [--top 5] [--json]
+
+Or from Python: `predictor = predict.load(folder)`, then `predictor(images)`, where images are PIL images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_BATCH = 32
+
+
+class PredictError(Exception):
+    """A file that is missing or cannot be used; the message says which and what to do."""
+
+
+def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
+    """The (C, H, W) float32 input of the network, equal to the last bit to timm's evaluation transform.
+
+    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode. Resizing must
+    stay Pillow's: that of OpenCV or of a tensor library gives other pixels, and other answers.
+    """
+    channels, height, width = config["input_size"]
+    image = image.convert("L" if channels == 1 else "RGB")
+    scale = config.get("crop_pct") or 0.875
+    target = math.floor(height / scale), math.floor(width / scale)
+    mode = config.get("crop_mode") or "center"
+    fill: int | tuple[int, ...] = 0
+    if mode == "squash":
+        size = target
+    elif mode == "border":
+        size = _fit(image, target, max)
+        values = tuple(round(255 * value) for value in config["mean"])
+        fill = values if channels > 1 and len(values) > 1 else values[0]
+    elif target[0] == target[1]:
+        size = _shorter_side(image, target[0])
+    else:
+        size = _fit(image, target, min)
+    resample = Image.Resampling[config.get("interpolation", "bilinear").upper()]
+    image = _center_crop(image.resize(size[::-1], resample), height, width, fill)
+    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels).transpose(2, 0, 1) / np.float32(255)
+    mean, std = (np.asarray(config[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+    return np.ascontiguousarray((pixels - mean) / std)
+
+
+def load(folder: str | Path, threads: int | None = None) -> Predictor:
+    """The predictor of a bundle; raises PredictError if one of its files is missing or broken."""
+    return Predictor(Path(folder), threads)
+
+
+class Predictor:
+    """The network of a bundle with its preprocessing and labels."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
+        for name in ("model.onnx", "preprocess.json", "labels.txt"):
+            if not (folder / name).is_file():
+                raise PredictError(f"{folder} has no {name}: it is not a whole bundle. Copy or export it again.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+            self.labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+            providers = ["CPUExecutionProvider"]
+            self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+        except Exception as error:  # onnxruntime's own errors share no base class
+            raise PredictError(f"The bundle in {folder} is broken: {error}. Copy or export it again.") from error
+        classes = self._session.get_outputs()[0].shape[1]
+        if classes != len(self.labels):
+            raise PredictError(f"labels.txt names {len(self.labels)} classes and model.onnx has {classes}.")
+
+    def logits(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Raw outputs (images, classes), in batches."""
+        outputs = []
+        for start in range(0, len(images), _BATCH):
+            batch = np.stack([preprocess(image, self.config) for image in images[start : start + _BATCH]])
+            outputs.append(self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
+        return np.concatenate(outputs) if outputs else np.empty((0, len(self.labels)), dtype=np.float32)
+
+    def __call__(self, images: Sequence[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
+        """For every image its `top` most likely labels with their probabilities, best first."""
+        logits = self.logits(images).astype(np.float64)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = odds / odds.sum(axis=1, keepdims=True)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+        return [[(self.labels[i], float(row[i])) for i in order] for row, order in zip(probabilities, best)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, or 1 when an image could not be read."""
+    parser = argparse.ArgumentParser(description="Classify images with the model in this folder.")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("--top", type=int, default=5, help="labels per image (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
+    given = parser.parse_args(arguments)
+    if given.top < 1:
+        parser.error(f"--top must be at least 1, not {given.top}")
+    try:
+        files = [file for path in given.images for file in _files(path)]
+        predictor = load(Path(__file__).parent)
+    except PredictError as error:
+        parser.exit(2, f"{error}\n")
+    unread = 0
+    for start in range(0, len(files), _BATCH):
+        opened = list(_open(files[start : start + _BATCH]))
+        unread += len(files[start : start + _BATCH]) - len(opened)
+        results = predictor([image for _, image in opened], given.top) if opened else []
+        for (file, _), labels in zip(opened, results):
+            print(_line(file, labels, given.json))
+    return 1 if unread else 0
+
+
+def _files(path: Path) -> list[Path]:
+    """The image itself, or all images in a folder and below."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise PredictError(f"There is no image or folder {path}.")
+    known = Image.registered_extensions()
+    found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
+    if not found:
+        raise PredictError(f"The folder {path} holds no images (such as .jpg or .png).")
+    return found
+
+
+def _open(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
+    """The images that can be read; the others are named on stderr."""
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image.load()
+                yield file, image
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
+
+
+def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:
+    if as_json:
+        predictions = [{"label": label, "probability": probability} for label, probability in labels]
+        return json.dumps({"image": str(file), "predictions": predictions}, ensure_ascii=False)
+    return "  ".join([str(file), *(f"{label} {100 * probability:.1f}%" for label, probability in labels)])
+
+
+def _shorter_side(image: Image.Image, side: int) -> tuple[int, int]:
+    """(height, width) with the shorter of the two equal to `side`."""
+    longer = int(side * max(image.size) / min(image.size))
+    return (longer, side) if image.width <= image.height else (side, longer)
+
+
+def _fit(image: Image.Image, target: tuple[int, int], choose: Any) -> tuple[int, int]:
+    """(height, width) scaled to the target by the larger (`max`) or the smaller (`min`) of the two ratios."""
+    ratio = choose(image.height / target[0], image.width / target[1])
+    return round(image.height / ratio), round(image.width / ratio)
+
+
+def _center_crop(image: Image.Image, height: int, width: int, fill: int | tuple[int, ...]) -> Image.Image:
+    """The middle (height, width) of the image, which is first padded where it is smaller."""
+    across, down = max(width - image.width, 0), max(height - image.height, 0)
+    if across or down:
+        image = ImageOps.expand(image, (across // 2, down // 2, (across + 1) // 2, (down + 1) // 2), fill=fill)
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

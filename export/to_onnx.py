@@ -1,0 +1,247 @@
+"""Export target `onnx`: one self-contained model.onnx with a dynamic batch, run by onnxruntime.
+
+Needs torch, numpy, onnx, onnxscript and onnxruntime; timm only for networks that it can re-parameterise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import onnx_ir
+    import torch
+
+FILE = "model.onnx"
+
+_INPUT, _OUTPUT = "input", "logits"
+# Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.
+_OPSETS = range(18, 23)
+_SAME = 1e-3  # rounding is a hundred times smaller; more than this is another network
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def available() -> str | None:
+    """None, or one sentence that says what is missing and what to type."""
+    needs = ("torch", "onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"ONNX export needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+    return None
+
+
+def write(
+    student: torch.nn.Module,
+    example: torch.Tensor,
+    path: str | Path,
+    *,
+    opset: int = 20,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write `student` as float32 ONNX, "input" (batch, C, H, W) -> "logits" (batch, classes), and say what was written.
+
+    Only the shape of `example` (B, C, H, W) is used. `student` is left untouched: a copy is put in eval mode on the
+    CPU, re-parameterised and exported; `rel_error` is the largest difference from torch over the largest logit, on
+    noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file that agrees.
+    """
+    if opset not in _OPSETS:
+        raise RuntimeError(f"opset {opset} is not supported: give one from {_OPSETS[0]} to {_OPSETS[-1]} (20 is best).")
+    started = time.perf_counter()
+    with _quiet():
+        proto, facts = _export(student, tuple(example.shape[1:]), opset, metadata or {})
+    _write_bytes(Path(path), proto.SerializeToString())
+    return {
+        "opset": opset,
+        "ir_version": proto.ir_version,
+        "nodes": len(proto.graph.node),
+        "dynamic_batch": True,
+        "bytes": Path(path).stat().st_size,
+        "seconds": round(time.perf_counter() - started, 2),
+        **facts,
+    }
+
+
+def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime; `.provider` is the one really in use.
+
+    Raises RuntimeError when onnxruntime cannot use `device`, where it would silently use the CPU instead.
+    """
+    return _Session(str(path), device, threads)
+
+
+class _Session:
+    """An onnxruntime session as a function."""
+
+    def __init__(self, model: str | bytes, device: str, threads: int | None) -> None:
+        import onnxruntime
+
+        kind, _, index = device.partition(":")
+        wanted = _PROVIDERS.get(kind)
+        if wanted is None:
+            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda or cuda:N.")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: a GPU build says much on a machine without one
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        settings = {"device_id": index} if index else {}
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=[(wanted, settings)])
+        except Exception as error:  # onnxruntime's own errors share no base class
+            name = model if isinstance(model, str) else "the exported model"
+            raise RuntimeError(f"onnxruntime cannot load {name}: {error}") from error
+        self.provider: str = self._session.get_providers()[0]
+        if self.provider != wanted:
+            raise RuntimeError(
+                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the CUDA libraries it needs are "
+                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]', or use the cpu device."
+            )
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._session.run(None, {self._input: images})[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, log lines or prints of the exporters; everything is as before afterwards."""
+    before, said = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _export(
+    student: torch.nn.Module, shape: tuple[int, ...], opset: int, metadata: dict[str, str]
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The model of the first exporter whose file agrees with torch: two networks in a hundred need not the first."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # Noise, not the caller's images: they would travel in the file. Three, as one would be taken for a constant.
+    images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        network = copy.deepcopy(student).to("cpu", torch.float32).eval()
+        expected = _logits(network, images)
+        network = _reparameterized(network)
+        failures = []
+        for way, exporter, context in (
+            ("dynamo", _dynamo, contextlib.nullcontext()),
+            ("math_sdpa", _dynamo, sdpa_kernel(SDPBackend.MATH)),  # fused attention breaks some windowed networks
+            ("torchscript", _torchscript, contextlib.nullcontext()),
+        ):
+            try:
+                with context:
+                    proto = _clean(exporter(network, images, opset), metadata)
+                _check(proto, opset)
+                return proto, {"path": way, "rel_error": _difference(proto, images.numpy(), expected)}
+            except Exception as error:  # the exporters raise anything
+                failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    raise RuntimeError("torch.onnx cannot export this network. " + "; ".join(failures))
+
+
+def _logits(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
+    import torch
+
+    output = network(images)
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise RuntimeError(f"The network must return one tensor of logits (batch, classes); it returned {found}.")
+    return output.numpy()
+
+
+def _reparameterized(network: torch.nn.Module) -> torch.nn.Module:
+    """The network with its parallel branches fused where timm knows how (MobileOne, FastViT, RepVGG, LeViT, ...)."""
+    if importlib.util.find_spec("timm") is None:
+        return network
+    from timm.utils import reparameterize_model
+
+    return reparameterize_model(network, inplace=True).eval()
+
+
+def _difference(proto: onnx.ModelProto, images: np.ndarray, expected: np.ndarray) -> float:
+    """The relative difference of the file's logits at two batch sizes; RuntimeError if that is not rounding."""
+    session = _Session(proto.SerializeToString(), "cpu", 1)
+    errors = [abs(session(images[:batch]) - expected[:batch]).max() for batch in (1, len(images))]
+    relative = float(max(errors) / abs(expected).max())
+    if not relative <= _SAME:  # also when it is not a number
+        raise RuntimeError(f"its logits differ from torch's by {relative:.1e} of the largest")
+    return relative
+
+
+def _dynamo(network: torch.nn.Module, images: torch.Tensor, opset: int) -> onnx_ir.Model:
+    import torch
+
+    program = torch.onnx.export(
+        network, (images,), dynamo=True, opset_version=opset, input_names=[_INPUT], output_names=[_OUTPUT],
+        dynamic_shapes=({0: "batch"},), external_data=False, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    return program.model
+
+
+def _torchscript(network: torch.nn.Module, images: torch.Tensor, opset: int) -> onnx_ir.Model:
+    import onnx
+    import onnx_ir
+    import torch
+
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        network, (images,), cast("Any", buffer), dynamo=False, opset_version=opset, input_names=[_INPUT],
+        output_names=[_OUTPUT], dynamic_axes={_INPUT: {0: "batch"}, _OUTPUT: {0: "batch"}},
+    )  # fmt: skip
+    return onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+def _clean(model: onnx_ir.Model, metadata: dict[str, str]) -> onnx.ModelProto:
+    """The ModelProto without the exporter's notes (stack traces with local paths), stamped with `metadata`."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    model = ClearMetadataAndDocStringPass()(model).model
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    return onnx_ir.to_proto(model)
+
+
+def _check(proto: onnx.ModelProto, opset: int) -> None:
+    """Raise RuntimeError unless the model is valid ONNX of that opset with one input, one output and a free batch."""
+    import onnx
+
+    onnx.checker.check_model(proto, full_check=True)
+    written = {entry.domain: entry.version for entry in proto.opset_import}
+    if written.get("", written.get("ai.onnx")) != opset:
+        raise RuntimeError(f"it wrote opset {written} where {opset} was asked for")
+    for kind, name, values in (("input", _INPUT, proto.graph.input), ("output", _OUTPUT, proto.graph.output)):
+        if [value.name for value in values] != [name]:
+            raise RuntimeError(f"the graph must have one {kind} {name!r}, and has {[value.name for value in values]}")
+        if not values[0].type.tensor_type.shape.dim[0].dim_param:
+            raise RuntimeError(f"the batch of the graph's {kind} is fixed: the network mixes it into its shapes")
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` at `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""predict.py sees the pixels that timm's evaluation transform sees, and runs where torch does not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+
+from okdc import _shipped
+
+SCRIPT = _shipped.folder("export") / "predict.py"
+predict = _shipped.load(SCRIPT)
+SIZES = [(1, 1), (17, 9), (32, 32), (33, 57), (57, 33), (64, 200), (301, 97), (35, 36), (224, 31)]
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    """Noise over a ramp: every value occurs, and no two filters agree on it."""
+    random = np.random.default_rng(size)
+    ramp = np.linspace(0, 200, size[0] * size[1] * 3).reshape(size[1], size[0], 3)
+    image = Image.fromarray((ramp + random.integers(0, 56, ramp.shape)).astype(np.uint8))
+    return image.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else image.convert(mode)
+
+
+def assert_equal_to_timm(image: Image.Image, config: dict) -> None:
+    converted = image.convert("L" if config["input_size"][0] == 1 else "RGB")
+    expected = create_transform(**config, is_training=False)(converted)
+    given = predict.preprocess(image, config)
+    assert given.dtype == np.float32 and given.flags["C_CONTIGUOUS"]
+    assert np.array_equal(given, expected.numpy())
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.95])
+def test_equal_to_timm_bit_for_bit(crop_mode, interpolation, crop_pct):
+    for input_size in ([3, 32, 32], [3, 48, 32], [3, 31, 47]):
+        config = {"input_size": input_size, "interpolation": interpolation, "crop_pct": crop_pct, **IMAGENET}
+        for size in SIZES:
+            assert_equal_to_timm(photo(size), config | {"crop_mode": crop_mode})
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_one_channel(crop_mode):
+    config = {"input_size": [1, 28, 28], "interpolation": "bilinear", "crop_pct": 0.9, "crop_mode": crop_mode}
+    for mode in ("L", "RGB", "1", "P"):
+        assert_equal_to_timm(photo((41, 30), mode), config | {"mean": [0.1307], "std": [0.3081]})
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1", "YCbCr", "I", "F"])
+def test_every_kind_of_image(mode):
+    config = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center", **IMAGENET}
+    assert_equal_to_timm(photo((50, 41), mode), config)
+
+
+def test_defaults_are_those_of_timm():
+    config = {"input_size": [3, 224, 224], **IMAGENET, "interpolation": "bilinear", "crop_pct": None, "crop_mode": None}
+    assert_equal_to_timm(photo((200, 300)), config)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """A bundle of a network that names the brightest channel, with images of each."""
+    folder = tmp_path_factory.mktemp("bundle")
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        network[2].weight.copy_(torch.eye(3))
+    config = {"input_size": [3, 16, 16], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", **IMAGENET}
+    _shipped.target("onnx").write(network, torch.zeros(2, 3, 16, 16), folder / "model.onnx")
+    (folder / "preprocess.json").write_text(json.dumps(config))
+    (folder / "labels.txt").write_text("red\ngrün\nblue\n", encoding="utf-8")
+    shutil.copy(SCRIPT, folder)
+    (folder / "images" / "more").mkdir(parents=True)
+    for name, colour in {"a.png": (200, 0, 0), "b.jpg": (0, 200, 0), "more/c.bmp": (0, 0, 200)}.items():
+        Image.new("RGB", (20, 30), colour).save(folder / "images" / name)
+    (folder / "images" / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """predict.py as a user types it, with torch, torchvision, timm and okdc made impossible to import."""
+    block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'okdc', 'onnx']))"
+    code = f"{block}; import runpy; sys.argv[0] = 'predict.py'; runpy.run_path('predict.py', run_name='__main__')"
+    command = [sys.executable, "-X", "utf8", "-c", code, *arguments]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def test_needs_numpy_pillow_and_onnxruntime_only():
+    nodes = list(ast.walk(ast.parse(SCRIPT.read_text())))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"numpy", "PIL", "onnxruntime"}
+
+
+def test_folder_of_images(bundle):
+    done = run(bundle, "images", "--top", "1", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(Path(line["image"]).name, line["predictions"][0]["label"]) for line in lines] == [
+        ("a.png", "red"), ("b.jpg", "grün"), ("c.bmp", "blue"),
+    ]  # fmt: skip
+    assert all(len(line["predictions"]) == 1 for line in lines)
+
+
+def test_text_output(bundle):
+    done = run(bundle, "images/a.png", "images/b.jpg")
+    first, second = done.stdout.splitlines()
+    assert first.split()[:2] == ["images/a.png", "red"] and first.count("%") == 3  # no more labels than there are
+    assert second.split()[1] == "grün" and done.returncode == 0
+
+
+def test_unreadable_image_is_named_and_skipped(bundle, tmp_path):
+    (tmp_path / "bad.png").write_bytes((bundle / "images" / "a.png").read_bytes()[:60])
+    done = run(bundle, str(tmp_path / "bad.png"), "images/a.png")
+    assert done.returncode == 1 and "bad.png cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.startswith("images/a.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere.png"], "no image or folder"), (["empty"], "holds no images"), (["a.png", "--top=0"], "--top")],
+)
+def test_wrong_use(bundle, arguments, message):
+    (bundle / "empty").mkdir(exist_ok=True)
+    done = run(bundle, *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.onnx", None, "has no model.onnx"),
+        ("model.onnx", "broken", "is broken"),
+        ("preprocess.json", "{", "is broken"),
+        ("labels.txt", "one\n", "labels.txt names 1 classes and model.onnx has 3"),
+    ],
+)
+def test_incomplete_bundle(bundle, tmp_path, name, content, message):
+    for file in ("model.onnx", "preprocess.json", "labels.txt"):
+        shutil.copy(bundle / file, tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(predict.PredictError, match=message):
+        predict.load(tmp_path)
+
+
+def test_batches_give_what_single_images_give(bundle):
+    predictor = predict.load(bundle, threads=1)
+    images = [photo((20 + i, 30)) for i in range(predict._BATCH + 3)]
+    together = predictor.logits(images)
+    assert together.shape == (len(images), 3) and predictor.logits([]).shape == (0, 3)
+    assert np.allclose(together, np.concatenate([predictor.logits([image]) for image in images]), atol=1e-6)
+    (best, *others), *_ = predictor(images, top=3)
+    assert best[1] >= others[0][1] and sum(odds for _, odds in [best, *others]) == pytest.approx(1)
