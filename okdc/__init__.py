@@ -1,4 +1,4 @@
-"""okdc: train any vision network together with branches that teach it, ship the network alone, exported and verified."""
+"""okdc: train a vision network together with branches that teach it, ship it alone, exported and verified."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# The public surface; each name is imported from its module when first used, so that `import okdc` does not import torch.
+# The public surface; each name is imported when first used, so that `import okdc` does not import torch.
 _PUBLIC = {
     "compress": "okdc.pipeline",
     "export": "okdc.pipeline",

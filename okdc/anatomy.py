@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from okdc.calls import Call, called_once, layout, positions, watch
 from okdc.errors import NetworkError, nearest
 
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of one module; `start` and `end` count hook events, `flops_*` what the network had spent by then."""
-
-    name: str
-    kind: str
-    leaf: bool
-    start: int
-    end: int
-    flops_start: int
-    flops_end: int
-    input: tuple[int, ...] | None
-    output: tuple[int, ...] | None  # shape without the batch; None when it is not one tensor
-
-    @property
-    def keeps_shape(self) -> bool:
-        return self.input is not None and self.input == self.output
 
 
 @dataclass(frozen=True)
@@ -134,7 +113,7 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
     The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor.
     """
     images = _example(network, example)
-    calls, logits = _watch(network, images)
+    calls, logits = watch(network, images)
     if not (isinstance(logits, Tensor) and logits.dim() == 2):
         raise NetworkError(
             f"{type(network).__name__} returned {_describe(logits)} for images {tuple(images.shape)}; "
@@ -156,7 +135,7 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         embedding=math.prod(classifier.input or (0,)),
         feature_map=feature.name,
         feature_shape=feature.output or (),
-        layout=_layout(feature.output or (), aspect),
+        layout=layout(feature.output or (), aspect),
         stages=tuple(replace(s, flops=s.flops // images.shape[0]) for s in stages),
         cuts=_cuts(network, inner, classifier, root),
         calls=tuple(inner),
@@ -169,66 +148,6 @@ def _example(network: nn.Module, example: Tensor | tuple[int, ...] | None) -> Te
     shape = example or getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     first = next(network.parameters(), torch.zeros(()))
     return torch.randn(2, *shape, device=first.device, dtype=first.dtype)
-
-
-def _watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
-    """All calls in the order in which they ended (the network's own last), and what the network returned."""
-    calls: list[Call] = []
-    open_calls: list[tuple[int, int, tuple[int, ...] | None]] = []
-    clock = 0
-
-    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal clock
-        clock += 1
-        shapes = [tuple(a.shape[1:]) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        open_calls.append((clock, counter.get_total_flops(), shapes[0] if shapes else None))
-
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
-        nonlocal clock
-        clock += 1
-        start, flops, shape = open_calls.pop()
-        out = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
-        leaf = next(module.children(), None) is None
-        calls.append(
-            Call(names[module], type(module).__name__, leaf, start, clock, flops, counter.get_total_flops(), shape, out)
-        )
-
-    names = {module: name for name, module in network.named_modules()}
-    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
-    handles += [m.register_forward_hook(leave) for m in names]
-    counter = FlopCounterMode(display=False)
-    try:
-        with _at_rest(network), torch.no_grad(), counter:
-            logits = network(images)
-    except _SHAPE_ERRORS as error:
-        raise NetworkError(
-            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {str(error).splitlines()[0]}. "
-            "Give it the size it takes (--img-size, --in-chans)."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
-
-
-_SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
-
-
-@contextmanager
-def _at_rest(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter that requires a gradient (torch's FLOP counter trips over those), then as before."""
-    modes = {m: m.training for m in network.modules()}
-    trained = [p for p in network.parameters() if p.requires_grad]
-    try:
-        network.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _describe(value: object) -> str:
@@ -261,29 +180,12 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
     return (named or candidates)[-1]
 
 
-def _size(shape: tuple[int, ...] | None, aspect: float) -> int | None:
-    """Pixels or tokens of one output shape without its batch; None when it is neither map nor tokens."""
-    if shape is None or len(shape) not in (2, 3):
-        return None
-    if len(shape) == 2:
-        return shape[0]
-    return math.prod(shape[:2] if _layout(shape, aspect) == "nhwc" else shape[1:])
-
-
-def _layout(shape: tuple[int, ...], aspect: float) -> str:
-    """Where the channels are, judged by which two sides have the image's aspect ratio."""
-    if len(shape) == 2:
-        return "tokens"
-    c, h, w = shape
-    return "nhwc" if abs(h / w - aspect) > 0.2 and abs(c / h - aspect) <= 0.2 else "nchw"
-
-
 def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
     """The outermost module whose output is the last map (or tokens) before pooling."""
-    before = [c for c in calls if c.end < classifier.start and _size(c.output, aspect)]
-    spread = [c for c in before if (_size(c.output, aspect) or 0) > 1]
-    pools = [c for c in before if "pool" in c.kind.lower() and _size(c.input, aspect) == 1]
-    smallest = min((_size(c.output, aspect) or 0 for c in spread), default=1)
+    before = [c for c in calls if c.end < classifier.start and positions(c.output, aspect)]
+    spread = [c for c in before if (positions(c.output, aspect) or 0) > 1]
+    pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
+    smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
     if pools and smallest <= 4 and not any(c.start > pools[-1].start for c in spread):
         # On small images the last stage is a single pixel: what enters the last pooling is the feature map.
         before = [c for c in before if c.end < pools[-1].start]
@@ -304,13 +206,13 @@ def _outermost(calls: list[Call], call: Call) -> Call:
     return best
 
 
-def _stages(
-    network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float
-) -> list[Stage]:
+def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
     """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
     body = [c for c in calls if c.end < classifier.start]
-    sizes = sorted({s for c in body if (s := _size(c.output, aspect)) and s > 0 and c.end <= feature.end}, reverse=True)
-    smallest = _size(feature.output, aspect) or 1
+    sizes = sorted(
+        {s for c in body if (s := positions(c.output, aspect)) and s > 0 and c.end <= feature.end}, reverse=True
+    )
+    smallest = positions(feature.output, aspect) or 1
     starts = {s: _stage_start(body, s, aspect) for s in sizes if s >= smallest}
     order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
     stages: list[Stage] = []
@@ -320,7 +222,7 @@ def _stages(
         inside = [c for c in body if c.start >= first.start and c.end < limit]
         if not inside or inside[-1].flops_end == first.flops_start:
             continue
-        ends = [c for c in inside if _size(c.output, aspect) == size]
+        ends = [c for c in inside if positions(c.output, aspect) == size]
         last = _outermost(inside, ends[-1]) if ends else inside[-1]
         stages.append(
             Stage(
@@ -342,15 +244,17 @@ def _stages(
 def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
     """The first module that takes the size before and gives `size`; a mere pooling belongs to the stage before it."""
     entering = [
-        c for c in body if _size(c.output, aspect) == size and ((s := _size(c.input, aspect)) is None or s > size)
+        c
+        for c in body
+        if positions(c.output, aspect) == size and ((s := positions(c.input, aspect)) is None or s > size)
     ]
     entering = [c for c in entering if c.input is not None]
     if not entering:
-        return min((c for c in body if _size(c.output, aspect) == size), key=lambda c: c.start, default=None)
-    nearest_size = min(_size(c.input, aspect) or 0 for c in entering)
-    first = min((c for c in entering if _size(c.input, aspect) == nearest_size), key=lambda c: c.start)
+        return min((c for c in body if positions(c.output, aspect) == size), key=lambda c: c.start, default=None)
+    nearest_size = min(positions(c.input, aspect) or 0 for c in entering)
+    first = min((c for c in entering if positions(c.input, aspect) == nearest_size), key=lambda c: c.start)
     if first.flops_end == first.flops_start:
-        following = [c for c in body if c.start > first.end and _size(c.output, aspect) == size]
+        following = [c for c in body if c.start > first.end and positions(c.output, aspect) == size]
         if following:
             return min(following, key=lambda c: c.start)
     return first
@@ -358,20 +262,15 @@ def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
 
 def _ended_before(body: list[Call], first: Call) -> str | None:
     """The outermost module that ended last before `first` began."""
-    once = _called_once(body)
+    once = called_once(body)
     done = [c for c in body if c.end < first.start and c.name in once]
     return _outermost(done, done[-1]).name if done else None
 
 
-def _called_once(calls: list[Call]) -> set[str]:
-    count = Counter(c.name for c in calls)
-    return {name for name, times in count.items() if times == 1}
-
-
 def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
-    """Modules that keep their input's shape and may be repeated: residual blocks, transformer blocks, conv-bn-act runs."""
+    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs."""
     modules = dict(network.named_modules())
-    once = _called_once(inside)
+    once = called_once(inside)
     worth = 0.05 * (inside[-1].flops_end - inside[0].flops_start)
     same = [
         c
@@ -380,7 +279,7 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
         and not c.leaf
         and c.name in once
         and c.flops_end - c.flops_start >= worth
-        and _size(c.output, aspect) == size
+        and positions(c.output, aspect) == size
         and any(True for _ in modules[c.name].parameters())
         and not isinstance(modules[c.name], nn.Sequential)
         and not _spans_blocks(c, inside)
@@ -398,14 +297,20 @@ def _spans_blocks(call: Call, inside: list[Call]) -> bool:
     return any(kinds.count(kind) > 1 and kind not in _ACTIVATIONS for kind in kinds)
 
 
-_ACTIVATIONS = {"BatchNormAct2d", "GroupNormAct", "ConvNormAct", "ConvBnAct", "Conv2dNormActivation", "LayerScale", "Mlp"}
+_ACTIVATIONS = {
+    "BatchNormAct2d",
+    "GroupNormAct",
+    "ConvNormAct",
+    "ConvBnAct",
+    "Conv2dNormActivation",
+    "LayerScale",
+    "Mlp",
+}
 
 
-def _runs(
-    modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float
-) -> Iterator[tuple[str, ...]]:
+def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
     """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
-    flat = [c for c in inside if c.leaf and _size(c.output, aspect) == size and _size(c.input, aspect) == size]
+    flat = [c for c in inside if c.leaf and positions(c.output, aspect) == size and positions(c.input, aspect) == size]
     for i, call in enumerate(flat):
         layer = modules[call.name]
         if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
@@ -422,7 +327,7 @@ def _runs(
 
 def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -> tuple[Cut, ...]:
     """Every module that is called once, gives one tensor and ends before the classifier, in the order of ending."""
-    once = _called_once(calls)
+    once = called_once(calls)
     total = max(1, root.flops_end)
     params = max(1, sum(p.numel() for p in network.parameters()))
     own = {name: sum(p.numel() for p in m.parameters(recurse=False)) for name, m in network.named_modules()}
@@ -432,4 +337,3 @@ def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -
         if call.name in once and call.end < classifier.start:
             cuts.append(Cut(call.name, call.output or (), 1 - call.flops_end / total, 1 - spent / params))
     return tuple(cuts)
-

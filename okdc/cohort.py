@@ -1,4 +1,4 @@
-"""The target with its branches: the trunk runs once and is recorded, every branch replays it; strip gives the target back.
+"""The target with its branches: the trunk runs once and is recorded, every branch replays it; strip undoes it.
 
 The target is run whole, as the user wrote it. A branch is another full network of the same family in which the modules
 before the cut are `Replay`s that return what was recorded, so its own forward code runs unchanged and costs only its
@@ -8,8 +8,7 @@ tail. Nothing is traced. Attach and strip are both in this file.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc.anatomy import Anatomy, inspect
-from okdc.errors import CutError, NetworkError
+from okdc.anatomy import inspect
+from okdc.errors import NetworkError
 from okdc.growth import born, grow
-from okdc.replay import Handling, Proof, Record, Replay, Tap, Tape, random_state, set_random_state
-
-TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
+from okdc.replay import Handling, Record, Tap, Tape
+from okdc.sharing import before, prove, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,15 @@ class Cohort(nn.Module):
         self.tape = Tape()
         self._hooks: list[Any] = []
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
-        cuts = {b.cut: _before(target, self.anatomy, b.cut) for b in branches if b.cut}
+        cuts = {b.cut: before(target, self.anatomy, b.cut) for b in branches if b.cut}
         proofs = {cut: _copy(target) for cut in cuts}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()})
             for cut, network in proofs.items():
-                _stand_in(network, cuts[cut], self.tape)
-                _prove(target, network, self.anatomy, cut, self.tape, example)
+                stand_in(network, cuts[cut], self.tape)
+                prove(target, network, self.anatomy, cut, self.tape, example)
             self.grown = [
                 self._finish(network, plan, cuts, redraw, pretrained, example)
                 for network, plan, redraw in zip(siblings, branches, redrawn, strict=True)
@@ -152,7 +150,13 @@ class Cohort(nn.Module):
                 self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
 
     def _finish(
-        self, network: nn.Module, plan: Branch, cuts: dict, redraw: bool, pretrained: bool, example: Tensor
+        self,
+        network: nn.Module,
+        plan: Branch,
+        cuts: dict[str, dict[str, nn.Module]],
+        redraw: bool,
+        pretrained: bool,
+        example: Tensor,
     ) -> str:
         """Make a sibling of the target the branch that was planned; what was appended to it, in words."""
         if plan.network is not None:
@@ -163,15 +167,14 @@ class Cohort(nn.Module):
         # Appended blocks first: they may stand after modules that are about to be replaced.
         grown = [grow(network, self.anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
         if plan.cut:
-            _stand_in(network, cuts[plan.cut], self.tape)
-            _tie_unused(network, self.target, self.tape, example)
+            stand_in(network, cuts[plan.cut], self.tape)
+            tie_unused(network, self.target, self.tape, example)
         return ", ".join(grown)
 
     def _measure(self, example: Tensor) -> tuple[Cost, ...]:
         """Run every member once; the FLOPs of a branch are those of its own tail."""
         costs, seen, flops = [], set[int](), []
-        with unchanged(self), torch.no_grad():
-            self.eval().requires_grad_(False)
+        with unchanged(self), at_rest(self), torch.no_grad():
             self.tape.start()
             for member in self.members:
                 self.tape.rewind()
@@ -186,26 +189,6 @@ class Cohort(nn.Module):
             seen |= {id(p) for p in member.parameters()}
             costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, grown))
         return tuple(costs)
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Run a module on trial: buffers, modes, frozen parameters and random numbers are afterwards what they were."""
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    modes = [(m, m.training) for m in module.modules()]
-    trained = [(p, p.requires_grad) for p in module.parameters()]
-    state = random_state()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for part, mode in modes:
-            part.training = mode
-        for parameter, wanted in trained:
-            parameter.requires_grad_(wanted)
-        set_random_state(state)
 
 
 def _copy(target: nn.Module) -> nn.Module:
@@ -228,119 +211,3 @@ def _sibling(target: nn.Module, fresh: Callable[[], nn.Module] | None) -> nn.Mod
     for mine, theirs in zip(network.parameters(), target.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     return network.to(next(target.parameters()).device)
-
-
-def _before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module]:
-    """The outermost modules all of whose calls end before the cut; modules called on both sides stay in the branch."""
-    anatomy.find_cut(cut)
-    moment = next(c.end for c in anatomy.calls if c.name == cut)
-    last: dict[str, int] = {}
-    for call in anatomy.calls:
-        last[call.name] = max(last.get(call.name, 0), call.end)
-    names = {module: name for name, module in target.named_modules()}
-    found: dict[str, nn.Module] = {}
-
-    def walk(module: nn.Module) -> None:
-        for child in module.children():
-            finished = all(last.get(names[m], 0) <= moment for m in child.modules())
-            if finished and names[child] in last:
-                found[names[child]] = child
-            else:
-                walk(child)
-
-    walk(target)
-    return found
-
-
-def _stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape) -> None:
-    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target."""
-    doomed = {network.get_submodule(name): name for name in trunk}
-    for module in list(network.modules()):
-        for key, child in module._modules.items():
-            if child in doomed:
-                module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]])
-
-
-def _tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
-    """Point parameters that a branch still has but never uses (position embeddings before the cut) to the target's own."""
-    with unchanged(target), unchanged(network), torch.enable_grad():
-        target.eval(), network.eval()
-        tape.start()
-        target(example)
-        logits = network(example)
-        tape.clear()
-        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-        grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
-    own = dict(target.named_parameters())
-    for (name, _), grad in zip(named, grads, strict=True):
-        if grad is None and name in own:
-            parent, _, leaf = name.rpartition(".")
-            network.get_submodule(parent)._parameters[leaf] = own[name]
-
-
-def _prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
-    """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
-    names = [m.name for m in network.modules() if isinstance(m, Replay)]
-    with unchanged(target), unchanged(network):
-        try:
-            _learn_handling(target, network, tape, example)
-            difference = _differences(target, network, tape, example)
-            if difference > TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
-                for name in names:
-                    tape.handling[name] = Handling()
-                difference = _differences(target, network, tape, example)
-        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
-        finally:
-            tape.clear()
-            tape.proof = None
-    if not difference <= TOLERANCE:
-        raise CutError(_refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e})"))
-
-
-def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
-    others = [c.name for c in anatomy.cuts if c.flops_after >= 0.05 and c.name != cut and c.name.count(".") <= 1]
-    return (
-        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. "
-        f"Cut elsewhere with --cut NAME (such as {', '.join(others[-4:])}), or train whole peer networks: --share none."
-    )
-
-
-def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> None:
-    """One watched run: outputs whose gradient is None never reach the logits; versions tell what is changed in place."""
-    target.train(False), network.train(False)
-    proof = tape.proof = Proof(probing=True)
-    tape.start()
-    with torch.enable_grad():
-        target(example)
-        changed_by_target = {name for name, tensor, version in proof.recorded if tensor._version != version}
-        logits = network(example)
-    changed_by_branch = {name for name, tensor, version in proof.replayed if tensor._version != version}
-    grads = torch.autograd.grad(logits.sum(), [leaf for _, leaf in proof.leaves], allow_unused=True)
-    live = {name for (name, _), grad in zip(proof.leaves, grads, strict=True) if grad is not None}
-    live |= {name for name, tensor, _ in proof.replayed if not tensor.is_floating_point()}
-    for name in {name for name, _, _ in proof.recorded} & {m.name for m in network.modules() if isinstance(m, Replay)}:
-        handling = tape.handling[name]
-        fresh = handling == Handling()
-        handling.live = name in live or (handling.live and not fresh)
-        handling.clone_recorded = name in changed_by_target or (handling.clone_recorded and not fresh)
-        handling.clone_replayed = name in changed_by_branch or (handling.clone_replayed and not fresh)
-
-
-def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
-    """The largest difference of logits in evaluation and in training mode (same random numbers), over the largest logit."""
-    worst = 0.0
-    for training in (False, True):
-        target.train(training), network.train(training)
-        tape.proof = Proof()
-        tape.start()
-        with torch.no_grad():
-            reference = target(example)
-            if not (isinstance(reference, Tensor) and reference.dim() == 2):
-                raise TypeError(f"in {'training' if training else 'evaluation'} mode it returns no single logits tensor")
-            logits = network(example)
-        tape.clear()
-        scale = reference.abs().max().clamp_min(1e-12)
-        worst = max(worst, float((logits - reference).abs().max() / scale))
-    return worst

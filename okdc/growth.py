@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Chain(nn.Module):
             x = block(x, *args, **kwargs)
         return x
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -87,7 +88,7 @@ def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrai
         born(block, pretrained)
     parent, _, leaf = names[-1].rpartition(".")
     place = network.get_submodule(parent)
-    place._modules[leaf] = Chain(place._modules[leaf], blocks)
+    place._modules[leaf] = Chain(network.get_submodule(names[-1]), blocks)
     return f"{count} x {kind} after {names[-1]}"
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and label smoothing give them."""
+    """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and smoothing give them."""
     return F.cross_entropy(_full(logits), labels if labels.dim() == 1 else _full(labels))
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True) -> Tensor:
-    """KL(teacher || student) of softened logits (B, C), times T^2 so that its gradient does not shrink with T (Hinton 2015).
+    """KL(teacher || student) of softened logits (B, C), times T^2 so that its gradient does not shrink with T.
 
     The teacher is a constant unless `detach` is False. `eps` is added to the teacher's probabilities without
     renormalising, as some official codes do; 0 is the exact divergence.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @dataclass
 class Handling:
-    """How one module's output travels: `live` if it reaches a branch's logits; cloned where code changes it in place."""
+    """How one module's output travels: `live` if it reaches a branch's logits; cloned where it is changed in place."""
 
     live: bool = True
     clone_recorded: bool = True
@@ -42,7 +42,7 @@ class Proof:
 
 
 class Tape:
-    """What the trunk said in this forward pass, by module and call; a copy of a cohort gets an empty tape of its own."""
+    """What the trunk said in this forward pass, by module and call; a copy of a cohort gets a tape of its own."""
 
     def __init__(self) -> None:
         self.recording = False
@@ -85,7 +85,9 @@ class Record:
         if tape.proof is not None:
             tape.proof.random_states.setdefault(self.name, []).append(random_state())
             if tape.proof.probing:
-                tape.proof.recorded += [(self.name, t, t._version) for t in tree_leaves(output) if isinstance(t, Tensor)]
+                tape.proof.recorded += [
+                    (self.name, t, t._version) for t in tree_leaves(output) if isinstance(t, Tensor)
+                ]
         if not handling.live:
             output = tree_map_only(Tensor, _shape_only, output)
         elif handling.clone_recorded:

@@ -124,7 +124,7 @@ class TrainSettings:
     recovery_interval: int = _setting(
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )
-    checkpoint_hist: int = _setting(1, "last.pth.tar files kept", at_least=1)
+    checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
 

@@ -47,7 +47,9 @@ def card(name: str) -> str:
 
 
 def _only_method(module_name: str, namespace: dict) -> type[Method]:
-    own = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module_name]
+    own = [
+        v for v in namespace.values() if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module_name
+    ]
     if len(own) != 1:
         raise AttributeError(f"{module_name} defines {len(own)} methods, expected one")
     return own[0]

@@ -13,7 +13,7 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 
 
 class Method(nn.Module):
-    """One rule by which the members of a cohort teach each other; it owns the cohort, so it is what is trained and saved.
+    """One rule by which the members of a cohort teach each other; it owns the cohort: it is what is trained and saved.
 
     A subclass declares what it needs as class attributes, its settings as keywords of `__init__`, and writes `losses`.
     """

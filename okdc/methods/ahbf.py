@@ -3,8 +3,8 @@
 Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023,
     doi 10.1609/aaai.v37i6.25937.
 Code: linruigong965/AHBF (read, not copied: no licence): the fusion classes, the loss loop of train_ahbf.py, its ramp.
-Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's (it ends with
-    the run and peaks at 1; the later code halves it: --set method.kd_weight=0.75 and cohort.extra_blocks=2 are near that).
+Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's: it ends
+    with the run and peaks at 1. The later code has kd_weight=0.75, rampup_epochs=240 and extra_blocks=2.
     Every branch of a MobileNet gets its own blocks (the code reuses branch 0's). As in the code, gradients also flow
     into the teaching side (detach_teacher changes that), and a third direction, assistant to its own branch, is used.
 Costs: the tail once more per branch, with up to (M - 1) x extra blocks, and one 1x1 convolution per fusion.
@@ -13,6 +13,7 @@ Costs: the tail once more per branch, with up to (M - 1) x extra blocks, and one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -97,7 +98,7 @@ class Ahbf(Method):
         self.eps = eps
         self.detach_teacher = detach_teacher
         widths = cohort.feature_widths
-        self.fusions = nn.ModuleList(Fusion(a, b, attention) for a, b in zip(widths, widths[1:]))
+        self.fusions = nn.ModuleList(Fusion(a, b, attention) for a, b in pairwise(widths))
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         return self.chain_losses(out.logits, self.assistants(out), labels)

@@ -9,6 +9,7 @@ Costs: one whole network per peer, in training only.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
@@ -31,7 +32,7 @@ class Dml(Method):
         parts = {}
         for i, name in enumerate(self.cohort.names):
             others = [z for j, z in enumerate(out.logits) if j != i]
-            mutual = sum(kl(out.logits[i], z, self.temperature) for z in others) / len(others)
+            mutual = torch.stack([kl(out.logits[i], z, self.temperature) for z in others]).mean()
             parts[f"ce/{name}"] = cross_entropy(out.logits[i], labels)
             parts[f"kl/{name}"] = self.weight * mutual
         return parts

@@ -137,9 +137,7 @@ def test_chain_end_to_end() -> None:
         ahbf.fusions[i] = fill(Fusion(64, 64).double(), t, f"fusion.{i}.", {k: k.replace("_", ".") for k in NAMES})
     ahbf.train().epoch.fill_(hyper["epoch"])
     maps = [t[f"feat.{i}"].requires_grad_() for i in range(4)]
-    logits = [
-        maps[i].mean((2, 3)) @ t[f"classifier.{i}.weight"].T + t[f"classifier.{i}.bias"] for i in range(4)
-    ]
+    logits = [maps[i].mean((2, 3)) @ t[f"classifier.{i}.weight"].T + t[f"classifier.{i}.bias"] for i in range(4)]
     for z in logits:
         z.retain_grad()
     out = CohortOutput(tuple(logits), tuple(maps))
@@ -171,7 +169,7 @@ def test_rampup() -> None:
 
 
 def test_depth_rule_on_every_architecture_of_the_paper() -> None:
-    t, meta = load("ahbf_structure")
+    _, meta = load("ahbf_structure")
     assert len(meta["expected"]) == 10
     for key, expected in meta["expected"].items():
         extra = int(key.split("_a")[-1].split("_")[0])

@@ -1,0 +1,217 @@
+"""The files of a bundle that are not export targets: weights, configuration, check sums, model card; written and read.
+
+Nothing here runs code that it finds in a bundle: weights are safetensors, everything else is json and text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save
+from timm.models._hub import save_config_for_hf  # its public caller refuses channels-last weights
+from torch import nn
+
+import okdc
+from okdc._portable import one_line, portable, without_paths
+from okdc.errors import ExportError
+from okdc.verify import torch_runner
+
+SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write json that is the same byte for byte for the same value, without absolute paths."""
+    text = json.dumps(portable(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a json file of a bundle; raises ExportError if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read ({error}). Export the run again: okdc export RUN") from error
+
+
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS over every other file of the folder, in the format of `sha256sum --check`."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names if name != SUMS]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """File names of a bundle and their sums, from SHA256SUMS; empty if there is none."""
+    if not (folder / SUMS).is_file():
+        return {}
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def check_sums(folder: Path) -> list[str]:
+    """What is wrong with the files of a bundle, such as "model.onnx changed"; empty if they are as exported."""
+    sums = listed(folder)
+    if not sums:
+        return [f"{SUMS} missing"]
+    problems = [f"{name} missing" for name in sums if not (folder / name).is_file()]
+    changed = (name for name, digest in sums.items() if (folder / name).is_file() and _sha256(folder / name) != digest)
+    return problems + [f"{name} changed" for name in changed]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_weights(student: nn.Module, path: Path) -> None:
+    """Write the state_dict of the student, under its own keys."""
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in student.state_dict().items()}
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def write_golden(student: nn.Module, input_size: Sequence[int], path: Path) -> None:
+    """Write two random inputs and the logits that the student gives for them, on the CPU in fp32."""
+    inputs = np.random.default_rng(0).standard_normal((2, *input_size), dtype=np.float32)
+    np.savez(path, inputs=inputs, logits=torch_runner(student)(inputs))
+
+
+def read_golden(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Two inputs (2, C, H, W) and the logits (2, classes) that torch gave for them when the bundle was written."""
+    with np.load(folder / GOLDEN, allow_pickle=False) as arrays:
+        return arrays["inputs"], arrays["logits"]
+
+
+def write_config(
+    student: nn.Module, path: Path, arch: str, classes: Sequence[str], preprocess: dict, model_args: dict | None
+) -> None:
+    """Write config.json as timm and the Hugging Face hub read it; for other networks, with the same keys."""
+    labels = list(classes)
+    cfg = getattr(student, "pretrained_cfg", None) or {}
+    if timm.is_model(cfg.get("architecture") or ""):
+        extra = {"label_names": labels}
+        save_config_for_hf(student, str(path), extra, model_args=model_args, data_config=preprocess)
+        config = read_json(path)
+        for stale in ("tag", "license", "origin_url"):  # these are about the weights that timm has under that name
+            config["pretrained_cfg"].pop(stale, None)
+    else:
+        known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
+        config = {"architecture": arch, "model_args": model_args or {}} | known
+    write_json(path, config | {"okdc": {"version": okdc.__version__, "loader": "state_dict"}})
+
+
+def settle_loader(folder: Path) -> str | None:
+    """Try whether timm or torchvision rebuild the student from the folder alone, and note it in config.json.
+
+    Returns why they cannot although they know the architecture, else None.
+    """
+    inputs, logits = read_golden(folder)
+    config = read_json(folder / CONFIG)
+    loader = _library(config["architecture"])
+    if loader == "state_dict":
+        return None
+    try:
+        rebuilt = torch_runner(_build(folder, config))(inputs)
+        if not np.allclose(rebuilt, logits, rtol=1e-4, atol=1e-4 * float(np.abs(logits).max())):
+            return f"the network that {loader} builds from config.json gives other logits"
+    except Exception as error:  # whatever a changed network makes the libraries raise
+        return f"{loader} cannot rebuild the network from config.json: {one_line(error)}"
+    write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"loader": loader}})
+    return None
+
+
+def load_student(folder: Path) -> nn.Module | None:
+    """The student of a bundle, or None if neither timm nor torchvision can build it."""
+    config = read_json(folder / CONFIG)
+    loader = config.get("okdc", {}).get("loader", "state_dict")
+    # Not what the file claims but what the name is decides: only these two libraries may build anything.
+    if loader == "state_dict" or loader != _library(config["architecture"]):
+        return None
+    return _build(folder, config).eval()
+
+
+def _library(architecture: str) -> str:
+    """Who can build an architecture by its name: "timm", "torchvision", or nobody: "state_dict"."""
+    if architecture.startswith("torchvision/"):
+        return "torchvision"
+    from okdc import networks  # noqa: F401  (registers the CIFAR networks with timm)
+
+    return "timm" if timm.is_model(architecture) else "state_dict"
+
+
+def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """The network of config.json with the weights of model.safetensors, whatever other weights lie there."""
+    name = config["architecture"]
+    if name.startswith("torchvision/"):
+        arguments = {**config["model_args"], "num_classes": config["num_classes"]}
+        network = torchvision.models.get_model(name.removeprefix("torchvision/"), **arguments)
+    else:
+        network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    return network
+
+
+def environment() -> dict[str, Any]:
+    """What the measurements depend on: versions, processor, accelerator."""
+    packages = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "tensorrt")
+    versions = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in packages}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts = {"okdc": okdc.__version__, "python": platform.python_version(), "os": platform.platform()}
+    return facts | {"cpu": _processor(), "gpu": gpu} | {name: version for name, version in versions.items() if version}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[str, Any]) -> dict[str, str]:
+    """What a lone file needs to be used, and where it comes from."""
+    recipe = json.dumps(portable(info.get("recipe")), sort_keys=True)
+    return {
+        "okdc.version": okdc.__version__,
+        "okdc.architecture": without_paths(arch),
+        "okdc.labels": json.dumps(list(classes)),
+        "okdc.preprocess": json.dumps(preprocess, sort_keys=True),
+        "okdc.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
+    }
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ExportError if replacing the folder would delete something that is not a bundle's."""
+    if not folder.name:
+        raise ExportError(f"A bundle takes the place of its folder, which {folder} cannot be: --output {folder}/export")
+    if not folder.exists():
+        return
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    foreign = sorted(found - set(listed(folder)) - {SUMS})
+    if not folder.is_dir() or foreign:
+        what = f"holds {foreign[0]}, which is not part of an exported bundle" if foreign else "is a file"
+        raise ExportError(f"{folder} {what}. Move it away, or give another place: --output FOLDER")
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Put `part` where `folder` is; what was there goes away only once the new one is in place."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(part, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

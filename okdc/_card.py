@@ -1,0 +1,120 @@
+"""The model card of a bundle: README.md with the results, how to run it, and what it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from okdc._bundle import CONFIG, WEIGHTS
+from okdc._portable import portable
+
+_FILES = {
+    WEIGHTS: "the weights",
+    CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
+    "preprocess.json": "how an image becomes an input",
+    "labels.txt": "one class per line, in the order of the logits",
+    "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
+    "verification.json": "what was measured, on which machine",
+    "golden.npz": "two random inputs and the logits that they must give",
+    "SHA256SUMS": "`sha256sum --check SHA256SUMS`",
+}
+
+
+def write_card(folder: Path, arch: str, config: dict, verification: dict, info: Mapping[str, Any]) -> None:
+    """Write README.md; info may have title, licence, command, recipe and metrics."""
+    info = portable(dict(info))
+    parts = [_head(arch, config, info), _results(verification), _run(folder, arch, config), _files(folder)]
+    (folder / "README.md").write_text("\n\n".join([*parts, _origin(config, info)]) + "\n", encoding="utf-8")
+
+
+def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
+    size = "x".join(str(side) for side in config["pretrained_cfg"]["input_size"])
+    library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" else ""
+    return (
+        f"---\nlicense: {info.get('licence') or 'other'}\n{library}"
+        f"pipeline_tag: image-classification\ntags:\n- image-classification\n- okdc\n---\n\n"
+        f"# {info.get('title') or portable(arch)}\n\n"
+        f"{portable(arch)}, {config['num_classes']} classes, input {size}, trained and exported by "
+        f"okdc {config['okdc']['version']}."
+    )
+
+
+def _results(verification: dict) -> str:
+    rows = verification["rows"]
+    batches = sorted({entry["batch"] for row in rows for entry in row["latency"]})
+    head = ["runner", "file", "MB", "top-1 %", "top-5 %", "agrees with torch %", "rel. difference"]
+    head += [f"ms at batch {batch} (p50)" for batch in batches] + ["verdict"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        shares = (_number(row[key], "{:.2f}") for key in ("top1", "top5", "agreement"))
+        times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
+        latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
+        verdict = "pass" if row["pass"] else f"**fail**: {row['reason']}"
+        cells = [row["name"], row["file"] or "", _number(row["mb"], "{:.1f}"), *shares, _number(row["rel"], "{:.0e}")]
+        lines.append(_line([*cells, *latency, verdict]))
+    kind = "random inputs (there were no validation images)" if verification["verdict"] == "parity_only" else "images"
+    cpu = verification["environment"].get("cpu", "")
+    text = f"Measured on {verification['images']} {kind}, device {verification['device']}"
+    skipped = [f"- {entry['target']} was skipped: {entry['reason']}" for entry in verification["skipped"]]
+    return "\n".join(
+        ["## Results", "", *lines, "", f"{text} ({cpu}); latency on {verification['threads']} thread(s).", *skipped]
+    )
+
+
+def _run(folder: Path, arch: str, config: dict) -> str:
+    lines = ["## How to run it", ""]
+    if (folder / "predict.py").is_file():
+        lines += ["```bash", "pip install -r requirements.txt", "python predict.py IMAGE [IMAGE ...]", "```", ""]
+    return "\n".join([*lines, "```python", *_loading(portable(arch), config), "```"])
+
+
+def _loading(arch: str, config: dict) -> list[str]:
+    """The lines of Python that load the weights."""
+    loader, name, classes = config["okdc"]["loader"], config["architecture"], config["num_classes"]
+    if loader == "timm":
+        registering = [] if _is_timms_own(name) else ["import okdc.networks  # registers the architecture with timm"]
+        create = 'network = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'
+        return [*registering, "import timm", "", create]
+    build = f"...  # {arch} with {classes} classes, built as it was for training"
+    imports = ["from safetensors.torch import load_file"]
+    if loader == "torchvision":
+        arguments = "".join(f", {key}={value!r}" for key, value in sorted(config["model_args"].items()))
+        build = f'torchvision.models.get_model("{name.removeprefix("torchvision/")}", num_classes={classes}{arguments})'
+        imports = ["import torchvision", *imports]
+    return [*imports, "", f"network = {build}", f'network.load_state_dict(load_file("{WEIGHTS}"))', "network.eval()"]
+
+
+def _is_timms_own(architecture: str) -> bool:
+    import timm
+
+    return timm.models.model_entrypoint(architecture).__module__.startswith("timm.")
+
+
+def _files(folder: Path) -> str:
+    present = {path.name for path in folder.iterdir()} | {"SHA256SUMS", "verification.json"}
+    return "\n".join(["## Files", "", *(f"- `{name}`: {what}" for name, what in _FILES.items() if name in present)])
+
+
+def _origin(config: dict, info: Mapping[str, Any]) -> str:
+    cfg = config["pretrained_cfg"]
+    keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+    lines = ["## Preprocessing", "", *(f"- {key}: {cfg[key]}" for key in keys if key in cfg)]
+    numbers = {key: value for key, value in (info.get("metrics") or {}).items() if isinstance(value, (int, float, str))}
+    if numbers:
+        lines += ["", "## Training", "", *(f"- {key}: {_number(value, '{:.4g}')}" for key, value in numbers.items())]
+    if info.get("command"):
+        lines += ["", "## Command", "", "```bash", str(info["command"]), "```"]
+    if info.get("recipe"):
+        import yaml
+
+        lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(info["recipe"], sort_keys=False).rstrip(), "```"]
+    return "\n".join(lines)
+
+
+def _number(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,127 @@
+"""What training needs of the machine it runs on: device and precision, random numbers, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from okdc.errors import RecipeError
+from okdc.settings import TrainSettings
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, auto being CUDA where there is one, else the CPU; RecipeError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: expected auto, cpu, cuda or cuda:1.") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise RecipeError(f"--device {name}: torch finds {count} CUDA devices here. Try --device auto.")
+    return device
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the arithmetic is done and how precisely."""
+
+    device: torch.device
+    dtype: torch.dtype | None  # of mixed precision; None is full precision
+    memory_format: torch.memory_format
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> Machine:
+        """The machine that the settings ask for, their defaults being those of its device."""
+        device = choose_device(settings.device)
+        on_cuda = device.type == "cuda"
+        channels_last = on_cuda if settings.channels_last is None else settings.channels_last
+        dtype = _precision(settings.amp_dtype, device) if (on_cuda if settings.amp is None else settings.amp) else None
+        return cls(device, dtype, torch.channels_last if channels_last else torch.preserve_format)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which forward passes are made."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch on the device."""
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return images, labels.to(self.device, non_blocking=True)
+
+
+def _precision(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None:
+        no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if no_bf16 else torch.bfloat16
+    if name not in ("bfloat16", "float16"):
+        raise RecipeError(f"--amp-dtype {name}: expected bfloat16 or float16.")
+    return getattr(torch, name)
+
+
+def seed_everything(*position: int) -> None:
+    """Make all random numbers that follow a function of `position`, such as (seed, epoch, step)."""
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little")
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # torch.manual_seed would walk the call stack to note this down for later: 150 us
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """Give the caller's random states back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a wish, `signal`, that the loop sees after its step; the second one ends
+    the process at once. In any thread but the main one it does nothing."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signal
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a data worker forked from here: Ctrl-C is its parent's to answer
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may not be called in a handler

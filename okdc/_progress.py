@@ -1,0 +1,133 @@
+"""What a person sees of a training run: a bar on a terminal, lines elsewhere, summary.csv, and TensorBoard's events."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from okdc.checkpoint import atomically
+
+Row = dict[str, Any]
+
+SECONDS_BETWEEN_DRAWINGS = 0.2
+
+
+class Display:
+    """Shows a run of `epochs` times `steps` on stderr; a context manager, so that the terminal is always given back."""
+
+    def __init__(self, epochs: int, steps: int, log_interval: int) -> None:
+        self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
+        self.console = Console(stderr=True)
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), auto_refresh=False)
+        self.task = self.bar.add_task("", total=steps)
+        self.status, self.accuracies = "", ""
+        self.started, self.shown, self.drawn = time.perf_counter(), 0, 0.0
+        bar = self.console.is_terminal and not self.console.is_dumb_terminal
+        # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
+        self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def note(self, text: str) -> None:
+        """Say something once, above the bar."""
+        if self.live:
+            self.console.print(Text(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float) -> None:
+        """Step `step` of epoch `epoch` is done, at `speed` images per second; no `losses` when it was skipped."""
+        self.shown += 1
+        now = time.perf_counter()
+        if now < self.drawn + SECONDS_BETWEEN_DRAWINGS if self.live else step % self.log_interval:
+            return
+        self.drawn = now
+        loss = f"loss {sum(losses.values()):.4g}" if losses else "step skipped, not finite"
+        parts = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        # The parts last: they are what a narrow terminal may cut off.
+        self.status = f"{loss} · lr {lr:.3g} · {speed:.0f} images/s · {self._time_left(epoch, step)} left · {parts}"
+        if self.live:
+            self.bar.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}", completed=step)
+            self.live.refresh()
+        else:
+            self.note(f"epoch {epoch + 1}/{self.epochs} step {step}/{self.steps} {self.status}")
+
+    def epoch(self, row: Row) -> None:
+        """An epoch is over; `row` is its line of the history."""
+        top1 = {name.removeprefix("top1/"): value for name, value in row.items() if name.startswith("top1/")}
+        self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
+        line = f"epoch {row['epoch'] + 1}/{self.epochs}: loss {row['train_loss']:.4f}"
+        if row["eval_top1"] is not None:
+            line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f} · top-1 of {self.accuracies}"
+        if row["skipped_steps"]:
+            line += f" · {row['skipped_steps']} steps skipped"
+        self.note(f"{line} · {row['seconds']:.1f} s")
+
+    def _render(self) -> Group:
+        accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
+        return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
+
+    def _time_left(self, epoch: int, step: int) -> timedelta:
+        left = (self.epochs - epoch) * self.steps - step
+        seconds = (time.perf_counter() - self.started) / max(1, self.shown) * left
+        return timedelta(seconds=round(seconds))
+
+
+class Events:
+    """TensorBoard's event files, when `tensorboard` is installed; never a reason for a run to fail."""
+
+    def __init__(self, folder: Path, first_epoch: int) -> None:
+        self.writer: Any = None
+        if importlib.util.find_spec("tensorboard") is None:
+            return
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
+
+    def epoch(self, row: Row) -> None:
+        """Write the numbers of one line of the history."""
+        if self.writer is None:
+            return
+        with contextlib.suppress(Exception):
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self.writer.add_scalar(name, value, row["epoch"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            with contextlib.suppress(Exception):
+                self.writer.close()
+
+
+def write_summary(path: Path, history: list[Row]) -> None:
+    """Write the whole history as CSV, atomically: one header, one line per epoch, timm's columns first."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))

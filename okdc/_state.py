@@ -1,0 +1,204 @@
+"""What a training run is: built from its settings, written to a checkpoint, and put back exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm.optim
+import timm.scheduler
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from okdc import checkpoint
+from okdc._machine import Machine
+from okdc._progress import Row
+from okdc.errors import RecipeError, RunError, nearest
+from okdc.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from okdc.methods import Method
+
+
+@dataclass
+class TrainState:
+    """Everything a run must remember: what is not here does not survive.
+
+    Learning rates and random numbers are not here because they are functions of the settings, `epoch` and `step`.
+    """
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    schedule: Any  # timm's; None for `sched: none`
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+    epoch: int = 0  # the epoch that is being trained, 0-based; when it is settings.epochs, the run is complete
+    step: int = 0  # optimizer steps done in that epoch
+    sums: dict[str, float] = field(default_factory=dict)  # over those steps
+    skipped_in_a_row: int = 0
+    best: float | None = None  # the student's best validation top-1, per cent
+    best_epoch: int | None = None
+    history: list[Row] = field(default_factory=list)  # one row for each epoch done
+
+    @property
+    def student(self) -> nn.Module:
+        """What is evaluated and what ships: the target, or its moving average where there is one."""
+        return self.ema.module if self.ema else self.method.cohort.target
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def speed(self) -> float:
+        """Training images per second in this epoch so far."""
+        return self.sums["images"] / self.sums["seconds"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a run to the last."""
+
+    settings: TrainSettings
+    folder: Path
+    arch: str
+    recipe: dict[str, Any]
+    machine: Machine
+    steps: int  # optimizer steps per epoch
+
+    @property
+    def last(self) -> Path:
+        return self.folder / checkpoint.LAST
+
+
+def build(method: Method, run: Run) -> TrainState:
+    """The state of a run before its first step; RecipeError for what timm does not know."""
+    settings, machine = run.settings, run.machine
+    method.to(machine.device).to(memory_format=machine.memory_format)
+    method.epochs.fill_(settings.epochs)
+    optimizer = _optimizer(method, settings)
+    schedule = _schedule(optimizer, settings, run.steps)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    # The decay warms up, else the average of a short run would be its initial weights.
+    ema = ModelEmaV3(method.cohort.target, settings.model_ema_decay, use_warmup=True) if settings.model_ema else None
+    return TrainState(method, optimizer, schedule, scaler, ema)
+
+
+def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer:
+    lr = settings.lr
+    if lr is None:
+        lr = settings.lr_base * settings.batch_size * settings.grad_accum_steps / 256
+    groups, extra = method.param_groups(lr), dict(settings.opt_kwargs)
+    if extra.pop("filter_bias_and_bn", False):
+        groups = [part for group in groups for part in _spare_biases_and_norms(group)]
+    # adahessian differentiates twice and keeps random numbers of its own, so it would not resume exactly.
+    known = [str(name) for name in timm.optim.list_optimizers() if name != "adahessian"]
+    if settings.opt.lower().removeprefix("lookahead_") not in known:
+        raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
+    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
+    try:
+        return timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise RecipeError(f"--opt {settings.opt} cannot be made with {options}: {error}") from error
+
+
+def _spare_biases_and_norms(group: dict) -> list[dict]:
+    """The group in two, the one-dimensional parameters without weight decay."""
+    parameters = list(group["params"])
+    decayed, spared = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+    parts = [{**group, "params": decayed}, {**group, "params": spared, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Any:
+    known = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+    if settings.sched not in known:  # not timm's plateau: it cannot be resumed exactly and is about to leave timm
+        raise RecipeError(f"--sched {settings.sched}: expected one of {', '.join(known)}.")
+    names = ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_milestones", "decay_epochs", "decay_rate")
+    try:
+        schedule, _ = timm.scheduler.create_scheduler_v2(
+            optimizer,
+            num_epochs=settings.epochs,
+            step_on_epochs=not settings.sched_on_updates,
+            updates_per_epoch=steps,
+            **{name: getattr(settings, name) for name in names},
+        )
+    except (AssertionError, ValueError) as error:
+        raise RecipeError(f"--sched {settings.sched} cannot be made for {settings.epochs} epochs: {error}") from error
+    return schedule
+
+
+def _facts(state: TrainState, run: Run) -> dict[str, Any]:
+    """What a checkpoint and the run that continues it must have in common before weights are even compared."""
+    return {
+        "network": run.arch,
+        "method": type(state.method).__name__,
+        "optimizer": run.settings.opt,
+        "model_ema": state.ema is not None,
+    }
+
+
+def _payload(state: TrainState, run: Run) -> dict[str, Any]:
+    """timm's layout, the state dict being the target's alone; what timm has no place for is under "okdc"."""
+    payload = {
+        "epoch": state.epoch - 1,  # the last one done, as in timm's version 2
+        "arch": run.arch,
+        "state_dict": state.method.cohort.target.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "args": run.recipe,
+        "version": 2,
+        "metric": state.history[-1]["eval_top1"] if state.history else None,
+    }
+    if state.scaler.is_enabled():
+        payload["amp_scaler"] = state.scaler.state_dict()
+    if state.ema:
+        payload["state_dict_ema"] = state.ema.module.state_dict()
+    names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history")
+    own = {name: getattr(state, name) for name in names}
+    payload["okdc"] = {"facts": _facts(state, run), "steps": run.steps, "method": state.method.state_dict(), "run": own}
+    return payload
+
+
+def save(state: TrainState, run: Run, best: bool = False) -> None:
+    """Write last.pth.tar and, with `best`, model_best.pth.tar, which is the same file."""
+    payload, keep = _payload(state, run), run.settings.checkpoint_hist
+    if not best:
+        checkpoint.save(run.last, payload, keep)
+        return
+    # The best first: a run killed between the two resumes from the older last and writes the same best once more.
+    checkpoint.save(run.folder / checkpoint.BEST, payload)
+    checkpoint.duplicate(run.folder / checkpoint.BEST, run.last, keep)
+
+
+def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> None:
+    """Put the state back to what it was when `path` was saved; RunError when it is of another run."""
+    saved = payload["okdc"]
+    ways_out = f"Continue it with the settings in {run.folder / 'recipe.yaml'}, or start anew with --experiment NAME."
+    for name, here in _facts(state, run).items():
+        if saved["facts"].get(name) != here:
+            raise RunError(f"{path} has {name} {saved['facts'].get(name)!r}, this run {here!r}. {ways_out}")
+    if difference := checkpoint.difference(saved["method"], state.method.state_dict()):
+        raise RunError(f"{path} does not fit this network and method: {difference}. {ways_out}")
+    if saved["run"]["step"] and saved["steps"] != run.steps:
+        raise RunError(
+            f"{path} was saved within an epoch of {saved['steps']} steps, this run has {run.steps} to the epoch: the "
+            f"data or batch size differs. {ways_out}"
+        )
+    try:
+        state.optimizer.load_state_dict(payload["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
+    state.method.load_state_dict(saved["method"])
+    if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
+        state.scaler.load_state_dict(payload["amp_scaler"])
+    if state.ema:
+        state.ema.module.load_state_dict(payload["state_dict_ema"])
+    for name, value in saved["run"].items():
+        setattr(state, name, value)
+    state.method.epochs.fill_(run.settings.epochs)
+    if state.schedule is not None and state.epoch:  # the same rate again, unless the run is to be longer now
+        state.schedule.step(state.epoch)
+        state.schedule.step_update(state.epoch * run.steps + state.step)

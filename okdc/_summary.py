@@ -1,0 +1,141 @@
+"""What commands print when they are done: tables that a person understands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from okdc.anatomy import Anatomy, Cut
+    from okdc.pipeline import Result
+
+
+def show_result(result: Result) -> None:
+    """The student's accuracy, what was exported, where everything is, and the next command."""
+    metrics, folder = result.metrics, result.path
+    table = _table("", "")
+    for label, value in [
+        ("Student, top-1, ships", _percent(metrics.get("top1"))),
+        ("Ensemble, top-1, does not ship", _percent(metrics.get("ensemble_top1"))),
+        ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
+        ("Training time", _time(metrics.get("seconds"))),
+        ("Report", str(folder / "report.html")),
+        ("Bundle", str(folder / "export") if result.verification else None),
+    ]:
+        if value is not None:
+            table.add_row(label, value)
+    _console().print("\n", table, sep="")
+    if result.verification:
+        show_verification(result.verification, f"python {folder / 'export' / 'predict.py'} IMAGE")
+    else:
+        _next(f"okdc export {folder} --onnx")
+
+
+def show_verification(verification: dict[str, Any], next_command: str | None = None) -> None:
+    """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship."""
+    rows = verification["rows"]
+    batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
+    timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
+    table = _table("exported", "MB", "top-1", "= torch", "max diff", timing, "ships")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            "" if row.get("mb") is None else f"{row['mb']:.1f}",
+            _percent(row.get("top1")) or "",
+            _percent(row.get("agreement")) or "",
+            "" if row.get("max_abs") is None else f"{row['max_abs']:.1e}",
+            _latency(row.get("latency") or []),
+            "[green]yes[/]" if row.get("pass") else f"[red]no[/]: {escape(str(row.get('reason')))}",
+        )
+    console = _console()
+    console.print()
+    console.print(table)
+    images = f"{verification['images']:,} images" if verification.get("images") else "no images"
+    count = verification.get("threads")
+    threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
+    console.print(f"Verified on {images}, {verification.get('device')}{threads}. = torch: share of equal predictions.")
+    for skipped in verification.get("skipped", []):
+        console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
+    if next_command:
+        _next(next_command)
+
+
+def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
+    """Stages and cuts of a network; `cut` or else the default is marked, and its tail's share of the cost given."""
+    console = _console()
+    console.print(
+        f"[bold]{model}[/]: {anatomy.params:,} parameters, {anatomy.flops / 1e9:.3g} GFLOPs "
+        f"for {_shape(anatomy.input_size)}"
+    )
+    console.print(
+        f"classifier {anatomy.classifier} ({anatomy.num_classes} classes), embedding of {anatomy.embedding}, "
+        f"feature map {_shape(anatomy.feature_shape)} ({anatomy.layout}) from {anatomy.feature_map}"
+    )
+    stages = _table("stage", "ends with", "size", "blocks that can be repeated")
+    for index, stage in enumerate(anatomy.stages, 1):
+        stages.add_row(str(index), stage.last, str(stage.size), _blocks(stage.blocks))
+    console.print()
+    console.print(stages)
+    console.print()
+    chosen = anatomy.find_cut(cut).name if cut else anatomy.cut()
+    cuts = _table("cut after", "shape", "FLOPs after", "params after", "")
+    for each in _worth_showing(anatomy, chosen):
+        mark = ("asked for" if cut else "default") if each.name == chosen else ""
+        cuts.add_row(each.name, _shape(each.shape), f"{each.flops_after:.0%}", f"{each.params_after:.0%}", mark)
+    console.print(cuts)
+    _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
+
+
+def _worth_showing(anatomy: Anatomy, chosen: str) -> list[Cut]:
+    """The cuts between stages, between blocks and between a network's outer modules; of equal ones the last."""
+    ends = {stage.before for stage in anatomy.stages} | {block[-1] for s in anatomy.stages for block in s.blocks}
+    shown: list[Cut] = []
+    for cut in anatomy.cuts:
+        if cut.name == chosen or (cut.flops_after >= 0.01 and (cut.name in ends or cut.name.count(".") < 2)):
+            if shown and shown[-1].flops_after == cut.flops_after and shown[-1].name != chosen:
+                shown.pop()
+            shown.append(cut)
+    return shown
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, show_header=any(columns), header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index < len(columns) - 1)
+    return table
+
+
+def _next(command: str) -> None:
+    _console().print(f"\nNext: [bold]{escape(command)}[/]", soft_wrap=True)
+
+
+def _blocks(blocks: Iterable[tuple[str, ...]]) -> str:
+    named = ["+".join(block) for block in blocks]
+    return ", ".join(named) if len(named) < 4 else f"{named[0]} ... {named[-1]} ({len(named)})"
+
+
+def _latency(measured: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{each['p50_ms'] / each['batch']:.2f}" for each in measured)
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f} %"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _time(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

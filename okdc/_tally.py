@@ -1,0 +1,71 @@
+"""What is counted when a runner's logits are held against labels and against a reference. B batch, C classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Tally:
+    """Counts and sums (float64) of one runner over the images."""
+
+    images: int = 0
+    compared: int = 0
+    top1: int = 0
+    top5: int = 0
+    agree: int = 0
+    ties: int = 0
+    logits: int = 0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    scale: float = 0.0
+    finite: bool = True
+
+    def score(self, out: np.ndarray, labels: np.ndarray | None) -> None:
+        """Count a batch against its labels; out: (B, C), labels: (B,)."""
+        self.images += len(out)
+        self.finite = self.finite and bool(np.isfinite(out).all())
+        if labels is not None:
+            best = np.argsort(-out, axis=1, kind="stable")[:, :5]
+            self.top1 += int((best[:, 0] == labels).sum())
+            self.top5 += int((best == labels[:, None]).any(axis=1).sum())
+
+    def agreement(self, out: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
+        """Count the images on which both choose the same class, and the ties; both (B, C).
+
+        A tie is what differences *within the tolerance* may turn over. Measured against the differences that occurred,
+        every disagreement would be a tie: turning a choice over takes a difference of at least half the margin.
+        """
+        top2 = np.sort(reference, axis=1)[:, -2:]
+        tie = top2[:, -1] - top2[:, 0] < 2 * tolerance * np.abs(reference).max()
+        same = out.argmax(axis=1) == reference.argmax(axis=1)
+        self.compared += len(out)
+        self.agree += int(same.sum())
+        self.ties += int((tie & ~same).sum())
+
+    def difference(self, out: np.ndarray, reference: np.ndarray) -> None:
+        """Add the differences of two (B, C) arrays."""
+        with np.errstate(invalid="ignore"):  # what is not finite is told by `finite`
+            difference = np.abs(np.asarray(out, dtype=np.float64) - reference)
+        self.finite = self.finite and bool(np.isfinite(out).all())
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.sum_abs += float(difference.sum())
+        self.logits += difference.size
+        self.scale = max(self.scale, float(np.abs(reference).max()))
+
+    def row(self, labelled: bool) -> dict[str, Any]:
+        """The measured columns of a verification row; what was not measured is None."""
+        differs = self.logits > 0 and self.finite
+        labelled = labelled and self.images > 0 and self.finite
+        return {
+            "top1": 100 * self.top1 / self.images if labelled else None,
+            "top5": 100 * self.top5 / self.images if labelled else None,
+            "agreement": 100 * (self.agree + self.ties) / self.compared if self.compared and self.finite else None,
+            "ties": self.ties,
+            "max_abs": self.max_abs if differs else None,
+            "mean_abs": self.sum_abs / self.logits if differs else None,
+            "rel": self.max_abs / max(self.scale, np.finfo(np.float64).tiny) if differs else None,
+        }

@@ -1,0 +1,119 @@
+"""Watching a network run once: every call of every module, its shapes, and the FLOPs spent until then."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from okdc.errors import NetworkError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one module; `start` and `end` count hook events, `flops_*` what the network had spent by then."""
+
+    name: str
+    kind: str
+    leaf: bool
+    start: int
+    end: int
+    flops_start: int
+    flops_end: int
+    input: tuple[int, ...] | None
+    output: tuple[int, ...] | None  # shape without the batch; None when it is not one tensor
+
+    @property
+    def keeps_shape(self) -> bool:
+        return self.input is not None and self.input == self.output
+
+
+def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
+    """All calls in the order in which they ended (the network's own last), and what the network returned."""
+    calls: list[Call] = []
+    open_calls: list[tuple[int, int, tuple[int, ...] | None]] = []
+    clock = 0
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal clock
+        clock += 1
+        shapes = [tuple(a.shape[1:]) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        open_calls.append((clock, counter.get_total_flops(), shapes[0] if shapes else None))
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        nonlocal clock
+        clock += 1
+        start, flops, shape = open_calls.pop()
+        out = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
+        leaf = next(module.children(), None) is None
+        calls.append(
+            Call(names[module], type(module).__name__, leaf, start, clock, flops, counter.get_total_flops(), shape, out)
+        )
+
+    names = {module: name for name, module in network.named_modules()}
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
+    counter = FlopCounterMode(display=False)
+    try:
+        with at_rest(network), torch.no_grad(), counter:
+            logits = network(images)
+    except _SHAPE_ERRORS as error:
+        raise NetworkError(
+            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {str(error).splitlines()[0]}. "
+            "Give it the size it takes (--img-size, --in-chans)."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, logits
+
+
+_SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
+
+
+@contextmanager
+def at_rest(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter that requires a gradient: torch's FLOP counter trips over those."""
+    modes = {m: m.training for m in network.modules()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    fused_attention = torch.backends.mha.get_fastpath_enabled()  # which nobody counts
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        network.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def positions(shape: tuple[int, ...] | None, aspect: float) -> int | None:
+    """Pixels or tokens of one output shape without its batch; None when it is neither map nor tokens."""
+    if shape is None or len(shape) not in (2, 3):
+        return None
+    if len(shape) == 2:
+        return shape[0]
+    return math.prod(shape[:2] if layout(shape, aspect) == "nhwc" else shape[1:])
+
+
+def layout(shape: tuple[int, ...], aspect: float) -> str:
+    """Where the channels are, judged by which two sides have the image's aspect ratio."""
+    if len(shape) == 2:
+        return "tokens"
+    c, h, w = shape
+    return "nhwc" if abs(h / w - aspect) > 0.2 and abs(c / h - aspect) <= 0.2 else "nchw"
+
+
+def called_once(calls: list[Call]) -> set[str]:
+    count = Counter(c.name for c in calls)
+    return {name for name, times in count.items() if times == 1}

@@ -1,0 +1,179 @@
+"""Checkpoints in timm's layout: written whole or not at all, read without running any code that is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from okdc.errors import RunError
+
+LAST = "last.pth.tar"
+BEST = "model_best.pth.tar"
+
+_logger = logging.getLogger(__name__)
+
+
+def save(path: Path, payload: dict[str, Any], keep: int = 1) -> None:
+    """Write `payload` to `path` atomically, keeping `keep - 1` earlier files beside it (see `history`).
+
+    RunError when it cannot be written, or could not be read again without running code; `path` is then as it was.
+    """
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _check_readable(temporary, path)
+
+    atomically(path, write, keep)
+
+
+def duplicate(source: Path, path: Path, keep: int = 1) -> None:
+    """Make `path` the same file as `source`, atomically: a hard link, or a copy where the disk knows no links."""
+
+    def link(temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    atomically(path, link, keep)
+
+
+def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> None:
+    """Let `write` fill a temporary file beside `path`, then give it that name, so that `path` is never half written.
+
+    RunError when the disk is full or read-only; `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    files = history(path, keep)
+    try:
+        write(temporary)
+        for newer, older in reversed(list(pairwise(files))):
+            if newer.exists():
+                duplicate(newer, older)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        before = "The file that was there is unharmed; f" if path.exists() else "F"
+        raise RunError(
+            f"could not write {path}: {reason}. {before}ree some space or choose another --output, then continue "
+            f"with --resume auto"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def history(path: Path, keep: int) -> list[Path]:
+    """The files that `save` keeps, newest first: last.pth.tar, last.1.pth.tar, last.2.pth.tar, ..."""
+    name, _, suffix = path.name.partition(".")
+    return [path, *(path.with_name(f"{name}.{i}.{suffix}") for i in range(1, keep))]
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    """Read a checkpoint to the CPU with `weights_only`; RunError when it is missing, damaged, foreign or holds code."""
+    path = Path(path)
+    if not path.is_file():
+        hint = f" It is a folder: give {path / LAST}." if path.is_dir() else ""
+        raise RunError(f"there is no checkpoint {path}.{hint or ' okdc writes last.pth.tar into the folder of a run.'}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch tells damage by half a dozen types, all of which mean the same here
+        raise RunError(_why_not(path, error)) from error
+    if not isinstance(payload, dict) or "state_dict" not in payload:
+        raise RunError(f"{path} is not a checkpoint: it has no 'state_dict'. Give the {LAST} or {BEST} of a run.")
+    return payload
+
+
+def load_run(path: Path | str) -> dict[str, Any]:
+    """Read a checkpoint that a run can continue from; a damaged file is replaced by the one kept before it, loudly."""
+    path = Path(path)
+    try:
+        payload = load(path)
+    except RunError as error:
+        kept = next((p for p in history(path, 100)[1:] if p.is_file()), None)
+        if kept is None:
+            raise
+        _logger.warning("%s\nContinuing from the one kept before it, %s.", error, kept)
+        payload = load(kept)
+    if "okdc" not in payload:
+        raise RunError(
+            f"{path} holds weights but no okdc training state, so a run cannot continue from it. "
+            f"To start a new run from its weights: --initial-checkpoint {path}"
+        )
+    return payload
+
+
+def student_weights(payload: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that ship, under the target's own keys: the moving average where there is one, as for timm."""
+    return payload.get("state_dict_ema") or payload["state_dict"]
+
+
+def difference(saved: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first ways in which two state dicts do not fit one another, in words, or None when they fit."""
+    found = [f"{key} is missing from the checkpoint" for key in here if key not in saved]
+    found += [f"{key} is only in the checkpoint" for key in saved if key not in here]
+    found += [
+        f"{key} is {tuple(saved[key].shape)} in the checkpoint and {tuple(value.shape)} here"
+        for key, value in here.items()
+        if isinstance(value, Tensor) and isinstance(saved.get(key), Tensor) and saved[key].shape != value.shape
+    ]
+    if not found:
+        return None
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_readable(temporary: Path, path: Path) -> None:
+    # Better to fail at the first save than at the resume in hour nine.
+    if unsafe := get_unsafe_globals_in_checkpoint(str(temporary)):
+        raise RunError(
+            f"{path} was not written: the state of the run holds {', '.join(sorted(unsafe))}, which could not be read "
+            "back safely. Let get_extra_state and the recipe hold only tensors, numbers, strings, lists and dicts."
+        )
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    """Why `torch.load` refused the file, for a person."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        try:
+            unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))
+        except Exception:
+            unsafe = []
+        if unsafe:
+            return (
+                f"{path} was not loaded: it holds {', '.join(unsafe)}, which could run code. A checkpoint of okdc "
+                f"never does; give the {LAST} of a run."
+            )
+        return (
+            f"{path} is damaged or cut short ({size:,} bytes): {str(error).splitlines()[0]}. Copy it again, give "
+            "another checkpoint of the run, or start anew without --resume."
+        )
+    kind = "is empty" if not size else f"is not a file that torch.save wrote (it begins with {start!r})"
+    return f"{path} {kind}, and was not loaded. Give the {LAST} or {BEST} of a run."

@@ -1,0 +1,225 @@
+"""The command line: each command reads its options, calls one function of the package, and prints what came of it."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from okdc import __version__, _flags, recipe
+from okdc.errors import GateError, OkdcError, RecipeError
+
+
+class _Failure(click.ClickException):
+    """An OkdcError as click shows it: one paragraph on stderr, no traceback."""
+
+    def __init__(self, error: OkdcError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        width = max(40, shutil.get_terminal_size().columns - 1)
+        for line in f"okdc: error: {self.message}".splitlines():
+            hang = " " * (len(line) - len(line.lstrip()) + 2)
+            click.echo(
+                textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False),
+                err=True,
+            )
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OkdcError as error:
+            if getattr(error, "verification", None):
+                from okdc import _summary
+
+                _summary.show_verification(error.verification)  # type: ignore[attr-defined]
+            raise _Failure(error) from error
+        except KeyboardInterrupt:
+            click.echo("\nokdc: interrupted.", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they are used
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="okdc %(version)s")
+def main() -> None:
+    """Make a vision network more accurate without making it bigger, then export it, verified.
+
+    okdc trains your network together with branches that teach it, throws the branches away, and ships the same network.
+
+    \b
+    okdc compress                                             try it: real digits, any machine, about a minute
+    okdc compress --model resnet18 --method ahbf --data DIR   your images, in DIR/train and DIR/val
+    okdc export runs/NAME --onnx --trt                        write and verify what you deploy
+    """
+
+
+@main.command(cls=_flags.GroupedCommand, short_help="Train a network with others, keep it alone, export it.")
+@click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
+)
+@click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
+@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
+@click.option("--experiment", metavar="NAME", help="Name of the run folder; the date, network and method if not given.")
+@click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@_flags.settings("network", "cohort", "data", "train", "export")
+def compress(
+    recipe_name: str | None,
+    sets: tuple[str, ...],
+    method: str | None,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    output: str,
+    experiment: str | None,
+    resume: str | None,
+    **_: Any,
+) -> None:
+    """Train a network together with others, keep it alone, export and verify it.
+
+    The command line wins over --set, which wins over the recipe. With neither a recipe nor data, a small real data set
+    (digits/resnet18-ahbf) is used. The values in brackets are those of a recipe that leaves a setting out.
+
+    \b
+    okdc compress
+    okdc compress --model resnet18 --method ahbf --data /imagenet
+    okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --set train.epochs=60
+    okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
+    """
+    typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+
+    from okdc import methods, pipeline
+
+    resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
+    result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
+
+    from okdc import _summary
+
+    _summary.show_result(result)
+
+
+@main.command(cls=_flags.GroupedCommand, short_help="Write and verify what you deploy.")
+@click.argument("source", metavar="SOURCE")
+@click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
+@click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
+@_flags.settings("export", "data.data")
+def export(source: str, output: str | None, **_: Any) -> None:
+    """Write SOURCE in deployable formats, and verify each against torch on the same images.
+
+    SOURCE is a run folder, a saved student, or the name of a network.
+
+    \b
+    okdc export runs/NAME --onnx --trt
+    okdc export runs/NAME --onnx --data /imagenet --output deploy
+    """
+    from okdc import _summary, pipeline
+
+    verification = pipeline.export(source, output=output, **_flags.given())  # `model` among them, if it was typed
+    places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
+    folder = next((place for place in places if (place / "predict.py").is_file()), None)
+    _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+
+
+@main.command(cls=_flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
+@click.argument("bundle", metavar="BUNDLE|RUN")
+@_flags.settings(
+    "data.data", "export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"
+)
+def verify(bundle: str, **_: Any) -> None:
+    """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
+
+    Exit code 3 when a file is not good enough to ship.
+
+    \b
+    okdc verify runs/NAME/export --data /imagenet
+    """
+    from okdc import _summary, exporting, pipeline
+
+    verification = pipeline.verify(Path(bundle), **_flags.given())
+    _summary.show_verification(verification)
+    if verification["verdict"] == "fail":
+        raise GateError(exporting.failures(verification))
+
+
+@main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of.")
+@click.argument("model", metavar="MODEL")
+@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs", "cohort.cut")
+def inspect(model: str, **_: Any) -> None:
+    """Show what a network is made of: its stages, and where branches can part from it.
+
+    \b
+    okdc inspect resnet18
+    okdc inspect torchvision/shufflenet_v2_x1_0 --img-size 64
+    """
+    from okdc import _summary, anatomy, networks
+
+    typed = _flags.given()
+    cut = typed.pop("cut", None)
+    settings = recipe.override(recipe.Recipe(), {**typed, "model": model}).network
+    network = networks.load(settings)
+    input_size = networks.data_config(network, settings)["input_size"]
+    networks.check_input(network, input_size)
+    _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
+
+
+@main.command(short_help="List the methods, or show the card of one.")
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or show the card of one.
+
+    \b
+    okdc methods
+    okdc methods ahbf
+    """
+    from okdc import methods as known
+
+    if name:
+        click.echo(known.card(name).strip())
+        return
+    width = max(map(len, known.names()))
+    for each in known.names():
+        click.echo(f"{each:{width}}  {_first_line(known.card(each))}")
+
+
+@main.command()
+@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]")
+def recipes(words: tuple[str, ...]) -> None:
+    """List the recipes, print one, or copy one to change it.
+
+    \b
+    okdc recipes
+    okdc recipes cifar100/resnet32-ahbf
+    okdc recipes copy cifar100/resnet32-ahbf .
+    """
+    if not words:
+        width = max(map(len, recipe.names()), default=0)
+        for name in recipe.names():
+            click.echo(f"{name:{width}}  {_first_line(recipe.path(name).read_text(encoding='utf-8'))}")
+    elif words[0] == "copy" and len(words) in (2, 3):
+        click.echo(f"wrote {_copy(words[1], Path(words[2] if words[2:] else '.'))}")
+    elif len(words) == 1:
+        click.echo(recipe.path(words[0]).read_text(encoding="utf-8").rstrip())
+    else:
+        raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
+
+
+def _copy(name: str, folder: Path) -> Path:
+    source = recipe.path(name)
+    target = folder / source.name
+    if target.exists():
+        raise RecipeError(f"{target} is there already: give another folder, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def _first_line(text: str) -> str:
+    return next((line.lstrip("# ").strip() for line in text.splitlines() if line.strip("# ")), "")

@@ -1,0 +1,286 @@
+"""From a student to a bundle that is safe to ship: every file written, verified, and put in place all at once.
+
+A bundle that fails a gate is kept beside (`export-failed/`), so that nothing is lost, and never replaces a good one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from okdc import _bundle, _shipped, verify
+from okdc._bundle import check_sums, environment
+from okdc._card import write_card
+from okdc._portable import one_line, without_paths
+from okdc.errors import ExportError, GateError
+from okdc.recipe import ExportSettings
+
+__all__ = [
+    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
+]  # fmt: skip
+
+_FLAGS = {"tensorrt": "trt"}  # where the name of a setting is not that of the export target
+_ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
+
+
+class UnfitError(GateError):
+    """A bundle that failed a gate, with the verification that says where."""
+
+    def __init__(self, message: str, verification: dict[str, Any]):
+        super().__init__(message)
+        self.verification = verification
+
+
+def export_bundle(
+    student: nn.Module,
+    data: Any | None,
+    settings: ExportSettings,
+    folder: Path,
+    *,
+    arch: str,
+    model_args: dict[str, Any] | None = None,
+    info: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Write the bundle of a student to `folder` and verify it; returns the verification.
+
+    preprocess, classes: needed where there is no data to ask. info: title, licence, command, recipe, metrics; its
+    metrics["top1"] is held against what torch reaches here. device: that of the student when not given. What was asked
+    for and is not available on this machine is in "skipped". Raises UnfitError, with the bundle in
+    `failed_folder(folder)`, when something is not fit to ship, and ExportError when the folder is not a bundle's.
+    """
+    info = dict(info or {})
+    preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
+    classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
+    _bundle.refuse_foreign(folder)
+    failed = failed_folder(folder)
+    _bundle.refuse_foreign(failed)
+    _check_student(student, preprocess, classes)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        skipped = _write_student(part, student, arch, model_args, classes, preprocess)
+        targets, unavailable, notes = _write_targets(part, student, arch, settings, classes, preprocess, info)
+        verification = verify.compare(
+            student,
+            targets,
+            data,
+            input_size=preprocess["input_size"],
+            device=device or _device(student),
+            images=settings.images,
+            batch_sizes=settings.batch_sizes,
+            threads=settings.threads,
+            gates=_gates(settings, data, info.get("metrics", {}).get("top1")),
+            pipelines=_pipelines(part),
+            golden=_bundle.read_golden(part),
+        )
+        skipped = [*unavailable, *skipped, *_unchecked(verification, part)]
+        verification |= {"skipped": skipped, "exports": notes, "data": _data_facts(data)}
+        _finish(part, arch, verification, info)
+        _bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if verification["verdict"] == "fail":
+        message = f"{failures(verification)} The files are kept in {failed}; nothing was put in {folder}."
+        raise UnfitError(message, verification)
+    return verification
+
+
+def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, device: str = "cpu") -> dict[str, Any]:
+    """Verify an existing bundle again, on this machine and these data; nothing in the bundle is changed.
+
+    The reference is torch with model.safetensors where timm or torchvision build the network, else stored logits.
+    Raises GateError if files changed since the export; a verdict "fail" is returned (`failures` words it).
+    """
+    problems = check_sums(folder)
+    if problems:
+        raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
+    facts = read(folder)
+    recorded = _bundle.read_json(folder / "verification.json")
+    student = _bundle.load_student(folder)
+    targets, skipped = _existing_targets(folder)
+    same_data = recorded.get("data") == _data_facts(data) and settings.images is None
+    known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
+    verification = verify.compare(
+        student,
+        targets,
+        data,
+        input_size=facts["preprocess"]["input_size"],
+        device=device,
+        images=settings.images,
+        batch_sizes=settings.batch_sizes,
+        threads=settings.threads,
+        gates=_gates(settings, data, known),
+        pipelines=_pipelines(folder),
+        golden=_bundle.read_golden(folder),
+    )
+    wrong_labels = _wrong_labels(facts["classes"], data)
+    if wrong_labels:
+        verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
+        verification["verdict"] = "fail"
+    skipped += _unchecked(verification, folder)
+    return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
+    if not (folder / _bundle.CONFIG).is_file():
+        raise ExportError(f"{folder} is not an exported bundle (no {_bundle.CONFIG}): give a run's export folder.")
+    config = _bundle.read_json(folder / _bundle.CONFIG)
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    preprocess = _bundle.read_json(folder / "preprocess.json")
+    return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
+
+
+def failed_folder(folder: Path) -> Path:
+    """Where a bundle that failed a gate is kept: `export-failed` beside `export`."""
+    return folder.with_name(f"{folder.name}-failed")
+
+
+def failures(verification: Mapping[str, Any]) -> str:
+    """The failed rows of a verification in words."""
+    bad = [f"{row['name']}: {row['reason']}." for row in verification["rows"] if not row["pass"]]
+    return f"{len(bad)} of {len(verification['rows'])} checks failed, so this is not fit to ship. {' '.join(bad)}"
+
+
+def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Raise ExportError unless the student gives one logit per class for an image of the stated size."""
+    if "input_size" not in preprocess:
+        raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
+    size = tuple(preprocess["input_size"])
+    with torch.inference_mode():
+        shape = tuple(verify.torch_runner(student)(np.zeros((2, *size), dtype=np.float32)).shape)
+    if shape != (2, len(classes)):
+        raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
+
+
+def _write_student(
+    part: Path, student: nn.Module, arch: str, model_args: dict | None, classes: Sequence[str], preprocess: dict
+) -> list[dict[str, str]]:
+    """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
+    _bundle.write_weights(student, part / _bundle.WEIGHTS)
+    _bundle.write_golden(student, preprocess["input_size"], part / _bundle.GOLDEN)
+    _bundle.write_config(student, part / _bundle.CONFIG, arch, classes, preprocess, model_args)
+    _bundle.write_json(part / "preprocess.json", preprocess)
+    (part / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    reason = _bundle.settle_loader(part)
+    return [{"target": _bundle.WEIGHTS, "reason": reason}] if reason else []
+
+
+def _write_targets(
+    part: Path,
+    student: nn.Module,
+    arch: str,
+    settings: ExportSettings,
+    classes: Sequence[str],
+    preprocess: dict,
+    info: Mapping[str, Any],
+) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
+    """Every export target that is asked for: the files, what is not available here, and each writer's notes."""
+    metadata = _bundle.metadata(arch, classes, preprocess, info)
+    example = torch.zeros(2, *preprocess["input_size"])
+    targets: dict[str, verify.Exported] = {}
+    skipped, notes = [], {}
+    for name in _shipped.targets():
+        if not getattr(settings, _FLAGS.get(name, name), False):
+            continue
+        module = _shipped.target(name)
+        reason = module.available()
+        if reason is not None:
+            skipped.append({"target": name, "reason": without_paths(reason)})
+            continue
+        # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
+        written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
+        offered = {"opset": settings.opset, "metadata": metadata, **written}
+        options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
+        problem = None
+        try:
+            notes[name] = module.write(student, example, part / module.FILE, **options)
+        except Exception as error:  # an exporter may raise anything; the other files are still written
+            problem = f"it could not be written: {one_line(error)}"
+        targets[_ROWS.get(name, name)] = verify.Exported(part / module.FILE, module, problem)
+    if "onnx" in targets:
+        shutil.copyfile(_shipped.folder("export") / "predict.py", part / "predict.py")
+        (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
+    return targets, skipped, notes
+
+
+def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
+    targets, skipped = {}, []
+    for name in _shipped.targets():
+        module = _shipped.target(name)
+        if (folder / module.FILE).is_file():
+            reason = module.available()
+            if reason is None:
+                targets[_ROWS.get(name, name)] = verify.Exported(folder / module.FILE, module)
+            else:
+                skipped.append({"target": name, "reason": without_paths(reason)})
+    return targets, skipped
+
+
+def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:
+    """predict.py as a runner of raw images, where the bundle has it and the file that it runs.
+
+    The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
+    """
+    if not ((folder / "predict.py").is_file() and (folder / "model.onnx").is_file()):
+        return {}
+    predict = _shipped.load(_shipped.folder("export") / "predict.py")
+    predictor = functools.cache(lambda: predict.load(folder))  # when first run, so that its errors become its row's
+    return {"predict.py": lambda images: predictor().logits(images)}
+
+
+def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+    """A "skipped" entry for predict.py where there were no raw images to try it on."""
+    if not (folder / "predict.py").is_file() or any(row["name"] == "predict.py" for row in verification["rows"]):
+        return []
+    reason = "there are no raw validation images, so the preprocessing it does was not compared with that of training"
+    return [{"target": "predict.py", "reason": reason}]
+
+
+def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
+    """verification.json, the model card, and the check sums over everything."""
+    verification["environment"] = environment()
+    _bundle.write_json(part / "verification.json", verification)
+    write_card(part, arch, _bundle.read_json(part / _bundle.CONFIG), verification, info)
+    _bundle.write_sums(part)
+
+
+def _gates(settings: ExportSettings, data: Any | None, top1: float | None) -> verify.Gates:
+    """The gates of the settings; a top-1 known from all validation images says nothing about some of them."""
+    whole = settings.images is None or settings.images >= _data_facts(data)["images"]
+    return verify.Gates(settings.max_drop, settings.min_agreement, top1 if whole else None)
+
+
+def _data_facts(data: Any | None) -> dict[str, Any]:
+    if data is None or data.validation is None:
+        return {"name": None, "images": 0}
+    return {"name": without_paths(str(data.name)), "images": data.sizes[1]}
+
+
+def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:
+    """How the bundle's labels differ from the names of the data's classes, where these have names."""
+    names = tuple(getattr(data, "classes", labels))
+    if names == tuple(labels) or names == tuple(str(index) for index in range(len(labels))):
+        return None
+    if len(names) != len(labels):
+        return f"it has {len(labels)} labels, the data {len(names)} classes"
+    index = next(index for index, pair in enumerate(zip(labels, names, strict=True)) if pair[0] != pair[1])
+    return f"its class {index} is {labels[index]!r}, the data's is {names[index]!r}"
+
+
+def _device(student: nn.Module) -> str:
+    parameter = next(student.parameters(), None)
+    return str(parameter.device) if parameter is not None else "cpu"

@@ -1,0 +1,325 @@
+"""The steps in order: recipe, data, network, cohort, training, strip, export, verification, report."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import okdc
+from okdc import checkpoint, exporting, methods, networks, report, runs, train
+from okdc._machine import own_randomness, seed_everything
+from okdc.anatomy import inspect
+from okdc.cohort import Cohort
+from okdc.data import Data, load, open_source, wrap
+from okdc.errors import DataError, NetworkError
+from okdc.methods import Method
+from okdc.recipe import DataSettings, NetworkSettings, Recipe, override, resolve
+from okdc.recipe import load as load_recipe
+
+
+@dataclass
+class Result:
+    """What a run gives back: the trained student, its figures (per cent), the run folder, what was verified."""
+
+    student: nn.Module
+    metrics: dict[str, Any]
+    path: Path
+    verification: dict[str, Any] | None
+    data: Data
+    recipe: Recipe
+    arch: str
+
+    def export(self, **settings: Any) -> dict[str, Any]:
+        """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
+        wanted = override(self.recipe, settings).export
+        self.verification = _export(self.student, self.data, replace(self.recipe, export=wanted), self.path, self)
+        return self.verification
+
+
+def compress(
+    model: str | nn.Module | None = None,
+    loader: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    method: str | None = None,
+    output: str | Path = "runs",
+    experiment: str | None = None,
+    resume: str | None = None,
+    **settings: Any,
+) -> Result:
+    """Train a network together with branches that teach it, strip them, export and verify what is left.
+
+    model: a name (timm, torchvision/NAME, package.module:function) or any module that returns logits (B, classes).
+    loader, validation: any re-iterable of (images (B, C, H, W), labels (B,)); without them `data` names the images.
+    settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
+    A module that is given is trained in place and is the student that comes back. OkdcError says what to mend.
+    """
+    wanted = _recipe(model, loader, recipe, method, settings)
+    folder, last = runs.choose(Path(output), wanted, experiment, resume)
+    with own_randomness():
+        seed_everything(wanted.train.seed)
+        target, data = _network_and_data(model, loader, validation, wanted)
+        home = next(target.parameters()).device
+        learner = _method(target, wanted, tuple(data.preprocess["input_size"]))
+        arch = wanted.network.model
+        runs.begin(folder, wanted, _student_facts(arch, isinstance(model, nn.Module), data))
+        try:
+            state = train.fit(learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict())
+        finally:
+            learner.cohort.strip()
+        target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+    metrics = _metrics(state.history)
+    result = Result(target.to(home).eval(), metrics, folder, None, data, wanted, arch)
+    unfit = None
+    if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
+        try:
+            result.verification = _export(result.student, data, wanted, folder, result)
+        except exporting.UnfitError as error:
+            unfit, result.verification = error, error.verification
+    report.write(folder, _facts(result, learner, state.history))
+    if unfit is not None:  # only now, so that the report says why
+        raise unfit
+    return result
+
+
+def export(
+    source: str | Path | nn.Module, *, output: str | Path | None = None, model: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Write a bundle of a run's student, a saved student or a named network, and verify it; returns the verification.
+
+    output: the bundle's folder, by default `source`/export. model: the package.module:function that a run trained,
+    which runs only if it is named here. settings: those of the recipe's export section, and `data`, the images to
+    verify on (a run's own when not given).
+    """
+    name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+    known = None if isinstance(source, nn.Module) else runs.read_student(Path(source))
+    wanted = override(load_recipe(Path(name) / runs.RECIPE, typed=None) if known else Recipe(), settings)
+    if known and not known["rebuildable"]:
+        raise NetworkError(
+            f"{name} trained an object, which cannot be built again from here. Call .export() on the Result in "
+            "Python, or name the network package.module:function when it is trained."
+        )
+    if isinstance(source, nn.Module):
+        student = source
+    else:
+        saved = NetworkSettings(model=name, pretrained=not Path(name).exists())
+        student = networks.load(saved, len(known["classes"]) if known else None, typed=[model])
+    arch = known["arch"] if known else name
+    config = known["preprocess"] if known else networks.data_config(student, replace(wanted.network, model=arch))
+    data = _images(wanted, config) if known or "data" in settings else None
+    classes = known["classes"] if known else data.classes if data else _numbered(student, config)
+    return exporting.export_bundle(
+        student,
+        data,
+        wanted.export,
+        Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export",
+        arch=arch,
+        model_args=dict(wanted.network.model_kwargs),
+        info={"command": _command()} | ({"recipe": wanted.to_dict(), "title": Path(name).name} if known else {}),
+        preprocess=config,
+        classes=classes,
+    )
+
+
+def verify(bundle: str | Path, **settings: Any) -> dict[str, Any]:
+    """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
+    folder = Path(bundle)
+    run = folder if (folder / runs.STUDENT).is_file() else folder.parent
+    folder = folder / "export" if run == folder else folder
+    facts = exporting.read(folder)
+    has_recipe = (run / runs.RECIPE).is_file()
+    wanted = override(load_recipe(run / runs.RECIPE, typed=None) if has_recipe else Recipe(), settings)
+    data = _images(wanted, facts["preprocess"]) if has_recipe or "data" in settings else None
+    return exporting.verify_bundle(folder, data, wanted.export)
+
+
+def _recipe(
+    model: Any, loader: Any, recipe: Recipe | str | Path | None, method: str | None, settings: dict[str, Any]
+) -> Recipe:
+    flat = {"method": method, **settings}
+    if isinstance(model, str):
+        flat["model"] = model
+    elif model is not None:
+        flat["model"] = f"{type(model).__module__}.{type(model).__qualname__}"
+    if loader is not None:
+        flat["data"] = "loader"
+    if isinstance(recipe, Recipe):
+        return override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
+    return resolve(recipe, flat=flat, method_settings=methods.settings)
+
+
+def _network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+    """The target with a classifier for the data's classes, and the data as the target takes them."""
+    device = train.choose_device(wanted.train.device)
+    if loader is not None:
+        outputs = wanted.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
+        data = wrap(loader, validation, num_classes=outputs, seed=wanted.train.seed)
+        target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(data.classes))
+        logits = networks.check_input(target, data.preprocess["input_size"])
+        if outputs is None:  # counted in the labels; the network may know classes that do not occur
+            unseen = range(len(data.classes), logits.shape[1])
+            data = replace(data, classes=(*data.classes, *map(str, unseen)))
+        _check_classes(logits, data)
+        return target, data
+    source = open_source(wanted.data, wanted.train.seed)
+    target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(source.classes))
+    config = networks.data_config(
+        target, wanted.network, mean=wanted.data.mean, std=wanted.data.std,
+        interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
+    )  # fmt: skip
+    logits = networks.check_input(target, config["input_size"])
+    data = load(
+        source, wanted.data, config, batch_size=wanted.train.batch_size,
+        validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed, device=device,
+    )  # fmt: skip
+    _check_classes(logits, data)
+    return target, data
+
+
+def _check_classes(logits: Tensor, data: Data) -> None:
+    if logits.shape[1] != len(data.classes):
+        raise DataError(
+            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. Give it "
+            f"{len(data.classes)} outputs, or name it instead of passing the object: okdc then resets its classifier."
+        )
+
+
+def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...]) -> Method:
+    """The cohort that the method wants, built around the target and proved, with the method that owns it."""
+    kind = methods.get(wanted.method["name"])
+    cohort, network = wanted.cohort, wanted.network
+    first = next(target.parameters())
+    example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
+    outputs = networks.check_input(target, input_size).shape[1]  # type: ignore[arg-type]
+    peers = [networks.load(NetworkSettings(model=name, in_chans=network.in_chans), outputs) for name in cohort.peers]
+    plan = kind.plan(
+        inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
+        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
+        peers=[peer.to(first.device) for peer in peers],
+    )  # fmt: skip
+    has_maker = target is not None and ":" not in network.model and network.model in networks.names()
+    fresh = (lambda: networks.load(replace(network, pretrained=False, checkpoint=None), outputs)) if has_maker else None
+    started = network.pretrained or network.checkpoint is not None
+    built = Cohort(target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh)
+    return kind(built, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)
+
+
+def _images(wanted: Recipe, config: dict[str, Any]) -> Data:
+    """Validation images for a student that is already trained."""
+    settings: DataSettings = replace(wanted.data, workers=0)
+    source = open_source(settings, wanted.train.seed)
+    size = wanted.train.validation_batch_size or wanted.train.batch_size
+    config = {**config, "input_size": tuple(config["input_size"])}
+    return load(
+        source, settings, config, batch_size=1, validation_batch_size=size, seed=wanted.train.seed, device="cpu"
+    )
+
+
+def _export(student: nn.Module, data: Data, wanted: Recipe, folder: Path, result: Result) -> dict[str, Any]:
+    return exporting.export_bundle(
+        student, data, wanted.export, folder / "export", arch=result.arch,
+        model_args=dict(wanted.network.model_kwargs), info=_info(wanted, result),
+    )  # fmt: skip
+
+
+def _info(wanted: Recipe, result: Result) -> dict[str, Any]:
+    title = runs.default_name(wanted)
+    return {"command": _command(), "recipe": wanted.to_dict(), "title": title, "metrics": result.metrics}
+
+
+def _numbered(student: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(networks.check_input(student, config["input_size"]).shape[1]))
+
+
+def _student_facts(arch: str, is_object: bool, data: Data) -> dict[str, Any]:
+    preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.preprocess.items()}
+    return {"arch": arch, "rebuildable": not is_object, "classes": list(data.classes), "preprocess": preprocess}
+
+
+def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The student's figures at its best epoch (of the last one where nothing was validated), and of the whole run."""
+    judged = [row for row in history if _number(row.get("eval_top1")) is not None]
+    best = max(judged, key=lambda row: row["eval_top1"]) if judged else history[-1]
+    return {
+        "top1": _number(best.get("eval_top1")),
+        "top5": _number(best.get("eval_top5")),
+        "ensemble_top1": _number(best.get("top1/ensemble")),
+        "best_epoch": best["epoch"],
+        "epochs": len(history),
+        "train_loss": _number(history[-1].get("train_loss")),
+        "seconds": sum(row.get("seconds") or 0 for row in history),
+        "skipped_steps": sum(row.get("skipped_steps") or 0 for row in history),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the report shows, as plain values."""
+    cohort, wanted = learner.cohort, result.recipe
+    shared = {id(p) for p in cohort.target.parameters()}
+    members = [
+        {
+            "name": cost.name,
+            "role": "ships" if i == 0 else cost.grown or "the target's own tail again",
+            "params": cost.params,
+            "own_params": cost.own_params,
+            "shared_params": sum(p.numel() for p in member.parameters() if id(p) in shared) if i else 0,
+            "flops": cost.flops,
+        }
+        for i, (cost, member) in enumerate(zip(cohort.costs, cohort.members, strict=True))
+    ]
+    name = wanted.method["name"]
+    return {
+        "title": f"{result.arch} · {name} · {result.data.name}",
+        "network": {
+            "name": result.arch, "params": cohort.costs[0].params, "flops": cohort.costs[0].flops,
+            "input_size": list(result.data.preprocess["input_size"]), "cut": cohort.cut,
+        },
+        "method": {
+            "name": name, "summary": methods.card(name).splitlines()[0],
+            "settings": {k: v for k, v in wanted.method.items() if k != "name"},
+        },
+        "members": members,
+        "trained_params": sum(p.numel() for p in learner.parameters()),
+        "data": {
+            "name": result.data.name, "classes": len(result.data.classes),
+            "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
+        },
+        "history": history, "metrics": result.metrics, "verification": result.verification,
+        "baseline": runs.find_baseline(result.path, wanted), "command": _command(), "recipe": wanted.to_dict(),
+        "environment": _environment(wanted), "okdc": okdc.__version__,
+    }  # fmt: skip
+
+
+def _command() -> str:
+    """The command that was typed, where there was one."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
+
+
+def _environment(wanted: Recipe) -> dict[str, str]:
+    device = train.choose_device(wanted.train.device)
+    return {
+        "okdc": okdc.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+    }

@@ -1,0 +1,300 @@
+"""The report of a run: report.html to look at, report.md to paste, report.json to compute with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from okdc._plots import Points, line_chart, placer, spaced, ticks_for
+
+DASH = "–"  # what is not known
+PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # the facts that are dicts, or missing
+HUES = 6  # muted colours of report.html.j2: .hue0 to .hue5
+
+
+def write(folder: Path, facts: dict[str, Any]) -> Path:
+    """Write report.json (the facts), report.md and report.html into `folder`, each atomically; returns the html."""
+    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+    folder, facts = Path(folder), _plain(facts)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
+        undefined=ChainableUndefined,
+        finalize=lambda value: DASH if value is None or isinstance(value, ChainableUndefined) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (cell, digits, duration, epoch, percent, si, tiny)}
+    view = _view(folder, facts)
+    texts = {
+        "report.json": json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": environment.get_template("report.md.j2").render(view),
+        "report.html": environment.get_template("report.html.j2").render(view),
+    }
+    for name, text in texts.items():  # all three are rendered before the first is written
+        _replace(folder / name, text)
+    return folder / "report.html"
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types of JSON: non-finite numbers become None, arrays lists, anything else its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+# --- numbers as a person reads them -----------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def digits(value: Any) -> str:
+    """Three significant digits, no exponent: 0.812, 6.08, 12.3, 1,480."""
+    number = _number(value)
+    if number is None:
+        return DASH
+    places = 2 - math.floor(math.log10(abs(number))) if number else 0
+    return f"{number:,.{min(max(places, 0), 6)}f}"
+
+
+def si(value: Any) -> str:
+    """A count with its SI prefix: 11.2 M."""
+    number = _number(value)
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number is not None and abs(number) >= size:
+            return f"{digits(number / size)}\u00a0{prefix}"
+    return digits(number) if number is None or number % 1 else f"{number:.0f}"
+
+
+def percent(value: Any, places: int = 1) -> str:
+    """A percentage: 97.2 %."""
+    number = _number(value)
+    return DASH if number is None else f"{number:.{places}f}\u00a0%"
+
+
+def tiny(value: Any) -> str:
+    """An error between two logits: 1.2e-06."""
+    number = _number(value)
+    return DASH if number is None else f"{number:.1e}" if number else "0"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds in their two largest units: 1 min 13 s."""
+    number = _number(seconds)
+    if number is None:
+        return DASH
+    minutes, rest = divmod(round(number), 60)
+    if minutes == 0:
+        return f"{number:.1f} s" if number < 10 else f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def epoch(index: Any) -> int | None:
+    """The number of an epoch as people count: from 1."""
+    return None if _number(index) is None else int(index) + 1
+
+
+def cell(value: Any) -> str:
+    """Text that can neither leave its cell of a markdown table nor be read as markdown or html."""
+    text = " ".join(str(value).split()) if value else ""
+    return "".join(f"\\{char}" if char in "\\|`*_<[" else char for char in text) or DASH
+
+
+def _gain(now: Any, before: Any) -> str | None:
+    """The signed difference of two percentages, `+1.4 points`; None where one is missing."""
+    new, old = _number(now), _number(before)
+    return None if new is None or old is None else f"{new - old:+.1f} points".replace("-", "−")
+
+
+# --- what the templates show ------------------------------------------------------------------------------------------
+
+
+def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    facts = facts | {key: facts.get(key) or {} for key in PARTS}
+    facts |= {key: facts.get(key) or [] for key in ("members", "history")}
+    history, members, metrics = facts["history"], facts["members"], facts["metrics"]
+    top1, control = metrics.get("top1"), facts["baseline"].get("metrics") or {}
+    best: dict[str, Any] = next((row for row in history if row.get("epoch") == metrics.get("best_epoch")), {})
+    return facts | {
+        "headline": _headline(facts, control),
+        "hues": HUES,
+        "size": _size(facts["network"].get("input_size")),
+        "gain": _gain(top1, control.get("top1")),
+        "ensemble_gain": _gain(metrics.get("ensemble_top1"), top1),
+        "trained": facts.get("trained_params") or _trained(members),
+        "costs": [_cost(members, "params"), _cost(members, "flops")],
+        "accuracy": _accuracy(facts),
+        "control": _control(facts, best) if facts["baseline"] else None,
+        "losses": _losses(facts),
+        "best": best,
+        "milestones": [history[at] for at in spaced(len(history), 10)],
+        "latency": _latency(facts.get("verification") or {}),
+        "uses": _uses(folder, facts),
+        "recipe": yaml.safe_dump(facts.get("recipe") or {}, sort_keys=False, allow_unicode=True),
+    }
+
+
+def _headline(facts: dict[str, Any], control: dict[str, Any]) -> str:
+    subject = f"{facts['network'].get('name') or 'network'} on {facts['data'].get('name') or 'data'}"
+    top1, before = _number(facts["metrics"].get("top1")), _number(control.get("top1"))
+    if top1 is None:
+        return subject
+    text = f"{subject}: {percent(top1)} top-1 after stripping"
+    if before is None:
+        return text
+    return f"{text}, {_gain(top1, before)} {'over' if top1 >= before else 'against'} the baseline"
+
+
+def _size(shape: Any) -> str | None:
+    sides = [shape, shape] if isinstance(shape, int) else (shape or [])[-2:]
+    return " × ".join(map(str, sides)) or None
+
+
+def _trained(members: list[dict[str, Any]]) -> float | None:
+    """Parameters of the target and what every other member has for itself."""
+    own = [_own(member, "params") for member in members[1:]]
+    first = _number(members[0].get("params")) if members else None
+    return None if first is None or None in own else first + sum(filter(None, own))
+
+
+def _own(member: dict[str, Any], what: str) -> float | None:
+    total, own = _number(member.get(what)), _number(member.get(f"own_{what}"))
+    return total - (_number(member.get(f"shared_{what}")) or 0) if total is not None and own is None else own
+
+
+def _cost(members: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """Horizontal bars, in per cent of the longest: the shared trunk, then what the member has for itself."""
+    longest = max((_number(m.get(what)) or 0 for m in members), default=0)
+    rows = []
+    for at, member in enumerate(members):
+        total, own = _number(member.get(what)), _own(member, what)
+        shared = (total or 0) - (own or 0)
+        widths = [round(100 * part / longest, 2) if longest else 0 for part in (shared, own or 0)]
+        numbers = {"total": total, "own": own, "shared": shared, "widths": widths}
+        rows.append({**member, **numbers, "hue": _hue(at), "ships": at == 0})
+    return {"what": what, "rows": rows, "known": longest > 0, "sharing": any(row["shared"] for row in rows)}
+
+
+def _series(run: dict[str, Any], key: str) -> Points:
+    pairs = ((epoch(row.get("epoch")), _number(row.get(key))) for row in run.get("history") or [])
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def _accuracy(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Top-1 of the student, the ensemble, every branch and the control, by epoch."""
+    names = [member.get("name") for member in facts["members"]]
+    lines = [("student", "student", _series(facts, "eval_top1"))]
+    if len(names) > 1:
+        lines += [("ensemble", "ensemble", _series(facts, "top1/ensemble"))]
+    for at, name in enumerate(names):
+        points = _series(facts, f"top1/{name}")
+        if points != lines[0][2]:  # the target is the student, unless a moving average of it ships
+            lines.append((str(name), _hue(at), points))
+    lines.append(("baseline", "baseline", _series(facts["baseline"], "eval_top1")))
+    # the steep start of a long training would press what follows into one line
+    late = [y for _, _, points in lines for _, y in points[len(points) // 5 if len(points) >= 10 else 0 :]]
+    return line_chart(lines, 320, floor=min(late)) if late else None
+
+
+def _hue(member: int) -> str:
+    return "target" if member == 0 else f"hue{(member - 1) % HUES}"
+
+
+def _losses(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """One small chart for the total and for each kind of part: ce/target and ce/branch1 share one."""
+    validation = ("validation", "ensemble", _series(facts, "eval_loss"))
+    groups = {"total": [("training", "student", _series(facts, "train_loss")), validation]}
+    members = [str(member.get("name")) for member in facts["members"]]
+    for key in dict.fromkeys(key for row in facts["history"] for key in row if key.startswith("loss/")):
+        kind, _, rest = key.removeprefix("loss/").partition("/")
+        lines = groups.setdefault(kind, [])
+        hue = _hue(members.index(rest)) if rest in members else f"hue{len(lines) % HUES}"
+        lines.append((rest or kind, hue, _series(facts, key)))
+    charts = [(kind, line_chart(lines, 190)) for kind, lines in groups.items()]
+    return [chart | {"title": kind} for kind, chart in charts if chart]
+
+
+def _control(facts: dict[str, Any], best: dict[str, Any]) -> dict[str, Any] | None:
+    """Dots on one axis: the control, the student, and who taught it, at the epoch that ships."""
+    before = _number((facts["baseline"].get("metrics") or {}).get("top1"))
+    after = _number(facts["metrics"].get("top1"))
+    rows = [("baseline", "baseline", before), ("student", "student", after)]
+    if len(facts["members"]) > 1:
+        rows.append(("ensemble", "ensemble", _number(facts["metrics"].get("ensemble_top1"))))
+    names = [str(member.get("name")) for member in facts["members"]]
+    rows += [(name, _hue(at), _number(best.get(f"top1/{name}"))) for at, name in enumerate(names) if at]
+    known = [value for _, _, value in rows if value is not None]
+    if before is None or after is None:
+        return None
+    ticks = ticks_for(min(known), max(known), 4)
+    place = placer(ticks[0], ticks[-1])
+    return {
+        "fewer": 100 * (after - before) / (100 - before) if before < min(after, 100) else None,
+        "rows": [{"name": name, "hue": hue, "value": v, "at": place(v)} for name, hue, v in rows if v is not None],
+        "ticks": [{"at": place(tick), "text": f"{tick:g}"} for tick in ticks],
+    }
+
+
+def _latency(verification: dict[str, Any]) -> dict[str, Any]:
+    """Bars per batch size, in per cent of the longest, and the figure of the card: onnx at the smallest batch."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in verification.get("rows") or []:
+        for timing in row.get("latency") or []:
+            if _number(timing.get("p50_ms")):
+                groups.setdefault(timing.get("batch"), []).append(timing | {"name": row.get("name")})
+    for rows in groups.values():
+        torch = next((row["p50_ms"] for row in rows if row["name"] == "torch"), None)
+        for row in rows:
+            row["marks"] = [_number(row.get(key)) or row["p50_ms"] for key in ("p50_ms", "p90_ms", "p99_ms")]
+        # one slow outlier must not shrink the bars to nothing: no whisker goes beyond three times the longest bar
+        width = min(max(max(row["marks"]) for row in rows), 3 * max(row["p50_ms"] for row in rows))
+        for row in rows:
+            row["at"] = [round(min(100 * mark / width, 100), 2) for mark in row["marks"]]
+            row["speedup"] = torch / row["p50_ms"] if torch and row["name"] != "torch" else None
+    fastest = [row for batch in sorted(groups)[:1] for row in groups[batch] if row["name"] != "torch"]
+    card = next((row for row in fastest if row["name"] == "onnx"), fastest[0] if fastest else {})
+    return {"groups": sorted(groups.items()), "card": card}
+
+
+def _uses(folder: Path, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    run, bundle = shlex.quote(folder.as_posix()), shlex.quote((folder / "export").as_posix())
+    settings = (facts.get("recipe") or {}).get("data") or {}
+    data = str(settings.get("data") or facts["data"].get("name") or "DATA")
+    data = "DATA" if data == "loader" else shlex.quote(data)  # the user's own batches have no name to type
+    predict = shlex.quote((folder / "export" / "predict.py").as_posix())
+    uses = [
+        ("Classify an image; needs only numpy, pillow and onnxruntime", f"python {predict} IMAGE"),
+        ("Measure accuracy, agreement and latency again, on this machine", f"okdc verify {bundle} --data {data}"),
+        ("Build the TensorRT engine, on the machine that will run it", f"okdc export {run} --onnx --trt"),
+    ]
+    return uses if facts.get("verification") else [("Export and verify first", f"okdc export {run} --onnx"), *uses[:2]]

@@ -1,0 +1,112 @@
+"""Run folders: which one a run gets, what is written there to find the student again, and the control beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from okdc import checkpoint
+from okdc.errors import RunError
+from okdc.recipe import Recipe
+
+RECIPE = "recipe.yaml"
+STUDENT = "student.json"
+REPORT = "report.json"
+
+
+def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | None) -> tuple[Path, Path | None]:
+    """The folder of a run, and the checkpoint that it continues from.
+
+    Without `experiment` the folder is called NETWORK-METHOD-DATA, with a number behind it when a finished run has that
+    name. RunError when the folder is in use, or when there is nothing where `resume` points.
+    """
+    if resume not in (None, "auto"):
+        last = Path(resume) if Path(resume).suffix else Path(resume) / checkpoint.LAST
+        if not last.is_file():
+            raise RunError(
+                f"--resume {resume}: there is no {last}. Give a run folder or its {checkpoint.LAST}, or auto."
+            )
+        return last.parent, last
+    series = [output / experiment] if experiment else list(_series(output / default_name(recipe)))
+    if resume == "auto":
+        folder = series[-1] if experiment else _newest(series)
+        last = folder / checkpoint.LAST
+        return folder, last if last.is_file() else None
+    folder = series[-1]
+    if _in_use(folder):
+        state = "holds a finished run" if (folder / REPORT).is_file() else "holds an unfinished run, or other files"
+        raise RunError(
+            f"{folder} {state}, which is never written over. To continue it: the same command with --resume auto. "
+            "To start another run: --experiment NAME."
+        )
+    return folder, None
+
+
+def default_name(recipe: Recipe) -> str:
+    """NETWORK-METHOD-DATA, such as resnet18-ahbf-digits."""
+    parts = (recipe.network.model, recipe.method["name"], Path(recipe.data.data).name or recipe.data.data)
+    words = [re.split(r"[/:]", part.rstrip("/"))[-1] for part in parts]
+    return "-".join(re.sub(r"[^\w.+=]+", "_", word) for word in words)
+
+
+def _series(first: Path) -> Iterator[Path]:
+    """The folder, and NAME-2, NAME-3, … after it, up to the first that holds no finished run."""
+    yield first
+    number, folder = 2, first
+    while (folder / REPORT).is_file():
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+        yield folder
+
+
+def _newest(series: list[Path]) -> Path:
+    """The last folder of a series that has anything in it: what --resume auto goes on with."""
+    return next((folder for folder in reversed(series) if _in_use(folder)), series[0])
+
+
+def _in_use(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def begin(folder: Path, recipe: Recipe, student: dict[str, Any]) -> None:
+    """Make the folder and write what was asked for and what the student is, before anything is trained."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}. Choose another --output.") from error
+    checkpoint.atomically(folder / RECIPE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
+    text = json.dumps(student, indent=2, sort_keys=True) + "\n"
+    checkpoint.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_student(folder: Path) -> dict[str, Any] | None:
+    """What `begin` wrote of a run's student: arch, rebuildable, classes, preprocess; None for what is not a run."""
+    if not (folder / STUDENT).is_file():
+        return None
+    try:
+        return json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(
+            f"{folder / STUDENT} is damaged ({error}). Train again, or copy the run folder again."
+        ) from error
+
+
+def find_baseline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The newest finished run beside `folder` of the same network on the same data and schedule with `baseline`."""
+    if recipe.method["name"] == "baseline":
+        return None
+    mine = json.loads(json.dumps(recipe.to_dict()))
+    reports = sorted(folder.parent.glob(f"*/{REPORT}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in reports:
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            theirs = facts["recipe"]
+            same = all(theirs[section] == mine[section] for section in ("network", "data", "train"))
+            if theirs["method"]["name"] == "baseline" and same:
+                return {"name": path.parent.name, "history": facts["history"], "metrics": facts["metrics"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not a report of ours
+    return None

@@ -1,0 +1,150 @@
+"""Sharing a trunk: which modules a cut replaces, how their outputs travel, and the proof that a branch is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from okdc.anatomy import MIN_TAIL, Anatomy
+from okdc.errors import CutError
+from okdc.replay import Handling, Proof, Replay, Tape, random_state, set_random_state
+
+TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Run a module on trial: its buffers and modes, and the random numbers, are afterwards what they were."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    modes = [(m, m.training) for m in module.modules()]
+    state = random_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for part, mode in modes:
+            part.training = mode
+        set_random_state(state)
+
+
+def before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module]:
+    """The outermost modules all of whose calls end before the cut; modules called on both sides stay in the branch."""
+    anatomy.find_cut(cut)
+    moment = next(c.end for c in anatomy.calls if c.name == cut)
+    last: dict[str, int] = {}
+    for call in anatomy.calls:
+        last[call.name] = max(last.get(call.name, 0), call.end)
+    names = {module: name for name, module in target.named_modules()}
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module) -> None:
+        for child in module.children():
+            finished = all(last.get(names[m], 0) <= moment for m in child.modules())
+            if finished and names[child] in last:
+                found[names[child]] = child
+            else:
+                walk(child)
+
+    walk(target)
+    return found
+
+
+def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape) -> None:
+    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target."""
+    doomed = {network.get_submodule(name): name for name in trunk}
+    for module in list(network.modules()):
+        for key, child in module._modules.items():
+            if child in doomed:
+                module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]])
+
+
+def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
+    """Point what a branch still has but never uses (position embeddings before the cut) to the target's parameters."""
+    with unchanged(target), unchanged(network), torch.enable_grad():
+        target.eval(), network.eval()
+        tape.start()
+        target(example)
+        logits = network(example)
+        tape.clear()
+        named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
+    own = dict(target.named_parameters())
+    for (name, _), grad in zip(named, grads, strict=True):
+        if grad is None and name in own:
+            parent, _, leaf = name.rpartition(".")
+            network.get_submodule(parent)._parameters[leaf] = own[name]
+
+
+def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
+    """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
+    names = [m.name for m in network.modules() if isinstance(m, Replay)]
+    with unchanged(target), unchanged(network):
+        try:
+            _learn_handling(target, network, tape, example)
+            difference = _differences(target, network, tape, example)
+            if difference > TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
+                for name in names:
+                    tape.handling[name] = Handling()
+                difference = _differences(target, network, tape, example)
+        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
+        finally:
+            tape.clear()
+            tape.proof = None
+    if not difference <= TOLERANCE:
+        raise CutError(_refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e})"))
+
+
+def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
+    others = [c.name for c in anatomy.cuts if c.flops_after >= MIN_TAIL and c.name != cut and c.name.count(".") <= 1]
+    return (
+        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. "
+        f"Cut elsewhere with --cut NAME (such as {', '.join(others[-4:])}), or train whole peer networks: --share none."
+    )
+
+
+def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> None:
+    """One watched run: outputs without a gradient never reach the logits; versions tell what is changed in place."""
+    target.train(False), network.train(False)
+    proof = tape.proof = Proof(probing=True)
+    tape.start()
+    with torch.enable_grad():
+        target(example)
+        changed_by_target = {name for name, tensor, version in proof.recorded if tensor._version != version}
+        logits = network(example)
+    changed_by_branch = {name for name, tensor, version in proof.replayed if tensor._version != version}
+    grads = torch.autograd.grad(logits.sum(), [leaf for _, leaf in proof.leaves], allow_unused=True)
+    live = {name for (name, _), grad in zip(proof.leaves, grads, strict=True) if grad is not None}
+    live |= {name for name, tensor, _ in proof.replayed if not tensor.is_floating_point()}
+    for name in {name for name, _, _ in proof.recorded} & {m.name for m in network.modules() if isinstance(m, Replay)}:
+        handling = tape.handling[name]
+        fresh = handling == Handling()
+        handling.live = name in live or (handling.live and not fresh)
+        handling.clone_recorded = name in changed_by_target or (handling.clone_recorded and not fresh)
+        handling.clone_replayed = name in changed_by_branch or (handling.clone_replayed and not fresh)
+
+
+def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
+    """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest."""
+    worst = 0.0
+    for training in (False, True):
+        target.train(training), network.train(training)
+        tape.proof = Proof()
+        tape.start()
+        with torch.no_grad():
+            reference = target(example)
+            if not (isinstance(reference, Tensor) and reference.dim() == 2):
+                raise TypeError(
+                    f"in {'training' if training else 'evaluation'} mode it returns no single logits tensor"
+                )
+            logits = network(example)
+        tape.clear()
+        scale = reference.abs().max().clamp_min(1e-12)
+        worst = max(worst, float((logits - reference).abs().max() / scale))
+    return worst

@@ -1,0 +1,254 @@
+"""The one training loop, shared by every method: plain torch, exact to resume, and never a bad checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from okdc import checkpoint
+from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
+from okdc._progress import Display, Events, Row, write_summary
+from okdc._state import Run, TrainState, build, restore, save
+from okdc.errors import DataError, TrainingError
+from okdc.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from okdc.data import Data
+    from okdc.methods import Method
+
+__all__ = ["TrainState", "choose_device", "fit"]
+
+# Skipped steps in a row after which a run stops; fp16 may need a good many of them to find its scale.
+PATIENCE, PATIENCE_FP16 = 5, 25
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def fit(
+    method: Method,
+    data: Data,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    arch: str,
+    recipe: dict[str, Any],
+) -> TrainState:
+    """Train `method` on `data`, leaving last.pth.tar, model_best.pth.tar, summary.csv and events in `folder`.
+
+    `resume` is the last.pth.tar of an interrupted run, which goes on as if nothing had happened; a complete one is
+    returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
+    RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
+    that timm does not know, SystemExit with 130 or 143 after Ctrl-C or SIGTERM, the step finished and saved.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not len(data.train):
+        raise DataError(
+            "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
+        )
+    steps = math.ceil(len(data.train) / settings.grad_accum_steps)
+    run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
+    with own_randomness(), StopSignal() as stop, Display(settings.epochs, steps, settings.log_interval) as display:
+        state = build(method, run)
+        if resume is not None:
+            restore(state, checkpoint.load_run(resume), Path(resume), run)
+            display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.")
+            write_summary(folder / "summary.csv", state.history)
+        if state.epoch < settings.epochs:
+            with contextlib.closing(Events(folder, state.epoch)) as events:
+                _train(state, data, run, stop, display, events)
+    method.eval()
+    return state
+
+
+def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: Display, events: Events) -> None:
+    method, settings = state.method, run.settings
+    learner = torch.compile(method) if settings.torchcompile else method  # what DDP would wrap
+    buffers = _Buffers(method)
+    while state.epoch < settings.epochs:
+        method.train()
+        method.epoch.fill_(state.epoch)
+        batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
+        clock = time.perf_counter()
+        while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
+            losses = _step(state, learner, group, buffers, run)
+            state.step += 1
+            if state.schedule is not None:
+                state.schedule.step_update(state.epoch * run.steps + state.step)
+            clock = _count(state, losses, group, clock)
+            display.step(state.epoch, state.step, losses, state.lr, state.speed)
+            _leave_if_asked(state, run, stop, display)
+            if settings.recovery_interval and state.step % settings.recovery_interval == 0:
+                save(state, run)
+        if not state.sums:
+            raise DataError(f"epoch {state.epoch + 1} had no batches; give a loader that can be read anew each epoch.")
+
+        state.step = run.steps  # also where the data gave fewer batches than it promised
+        metrics = None
+        if data.validation is not None:
+            metrics = _evaluate(state, takewhile(lambda _: not stop.signal, data.validation), run.machine)
+            _leave_if_asked(state, run, stop, display)
+        row = _row(state, metrics, time.perf_counter() - clock)
+        _finish_epoch(state, row, run)
+        display.epoch(row)
+        events.epoch(row)
+        _leave_if_asked(state, run, stop, display)
+
+
+def _step(state: TrainState, learner: Any, group: Batches, buffers: _Buffers, run: Run) -> dict[str, float]:
+    """One optimizer step over a group of batches: the mean of every loss part, or {} where the step was skipped."""
+    optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
+    buffers.keep()
+    total = sum(len(images) for images, _ in group)
+    parts: dict[str, Tensor] = {}
+    for i, (images, labels) in enumerate(group):
+        images, labels = machine.move(images, labels)
+        seed_everything(run.settings.seed, state.epoch, state.step, i)
+        with machine.autocast():
+            losses = learner(images, labels)
+        share = len(images) / total
+        scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
+        for name, loss in losses.items():
+            parts[name] = parts.get(name, 0) + loss.detach().float() * share
+
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    values = torch.stack([*parts.values(), norm.float()]).tolist()  # the one time that a step waits for the device
+    bad = [name for name, value in zip([*parts, "gradient"], values) if not math.isfinite(value)]
+    if bad:
+        buffers.put_back()
+    else:
+        if run.settings.clip_grad is not None:
+            clip_grads_with_norm_(parameters, run.settings.clip_grad, norm)
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if bad:
+        _skip(state, bad[0], run)
+        return {}
+    state.skipped_in_a_row = 0
+    with machine.autocast():
+        state.method.after_step(images, labels)
+    if state.ema:
+        state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
+    return dict(zip(parts, values))
+
+
+class _Buffers:
+    """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back."""
+
+    def __init__(self, method: nn.Module) -> None:
+        self.groups: dict[
+            torch.dtype, tuple[list[Tensor], list[Tensor]]
+        ] = {}  # of one type, so that a copy is one call
+        for buffer in method.buffers():
+            live, kept = self.groups.setdefault(buffer.dtype, ([], []))
+            live.append(buffer)
+            kept.append(buffer.clone())
+
+    def keep(self) -> None:
+        for live, kept in self.groups.values():
+            torch._foreach_copy_(kept, live)
+
+    def put_back(self) -> None:
+        for live, kept in self.groups.values():
+            torch._foreach_copy_(live, kept)
+
+
+def _skip(state: TrainState, name: str, run: Run) -> None:
+    """Count a step that was not taken because `name` was not finite; TrainingError when it happens again and again."""
+    state.skipped_in_a_row += 1
+    scaling = name == "gradient" and state.scaler.is_enabled()
+    if state.skipped_in_a_row < (PATIENCE_FP16 if scaling else PATIENCE):
+        return
+    what = "the gradient" if name == "gradient" else f"the loss term {name!r}"
+    kept = f"The last good state is kept: continue {run.last}" if run.last.exists() else "Start again"
+    raise TrainingError(
+        f"{what} was not finite for {state.skipped_in_a_row} steps in a row, up to step {state.step + 1} of epoch "
+        f"{state.epoch + 1}. {kept} with a lower --lr, --clip-grad 1, or --amp-dtype bfloat16 where it was float16."
+    )
+
+
+def _count(state: TrainState, losses: dict[str, float], group: Batches, clock: float) -> float:
+    """Add one step to the sums of the epoch; the time at which the next step begins, seconds."""
+    now = time.perf_counter()
+    images = sum(len(images) for images, _ in group)
+    counts = {"steps": bool(losses), "skipped": not losses, "images": images, "seconds": now - clock}
+    for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
+        state.sums[name] = state.sums.get(name, 0) + value
+    return now
+
+
+@torch.no_grad()
+def _evaluate(state: TrainState, batches: Any, machine: Machine) -> dict[str, float]:
+    """Top-1 of every member, of the ensemble and of the student, per cent, in eval mode; nothing without images."""
+    # Not inference_mode: a network that caches tensors, say position embeddings, could then not train on.
+    state.method.eval()
+    names = [*(f"top1/{name}" for name in state.method.cohort.names), "top1/ensemble", "eval_top1"]
+    total, sums = 0, torch.zeros(len(names) + 2, dtype=torch.float64)
+    for images, labels in batches:
+        images, labels = machine.move(images, labels)
+        with machine.autocast():
+            out = state.method.cohort(images)
+            ensemble = state.method.ensemble(out)
+            student = state.ema.module(images) if state.ema else out.logits[0]
+        counts = [(logits.argmax(1) == labels).sum() for logits in (*out.logits, ensemble, student)]
+        top5 = student.topk(min(5, student.shape[1])).indices.eq(labels[:, None]).sum()
+        loss = F.cross_entropy(student.float(), labels, reduction="sum")
+        sums += torch.stack([*counts, top5, loss]).cpu()
+        total += len(images)
+    if not total:
+        return {}
+    means = dict(zip([*names, "eval_top5", "eval_loss"], (sums / total).tolist()))
+    return {name: value if name == "eval_loss" else 100 * value for name, value in means.items()}
+
+
+def _row(state: TrainState, metrics: dict[str, float] | None, evaluation_seconds: float) -> Row:
+    """The line of the history for the epoch that has just been trained; timm's columns come first."""
+    sums, metrics = state.sums, metrics or {}
+    losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
+    members = [f"top1/{name}" for name in (*state.method.cohort.names, "ensemble")]
+    return {
+        "epoch": state.epoch,
+        "train_loss": sum(losses.values()) if losses else math.nan,
+        **{name: metrics.get(name) for name in ("eval_loss", "eval_top1", "eval_top5")},
+        "lr": state.lr,
+        **losses,
+        **{name: metrics.get(name) for name in members},
+        "seconds": sums["seconds"] + evaluation_seconds,
+        "images_per_second": state.speed,
+        "skipped_steps": int(sums["skipped"]),
+    }
+
+
+def _finish_epoch(state: TrainState, row: Row, run: Run) -> None:
+    top1 = row["eval_top1"]
+    improved = top1 is None or state.best is None or top1 > state.best  # without validation the last is the best
+    if improved:
+        state.best, state.best_epoch = top1, state.epoch
+    state.history.append(row)
+    state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
+    if state.schedule is not None:
+        state.schedule.step(state.epoch)
+    save(state, run, best=improved)
+    write_summary(run.folder / "summary.csv", state.history)
+
+
+def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Display) -> None:
+    if not stop.signal:
+        return
+    save(state, run)
+    where = f"{state.epoch} epochs and {state.step} of {run.steps} steps are done and saved"
+    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {run.last}")
+    raise SystemExit(stop.exit_code)

@@ -1,0 +1,319 @@
+"""Every exported file on the same images as torch: accuracy, agreement, differences of the logits, latency, a verdict.
+
+Torch in fp32 is the reference. A row passes or fails with one sentence; what is measured is always reported.
+Shapes: B batch, C classes or channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from okdc import _latency
+from okdc._portable import one_line, without_paths
+from okdc._tally import Tally
+from okdc.errors import DataError
+
+TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
+PIPELINE_TOLERANCE = 1e-2  # the same for a whole pipeline, whose decoding and resizing of images may round differently
+RANDOM_IMAGES = 64  # how many stand in for validation images that are not there
+SMALL_BATCHES = (1, 3)  # run besides the batches of the data: proves that the batch size is free
+
+Run = Callable[[np.ndarray], np.ndarray]  # (B, C, H, W) float32, normalised -> (B, C) logits
+Pipeline = Callable[[Sequence[Any]], np.ndarray]  # B raw PIL images -> (B, C) logits
+Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, H, W), labels (B,), B raw PIL images
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was exported, the export target's module that can run it, and why it could not be written, if so."""
+
+    path: Path
+    module: ModuleType
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a row must reach.
+
+    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %.
+    """
+
+    max_drop: float = 0.5
+    min_agreement: float = 99.9
+    expected_top1: float | None = None
+
+
+def torch_runner(student: nn.Module, device: str = "cpu") -> Run:
+    """A runner of the student itself: a copy in eval mode and fp32 on the device; the student is left as it is."""
+    network = copy.deepcopy(student).eval().float().to(device)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # TF32 would cost the reference three digits.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return network(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    return run
+
+
+def compare(
+    student: nn.Module | None,
+    targets: Mapping[str, Exported],
+    data: Any | None,
+    *,
+    input_size: Sequence[int],
+    device: str = "cpu",
+    images: int | None = None,
+    batch_sizes: Sequence[int] = (1, 8),
+    threads: int = 1,
+    gates: Gates = Gates(),
+    pipelines: Mapping[str, Pipeline] | None = None,
+    golden: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Run every exported file and the student on the same validation images, and judge them: a verification.
+
+    student: None where the network cannot be rebuilt; the files are then held to `gates.expected_top1` and `golden`.
+    data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
+    order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
+    pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
+    "skipped" and "environment" are left empty: only the caller knows them.
+    """
+    session = _Session(student, targets, pipelines or {}, device)
+    labelled = data is not None and data.validation is not None
+    first = session.stream(_batches(data, input_size, images, raw=bool(pipelines)))
+    session.probe(first, golden)
+    rows = session.rows(labelled, gates)
+    if batch_sizes:
+        session.time(rows, first, batch_sizes, threads)
+    verdict = "pass" if labelled else "parity_only"
+    return {
+        "schema_version": 1,
+        "verdict": verdict if all(row["pass"] for row in rows) else "fail",
+        "images": session.count,
+        "device": device,
+        "threads": threads,
+        "rows": rows,
+        "skipped": [],
+        "environment": {},
+    }
+
+
+class _Session:
+    """The runners of one comparison, their tallies, and why some could not go on."""
+
+    def __init__(
+        self, student: nn.Module | None, targets: Mapping[str, Exported], pipelines: Mapping[str, Pipeline], device: str
+    ) -> None:
+        self.student, self.targets, self.pipelines, self.device = student, targets, pipelines, device
+        self.reference = torch_runner(student, device) if student is not None else None
+        self.runners: dict[str, Run] = {}
+        self.providers: dict[str, str] = {}
+        self.devices: dict[str, str] = {}
+        self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
+        self.tallies = {name: Tally() for name in ("torch", *targets, *pipelines)}
+        self.count = 0
+        for name, exported in targets.items():
+            if name in self.problems:
+                continue
+            with self._blame(name, "it cannot be loaded"):
+                self.runners[name], self.devices[name] = _start(exported, device)
+                self.providers[name] = str(getattr(self.runners[name], "provider", ""))
+
+    @contextlib.contextmanager
+    def _blame(self, name: str, what: str) -> Iterator[None]:
+        """A backend may raise anything; whatever it is becomes that row's failure, and the other rows go on."""
+        try:
+            yield
+        except Exception as error:
+            self.problems.setdefault(name, f"{what}: {one_line(error)}")
+
+    def stream(self, batches: Iterator[Batch]) -> np.ndarray:
+        """Give every batch to every runner; returns the images of the first batch."""
+        first: np.ndarray | None = None
+        for images, labels, raw in batches:
+            first = images if first is None else first
+            self.count += len(images)
+            reference = self.reference(images) if self.reference is not None else None
+            if reference is not None:
+                self._count("torch", reference, labels, reference)
+            for name, run in self.runners.items():
+                self._run(name, run, images, labels, reference)
+            for name, pipeline in self.pipelines.items() if raw is not None else ():
+                self._run(name, pipeline, raw, labels, reference)
+        if first is None:
+            raise DataError("The validation data is empty: give data with at least one image.")
+        return first
+
+    def _run(
+        self,
+        name: str,
+        run: Callable[[Any], np.ndarray],
+        images: Any,
+        labels: np.ndarray | None,
+        reference: np.ndarray | None,
+    ) -> None:
+        if name not in self.problems:
+            with self._blame(name, "it does not run"):
+                self._count(name, _logits(run, images, reference), labels, reference)
+
+    def _count(self, name: str, out: np.ndarray, labels: np.ndarray | None, reference: np.ndarray | None) -> None:
+        tally = self.tallies[name]
+        tally.score(out, labels)
+        if reference is not None:
+            tally.agreement(out, reference, TOLERANCE)
+            tally.difference(out, reference)
+
+    def probe(self, images: np.ndarray, golden: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Other batch sizes, and known inputs: their differences count, their images do not."""
+        batches = [_repeat(images, size) for size in SMALL_BATCHES]
+        known = [(batch, self.reference(batch) if self.reference is not None else None) for batch in batches]
+        everyone = self.runners if self.reference is None else {"torch": self.reference, **self.runners}
+        for name, run in everyone.items():
+            for batch, expected in [*known, golden] if golden is not None else known:
+                if name not in self.problems:
+                    with self._blame(name, f"it does not run {len(batch)} images at once"):
+                        out = _logits(run, batch, expected)
+                        self.tallies[name].difference(out, out if expected is None else expected)
+
+    def rows(self, labelled: bool, gates: Gates) -> list[dict[str, Any]]:
+        """One judged row for torch, each exported file and each pipeline that was run."""
+        rows = []
+        expected = gates.expected_top1
+        if self.student is not None:
+            row = self._row("torch", None, _megabytes(self.student), labelled)
+            # Wrong weights, labels or preprocessing show here, before they are blamed on a file. Three images more may
+            # fall: when it was last measured, in training, it may have been in mixed precision.
+            lenient = replace(gates, max_drop=gates.max_drop + 300 / self.count)
+            rows.append(_judge(row, expected, lenient, TOLERANCE, "when last measured it was"))
+            expected = row["top1"]
+        for name, exported in self.targets.items():
+            megabytes = exported.path.stat().st_size / 1e6 if exported.path.is_file() else None
+            row = self._row(name, exported.path.name, megabytes, labelled)
+            tolerance = getattr(exported.module, "TOLERANCE", TOLERANCE)
+            rows.append(_judge(row, expected, gates, tolerance))
+        for name in self.pipelines:
+            if self.tallies[name].images or name in self.problems:
+                row = self._row(name, name, None, labelled)
+                rows.append(_judge(row, expected, Gates(max_drop=0, min_agreement=100), PIPELINE_TOLERANCE))
+        return rows
+
+    def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> dict[str, Any]:
+        tally = self.tallies[name]
+        row = {"name": name, "file": file, "mb": megabytes, "provider": self.providers.get(name)}
+        row |= tally.row(labelled) | {"latency": [], "pass": True, "reason": None}
+        reason = self.problems.get(name) or (None if tally.finite else "it gives logits that are not finite")
+        if reason:
+            _fail(row, reason)
+        return row
+
+    def time(self, rows: list[dict[str, Any]], images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> None:
+        """Fill in the latency of torch and of every file that runs: one process each, and nothing beside it."""
+        self.runners.clear()  # no idle thread pool disturbs the clock
+        images = _repeat(images, max(batch_sizes))
+        for row in rows:
+            name = row["name"]
+            if name in self.targets and name not in self.problems:
+                exported = self.targets[name]
+                module, where = Path(str(exported.module.__file__)), self.devices[name]
+                try:
+                    row["latency"] = _latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
+                except RuntimeError as error:
+                    _fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
+            elif name == "torch" and self.reference is not None:
+                row["latency"] = self._time_torch(images, batch_sizes, threads)
+
+    def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[dict[str, Any]]:
+        assert self.reference is not None
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            on_cpu = threads if torch.device(self.device).type == "cpu" else None
+            return _latency.measure(self.reference, images, batch_sizes, on_cpu)
+        finally:
+            torch.set_num_threads(before)
+
+
+def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray | None) -> np.ndarray:
+    """What the runner gives, (B, C); raises ValueError if its shape is not the reference's."""
+    out = run(images)
+    if reference is not None and out.shape != reference.shape:
+        raise ValueError(f"its output has the shape {out.shape}, torch's has {reference.shape}")
+    return out
+
+
+def _start(exported: Exported, device: str) -> tuple[Run, str]:
+    """A runner on the device, or on the CPU where that backend has no such device; the row's provider says which."""
+    try:
+        return exported.module.runner(exported.path, device=device), device
+    except Exception:
+        if device == "cpu":
+            raise
+        return exported.module.runner(exported.path, device="cpu"), "cpu"
+
+
+def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw: bool) -> Iterator[Batch]:
+    """The validation batches up to `limit` images, or random ones without labels where there are none."""
+    if data is None or data.validation is None:
+        generator = np.random.default_rng(0)
+        for _ in range(0, RANDOM_IMAGES, 16):
+            yield generator.standard_normal((16, *input_size), dtype=np.float32), None, None
+        return
+    originals = iter(data.validation_images) if raw and data.validation_images is not None else None
+    left = limit or sys.maxsize
+    for images, labels in data.validation:
+        batch = np.ascontiguousarray(torch.as_tensor(images)[:left].detach().float().cpu().numpy())
+        truth = torch.as_tensor(labels)[:left].cpu().numpy()
+        pairs = list(itertools.islice(originals, len(batch))) if originals is not None else None
+        if pairs is not None and [int(label) for _, label in pairs] != truth.tolist():
+            raise DataError("validation_images does not give the images of validation in the same order.")
+        yield batch, truth, [image for image, _ in pairs] if pairs is not None else None
+        left -= len(batch)
+        if left <= 0:
+            return
+
+
+def _judge(
+    row: dict[str, Any], expected: float | None, gates: Gates, tolerance: float, known: str = "with torch it is"
+) -> dict[str, Any]:
+    """The row with its verdict: the first gate it fails is the reason. expected: the top-1 that it must keep, %."""
+    top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
+    if agreement is not None and agreement < gates.min_agreement:
+        least = f"at least {gates.min_agreement:g}% must agree"
+        _fail(row, f"it agrees with torch on {agreement:.2f}% of the images; {least}")
+    if top1 is not None and expected is not None and expected - top1 > gates.max_drop + 1e-9:
+        _fail(row, f"its top-1 is {top1:.2f}%, {known} {expected:.2f}%; {gates.max_drop:.3g} points may be lost")
+    if rel is not None and rel > tolerance:
+        _fail(row, f"its logits differ from torch's by {rel:.1e} of the largest; {tolerance:.0e} is allowed")
+    return row
+
+
+def failed_row(name: str, reason: str) -> dict[str, Any]:
+    """The row of a file that is wrong without having been run."""
+    row = {"name": name, "file": name, "mb": None, "provider": None} | Tally().row(labelled=False)
+    return row | {"latency": [], "pass": False, "reason": reason}
+
+
+def _fail(row: dict[str, Any], reason: str) -> None:
+    if row["pass"]:
+        row.update({"pass": False, "reason": reason})
+
+
+def _repeat(images: np.ndarray, count: int) -> np.ndarray:
+    """`count` images, over and over where there are fewer."""
+    return np.ascontiguousarray(images[np.arange(count) % len(images)])
+
+
+def _megabytes(network: nn.Module) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()) / 1e6

@@ -1,0 +1,136 @@
+"""Checkpoints: whole or not at all, never code, and a person is told what is wrong with a file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+
+import pytest
+import torch
+
+from okdc import checkpoint
+from okdc.errors import RunError
+
+resource = pytest.importorskip("resource", reason="limits on the size of a file need POSIX")
+
+PAYLOAD = {"state_dict": {"weight": torch.arange(60_000.0)}, "okdc": {"epoch": 1}}
+
+
+@pytest.fixture
+def small_disk():
+    """While it is on, no file can grow beyond 64 KiB, as on a disk that is full."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def number(path) -> int:
+    return checkpoint.load(path)["number"]
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "last.pth.tar", PAYLOAD)
+    loaded = checkpoint.load_run(tmp_path / "last.pth.tar")
+    assert torch.equal(loaded["state_dict"]["weight"], PAYLOAD["state_dict"]["weight"])
+    assert loaded["okdc"] == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth.tar"]
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, request):
+    path = tmp_path / "last.pth.tar"
+    checkpoint.save(path, PAYLOAD | {"number": 1})
+    before = path.read_bytes()
+    request.getfixturevalue("small_disk")
+    with pytest.raises(RunError, match=r"could not write .*File too large.*is unharmed.*--resume auto"):
+        checkpoint.save(path, PAYLOAD | {"number": 2}, keep=2)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth.tar"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"could not write .*gone/last\.pth\.tar.*No such file"):
+        checkpoint.save(tmp_path / "gone" / "last.pth.tar", PAYLOAD)
+
+
+def test_earlier_files_are_kept(tmp_path):
+    path = tmp_path / "last.pth.tar"
+    for i in range(4):
+        checkpoint.save(path, {"state_dict": {}, "number": i}, keep=3)
+    assert [number(p) for p in checkpoint.history(path, 3)] == [3, 2, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.1.pth.tar", "last.2.pth.tar", "last.pth.tar"]
+
+
+def test_a_duplicate_survives_the_next_save(tmp_path):
+    last, best = tmp_path / checkpoint.LAST, tmp_path / checkpoint.BEST
+    checkpoint.save(best, {"state_dict": {}, "number": 1})
+    checkpoint.duplicate(best, last)
+    checkpoint.save(last, {"state_dict": {}, "number": 2})
+    assert (number(best), number(last)) == (1, 2)
+
+
+class Evil:
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, write):
+    write({"state_dict": {}, "okdc": Evil(tmp_path / "it_ran")}, tmp_path / "evil.pth.tar")
+    with pytest.raises(RunError, match="was not loaded"):
+        checkpoint.load(tmp_path / "evil.pth.tar")
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    with pytest.raises(RunError, match=r"holds posix\.mkdir, .*get_extra_state"):
+        checkpoint.save(tmp_path / "last.pth.tar", {"state_dict": {}, "okdc": Evil(tmp_path / "it_ran")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_called_damaged(tmp_path, part):
+    path = tmp_path / "last.pth.tar"
+    checkpoint.save(path, PAYLOAD)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(RunError, match="is empty" if part == 0 else r"damaged or cut short \([\d,]+ bytes\)"):
+        checkpoint.load_run(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"epoch,loss\n0,1\n", r"not a file that torch\.save wrote"),
+        ({"weight": torch.zeros(1)}, "has no 'state_dict'"),
+        ([1, 2], "has no 'state_dict'"),
+        ({"state_dict": {}}, "no okdc training state.*--initial-checkpoint"),
+    ],
+)
+def test_a_foreign_file_is_told_apart(tmp_path, content, words):
+    path = tmp_path / "other.pth.tar"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(RunError, match=words):
+        checkpoint.load_run(path)
+
+
+def test_a_missing_file_or_a_folder_is_told_apart(tmp_path):
+    with pytest.raises(RunError, match=r"there is no checkpoint .*nowhere\.pth\.tar"):
+        checkpoint.load(tmp_path / "nowhere.pth.tar")
+    with pytest.raises(RunError, match=r"is a folder: give .*last\.pth\.tar"):
+        checkpoint.load(tmp_path)
+
+
+def test_differences_are_put_in_words():
+    here = {"a": torch.zeros(2), "b": torch.zeros(3), "c": {"extra": 1}}
+    assert checkpoint.difference(dict(here), here) is None
+    saved = {"a": torch.zeros(4), "c": {"extra": 2}, "d": torch.zeros(1)}
+    assert checkpoint.difference(saved, here) == (
+        "b is missing from the checkpoint; d is only in the checkpoint; a is (4,) in the checkpoint and (2,) here"
+    )
+    assert checkpoint.difference({}, {str(i): torch.zeros(1) for i in range(5)}).endswith("; and 2 more")

@@ -1,0 +1,360 @@
+"""A bundle is whole, portable, harmless and verified, and a bad one never takes the place of a good one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+import torchvision
+from onnx import numpy_helper
+from PIL import Image
+from safetensors.torch import load_file
+
+from okdc import _bundle, _shipped, exporting
+from okdc.errors import ExportError, GateError
+from okdc.recipe import ExportSettings
+from okdc.verify import torch_runner
+
+PREPROCESS = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.25),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+CLASSES = ("red", "green", "blue", "grey")
+QUICK = ExportSettings(batch_sizes=[])
+WEIGHTS_ONLY = ExportSettings(onnx=False, batch_sizes=[])  # for tests of the folder, not of the files in it
+FILES = {
+    "model.onnx", "model.safetensors", "config.json", "preprocess.json", "labels.txt", "golden.npz", "predict.py",
+    "requirements.txt", "verification.json", "README.md", "SHA256SUMS",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """Validation data as okdc.data makes it."""
+
+    validation: Any
+    validation_images: Any
+    classes: tuple[str, ...] = CLASSES
+    preprocess: dict[str, Any] = field(default_factory=lambda: dict(PREPROCESS))
+    name: str = "/some/where/colours"
+    sizes: tuple[int, int] = (0, 16)
+
+
+@pytest.fixture(scope="module")
+def data() -> Images:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+    raw = [(Image.fromarray(image), index % 4) for index, image in enumerate(pixels)]
+    predict = _shipped.load(_shipped.folder("export") / "predict.py")
+    images = torch.from_numpy(np.stack([predict.preprocess(image, PREPROCESS) for image, _ in raw]))
+    return Images(list(zip(images.split(8), (torch.arange(16) % 4).split(8), strict=True)), raw)
+
+
+@pytest.fixture(scope="module")
+def student() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=4).eval()
+
+
+def export(student: torch.nn.Module, data: Any, folder: Path, settings: ExportSettings = QUICK, **more: Any) -> dict:
+    info = {"command": f"okdc compress --data {folder}", "recipe": {"data": {"data": str(folder)}}, "metrics": {}}
+    return exporting.export_bundle(student, data, settings, folder, **{"arch": "test_resnet", "info": info} | more)
+
+
+@pytest.fixture(scope="module")
+def bundle(student: torch.nn.Module, data: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "export"
+    assert export(student, data, folder, ExportSettings(batch_sizes=[1]))["verdict"] == "pass"
+    return folder
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the bundle that a test may spoil; the bundle itself must stay as it is."""
+    shutil.copytree(bundle, tmp_path / "export")
+    yield tmp_path / "export"
+    assert exporting.check_sums(bundle) == []
+
+
+def test_the_bundle_is_whole(bundle: Path, student: torch.nn.Module) -> None:
+    assert {path.name for path in bundle.iterdir()} == FILES
+    assert exporting.check_sums(bundle) == []
+    assert [path.name for path in bundle.parent.iterdir()] == ["export"]
+    verification = json.loads((bundle / "verification.json").read_text())
+    assert [row["name"] for row in verification["rows"]] == ["torch", "onnx", "predict.py"]
+    assert all(row["pass"] and row["agreement"] == 100 for row in verification["rows"])
+    assert verification["skipped"] == [] and verification["environment"]["torch"] == torch.__version__
+    card = (bundle / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in FILES - {"README.md", "model.onnx", "requirements.txt"})
+    assert exporting.read(bundle)["classes"] == CLASSES
+    assert set(load_file(bundle / "model.safetensors")) == set(student.state_dict())
+
+
+def test_bare_timm_loads_it(bundle: Path, student: torch.nn.Module) -> None:
+    network = timm.create_model(f"local-dir:{bundle}", pretrained=True)
+    images = np.random.default_rng(2).standard_normal((2, 3, 32, 32), dtype=np.float32)
+    assert np.array_equal(torch_runner(network)(images), torch_runner(student)(images))
+    assert network.num_classes == 4 and tuple(network.pretrained_cfg["label_names"]) == CLASSES
+    config = timm.data.resolve_data_config(model=network)
+    assert json.dumps({key: config[key] for key in PREPROCESS}) == json.dumps(PREPROCESS)  # tuples are lists there
+
+
+def test_predict_runs_from_the_bundle(bundle: Path, data: Images, student: torch.nn.Module, tmp_path: Path) -> None:
+    image, _ = data.validation_images[3]
+    image.save(tmp_path / "image.png")
+    command = [sys.executable, "-W", "error", str(bundle / "predict.py"), str(tmp_path / "image.png"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    expected = CLASSES[int(torch_runner(student)(data.validation[0][0].numpy())[3].argmax())]
+    assert json.loads(done.stdout)["predictions"][0]["label"] == expected
+    assert (bundle / "predict.py").read_bytes() == (_shipped.folder("export") / "predict.py").read_bytes()
+
+
+def test_no_file_names_a_place_on_this_machine(bundle: Path) -> None:
+    places = {Path.cwd(), Path.home(), bundle.parent, Path(sys.prefix), Path(torch.__file__).parent, Path("/some")}
+    for file in bundle.iterdir():
+        content = file.read_bytes()
+        found = [place for place in places if place != Path("/") and f"{place}/".encode() in content]
+        assert not found, f"{file.name} holds {found}"
+
+
+def test_exporting_again_replaces_the_bundle_with_the_same_bytes(
+    copy: Path, student: torch.nn.Module, data: Images
+) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    export(student, data, copy)
+    same = {name for name, content in before.items() if (copy / name).read_bytes() == content}
+    assert same >= FILES - {"verification.json", "README.md", "SHA256SUMS"}  # those hold times
+    assert [path.name for path in copy.parent.iterdir()] == ["export"]
+
+
+def test_a_folder_with_other_things_in_it_is_refused(student: torch.nn.Module, data: Images, copy: Path) -> None:
+    (copy / "thesis.txt").write_text("ten years")
+    with pytest.raises(ExportError, match=r"thesis.txt.*--output"):
+        export(student, data, copy)
+    assert (copy / "thesis.txt").read_text() == "ten years" and (copy / "model.onnx").exists()
+
+
+def test_a_failed_gate_keeps_both_the_files_and_the_earlier_bundle(
+    student: torch.nn.Module, data: Images, copy: Path
+) -> None:
+    sums = (copy / "SHA256SUMS").read_bytes()
+    shifted = replace(data, validation=[(images, (labels + 1) % 4) for images, labels in data.validation])
+    shifted = replace(shifted, validation_images=None)
+    with pytest.raises(exporting.UnfitError, match=r"torch: its top-1 is .*export-failed") as caught:
+        export(student, shifted, copy, WEIGHTS_ONLY, info={"metrics": {"top1": 100.0}})
+    assert caught.value.exit_code == 3 and caught.value.verification["verdict"] == "fail"
+    assert (copy / "SHA256SUMS").read_bytes() == sums and exporting.check_sums(copy) == []
+    failed = exporting.failed_folder(copy)
+    assert exporting.check_sums(failed) == []
+    assert json.loads((failed / "verification.json").read_text())["verdict"] == "fail"
+    assert set(load_file(failed / "model.safetensors")) == set(student.state_dict())
+    assert "**fail**" in (failed / "README.md").read_text()
+
+
+def test_a_target_that_cannot_be_written_fails_and_the_rest_is_kept(
+    student: torch.nn.Module, data: Images, tmp_path: Path
+) -> None:
+    with pytest.raises(GateError, match="onnx: it could not be written: opset 99"):
+        export(student, data, tmp_path / "export", ExportSettings(opset=99, batch_sizes=[]))
+    assert not (tmp_path / "export").exists()
+    assert (tmp_path / "export-failed" / "model.safetensors").is_file()
+
+
+def test_a_crash_leaves_the_earlier_bundle_and_no_litter(student: torch.nn.Module, data: Images, copy: Path) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[Any]:
+            yield data.validation[0]
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="disk"):
+        export(student, replace(data, validation=Broken()), copy, WEIGHTS_ONLY)
+    assert [path.name for path in copy.parent.iterdir()] == ["export"] and exporting.check_sums(copy) == []
+
+
+def test_wrong_classes_or_sizes_are_told_before_anything_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="there are 3 classes"):
+        export(student, None, tmp_path / "export", preprocess=PREPROCESS, classes=("a", "b", "c"))
+    with pytest.raises(ExportError, match="input_size"):
+        export(student, None, tmp_path / "export", classes=CLASSES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(_shipped.target("tensorrt").available() is None, reason="TensorRT is available on this machine")
+def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
+    settings = ExportSettings(trt=True, batch_sizes=[])
+    verification = export(student, None, tmp_path / "export", settings, preprocess=PREPROCESS, classes=CLASSES)
+    skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
+    assert skipped["tensorrt"] and "raw validation images" in skipped["predict.py"]
+    assert verification["verdict"] == "parity_only"
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES
+    assert "random inputs" in (tmp_path / "export" / "README.md").read_text()
+
+
+class Own(torch.nn.Module):
+    """A user's own network, which timm knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.classifier = torch.nn.Linear(8, 4)
+        self.classifier.weight = torch.nn.Parameter(self.classifier.weight.t().contiguous().t())  # not contiguous
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(images).relu().mean((2, 3)))
+
+
+def test_a_network_that_timm_does_not_know(data: Images, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own, folder = Own(), tmp_path / "export"
+    settings = ExportSettings(torch=True, batch_sizes=[])
+    verification = export(own, data, folder, settings, arch="my_package.networks:build")
+    assert [row["name"] for row in verification["rows"]] == ["torch", "onnx", "torch.export", "predict.py"]
+    assert verification["skipped"] == []
+    own.load_state_dict(load_file(folder / "model.safetensors"))
+    card = (folder / "README.md").read_text()
+    assert "load_file" in card and "my_package.networks:build" in card and "local-dir" not in card
+    assert _bundle.load_student(folder) is None
+    again = exporting.verify_bundle(folder, data, QUICK)
+    assert again["verdict"] == "pass"
+    assert [row["name"] for row in again["rows"]] == ["onnx", "torch.export", "predict.py"]
+    perturb(folder)
+    assert "logits differ" in exporting.verify_bundle(folder, data, QUICK)["rows"][0]["reason"]
+
+
+def test_torchvision_rebuilds_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, folder = torchvision.models.shufflenet_v2_x0_5(num_classes=4), tmp_path / "export"
+    arch, known = "torchvision/shufflenet_v2_x0_5", {"preprocess": PREPROCESS, "classes": CLASSES}
+    export(network, None, folder, WEIGHTS_ONLY, arch=arch, **known)
+    lines = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    scope: dict[str, Any] = {}
+    exec(lines.replace('"model.safetensors"', repr(str(folder / "model.safetensors"))), scope)
+    inputs, logits = _bundle.read_golden(folder)
+    assert np.array_equal(torch_runner(scope["network"])(inputs), logits)
+    rebuilt = _bundle.load_student(folder)
+    assert rebuilt is not None and np.array_equal(torch_runner(rebuilt)(inputs), logits)
+
+
+def test_a_network_that_timm_cannot_rebuild_says_so(student: torch.nn.Module, tmp_path: Path) -> None:
+    changed = timm.create_model("test_resnet", num_classes=4)
+    changed.fc = torch.nn.Sequential(torch.nn.Linear(96, 8), torch.nn.Linear(8, 4))
+    verification = export(changed, None, tmp_path / "export", WEIGHTS_ONLY, preprocess=PREPROCESS, classes=CLASSES)
+    (skipped,) = verification["skipped"]
+    assert skipped["target"] == "model.safetensors" and "timm cannot rebuild" in skipped["reason"]
+    assert _bundle.load_student(tmp_path / "export") is None
+
+
+def test_a_bundle_cannot_name_code_to_be_run(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"architecture": "os:getcwd"}))
+    assert _bundle.load_student(copy) is None
+
+
+def perturb(folder: Path) -> None:
+    """Change the weights inside model.onnx a little, and the check sums with them."""
+    model = onnx.load(folder / "model.onnx")
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), tensor.name))
+    onnx.save(model, folder / "model.onnx")
+    _bundle.write_sums(folder)
+
+
+def test_verifying_again_passes_and_changes_nothing(copy: Path, data: Images) -> None:
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    again = exporting.verify_bundle(copy, data, QUICK)
+    assert again["verdict"] == "pass" and [row["name"] for row in again["rows"]] == ["torch", "onnx", "predict.py"]
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert exporting.verify_bundle(copy, None, QUICK)["verdict"] == "parity_only"
+
+
+def test_changed_and_missing_files_are_named(copy: Path, data: Images) -> None:
+    (copy / "labels.txt").write_text("green\nred\nblue\ngrey\n")
+    (copy / "preprocess.json").unlink()
+    assert exporting.check_sums(copy) == ["preprocess.json missing", "labels.txt changed"]
+    with pytest.raises(GateError, match=r"preprocess.json missing, labels.txt changed"):
+        exporting.verify_bundle(copy, data, QUICK)
+    (copy / "SHA256SUMS").unlink()
+    assert exporting.check_sums(copy) == ["SHA256SUMS missing"]
+
+
+def edit_preprocess(folder: Path, **changes: Any) -> None:
+    path = folder / "preprocess.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    _bundle.write_sums(folder)
+
+
+def shift_labels(folder: Path) -> None:
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES[1:] + CLASSES[:1]))
+    _bundle.write_sums(folder)
+
+
+def truncate(folder: Path) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+    _bundle.write_sums(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "row"),
+    [
+        (perturb, "onnx"),
+        (truncate, "onnx"),
+        (shift_labels, "labels.txt"),
+        (lambda folder: edit_preprocess(folder, mean=[0.485, 0.456, 0.406]), "predict.py"),
+        (lambda folder: edit_preprocess(folder, std=[0.3, 0.3, 0.3]), "predict.py"),
+    ],
+    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std"],
+)
+def test_planted_faults_fail_their_row(copy: Path, data: Images, spoil: Any, row: str) -> None:
+    spoil(copy)
+    verification = exporting.verify_bundle(copy, data, QUICK)
+    assert verification["verdict"] == "fail"
+    assert row in {each["name"] for each in verification["rows"] if not each["pass"]}
+    assert row in exporting.failures(verification)
+
+
+def test_labels_of_the_data_shifted_by_one_fail(copy: Path, data: Images, student: torch.nn.Module) -> None:
+    images = data.validation[0][0]
+    best = torch.from_numpy(torch_runner(student)(images.numpy())).argmax(1)
+    right = replace(data, validation=[(images, best)], validation_images=None, sizes=(0, 8))
+    export(student, right, copy, WEIGHTS_ONLY)
+    wrong = replace(right, validation=[(images, (best + 1) % 4)])
+    assert exporting.verify_bundle(copy, right, QUICK)["rows"][0]["top1"] == 100
+    assert "torch: its top-1 is 0.00%" in exporting.failures(exporting.verify_bundle(copy, wrong, QUICK))
+
+
+def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (copy / "predict.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    _bundle.write_sums(copy)
+    exporting.verify_bundle(copy, data, QUICK)
+    assert not marker.exists()
+    objects = np.empty(1, dtype=object)
+    np.savez(copy / "golden.npz", inputs=objects, logits=objects)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        _bundle.read_golden(copy)
+
+
+def test_export_targets_are_found_by_their_file_names() -> None:
+    assert set(_shipped.targets()) == {"onnx", "tensorrt", "torch"}
+    assert _shipped.target("onnx") is _shipped.target("onnx")
+    with pytest.raises(ExportError, match="Did you mean onnx"):
+        _shipped.target("onx")

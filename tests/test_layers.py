@@ -1,0 +1,126 @@
+"""Who may import whom: command line, pipeline, parts, maths; read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "okdc"
+
+# Each module (or folder) of the package and what it may import of okdc; "" is the package itself (its version).
+RECIPE = {"errors", "recipe", "settings"}
+ALLOWED = {
+    # maths, and what knows nothing
+    **dict.fromkeys(("errors", "losses", "replay", "_cifar", "_latency", "_plots", "_portable", "_tally"), set()),
+    "__init__": set(),
+    # recipes
+    "_checking": {"errors"},
+    "settings": {"_checking"},
+    "_shipped": {"errors"},
+    "recipe": {"_checking", "_shipped", "errors", "settings"},
+    # networks and cohorts
+    "_weights": {"errors"},
+    "_torchvision": {"_weights"} | RECIPE,
+    "networks": {"_cifar", "_torchvision", "_weights", "checkpoint"} | RECIPE,
+    "calls": {"errors"},
+    "anatomy": {"calls", "errors"},
+    "growth": {"anatomy"},
+    "sharing": {"anatomy", "errors", "replay"},
+    "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
+    "methods": {"anatomy", "cohort", "errors", "losses", "methods"},
+    # data and training
+    "data": {"data"} | RECIPE,
+    "checkpoint": {"errors"},
+    "_machine": RECIPE,
+    "_progress": {"checkpoint"},
+    "_state": {"_machine", "_progress", "checkpoint"} | RECIPE,
+    "train": {"_machine", "_progress", "_state", "checkpoint"} | RECIPE,
+    # export
+    "verify": {"_latency", "_portable", "_shipped", "_tally", "errors"},
+    "_bundle": {"", "_portable", "_shipped", "errors", "networks", "verify"},
+    "_card": {"_bundle", "_portable", "_shipped"},
+    "exporting": {"", "_bundle", "_card", "_portable", "_shipped", "verify"} | RECIPE,
+    "report": {"_plots"},
+    # the steps, and the command line over them
+    "runs": {"checkpoint"} | RECIPE,
+    "pipeline": {
+        "",
+        "_machine",
+        "anatomy",
+        "checkpoint",
+        "cohort",
+        "data",
+        "exporting",
+        "methods",
+        "networks",
+        "report",
+    }
+    | {"runs", "train"}
+    | RECIPE,
+    "_flags": {"_checking"} | RECIPE,
+    "_summary": {"methods"},
+    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline"} | RECIPE,
+    "__main__": {"cli"},
+}
+
+
+def room(path: Path) -> str:
+    """The module, or the folder of a sub-package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # names for annotations alone are no dependence
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "okdc":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {_name(alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {(alias.name + ".").split(".")[1] for alias in node.names if alias.name.split(".")[0] == "okdc"}
+    return found
+
+
+def _name(name: str) -> str:
+    return name if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir() else ""
+
+
+def test_every_import_is_allowed() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {room(f) for f in files} == set(ALLOWED), "a module came or went: say above what it may import"
+    assert len(files) > 30
+    wrong = {
+        str(f.relative_to(PACKAGE)): sorted(imported(f) - ALLOWED[room(f)])
+        for f in files
+        if imported(f) - ALLOWED[room(f)]
+    }
+    assert wrong == {}
+
+
+def test_methods_do_not_know_each_other() -> None:
+    files = [f for f in (PACKAGE / "methods").glob("*.py") if not f.name.startswith("_")]
+    assert len(files) >= 3
+    for file in files:
+        modules = {
+            node.module
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("okdc.methods")
+        }
+        assert modules <= {"okdc.methods._base", "okdc.methods._parts"}, file.name
+
+
+def test_export_targets_know_nothing_of_okdc() -> None:
+    files = sorted((PACKAGE.parent / "export").glob("*.py"))
+    assert [f.name for f in files] == ["predict.py", "to_onnx.py", "to_tensorrt.py", "to_torch.py"]
+    assert all(not imported(f) for f in files)
+
+
+def test_importing_okdc_does_not_import_torch() -> None:
+    code = "import sys, okdc, okdc.cli, okdc.recipe; print([m for m in ('torch', 'timm', 'numpy') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

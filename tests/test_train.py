@@ -1,0 +1,532 @@
+"""The training loop: exact to resume, honest about bad losses and signals, and in step with timm."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import timm.optim
+import timm.scheduler
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from okdc import checkpoint
+from okdc._machine import Machine, StopSignal, choose_device
+from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.errors import RecipeError, RunError, TrainingError
+from okdc.methods import Method
+from okdc.settings import TrainSettings
+from okdc.train import TrainState, fit
+
+CLASSES, BATCH, STEPS = 3, 8, 6
+SETTINGS = TrainSettings(epochs=3, batch_size=BATCH, lr=0.05, device="cpu", log_interval=100)
+
+
+def network(width: int = 4, norm: bool = True, drop: float = 0.3) -> nn.Module:
+    middle = nn.BatchNorm2d(width) if norm else nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3), middle, nn.ReLU(), nn.Dropout(drop), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, CLASSES),
+    )  # fmt: skip
+
+
+class Tiny(Method):
+    """Branches that learn from the labels and from the target, with a memory in a buffer and one in extra state."""
+
+    def __init__(self, target: nn.Module | None = None, width: int = 4, norm: bool = True, drop: float = 0.3) -> None:
+        torch.manual_seed(0)
+        branches = [] if target else [Branch("1" if norm else "0"), Branch(network=network(5, norm, drop))]
+        super().__init__(Cohort(target or network(width, norm, drop), torch.randn(2, 3, 8, 8), branches))
+        self.register_buffer("memory", torch.zeros(()))
+        self.steps_seen = 0
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        ours, *theirs = out.logits
+        self.memory.lerp_(ours.detach().float().mean(), 0.1)
+        parts = [F.kl_div(z.log_softmax(1), ours.softmax(1).detach(), reduction="batchmean") for z in theirs]
+        kl = torch.stack([self.memory * 0, *parts]).sum()
+        ce = torch.stack([F.cross_entropy(z, labels) for z in out.logits]).sum()
+        return {"ce": ce, "kl": kl * (1 + self.epoch / self.epochs)}
+
+    def after_step(self, images: Tensor, labels: Tensor) -> None:
+        self.steps_seen += 1
+
+    def get_extra_state(self) -> dict:
+        return {"steps_seen": self.steps_seen}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.steps_seen = state["steps_seen"]
+
+
+class Batches:
+    """Training batches in an order that is a function of the epoch; `before` is called with (epoch, index) of each."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch: int = BATCH, before=lambda epoch, index: None) -> None:
+        self.images, self.labels, self.batch, self.before = images, labels, batch, before
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch
+
+    def batches(self, epoch: int, start: int = 0):
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch)).split(self.batch)
+        for index, chosen in enumerate(order[start : len(self)], start):
+            self.before(epoch, index)
+            yield self.images[chosen], self.labels[chosen]
+
+
+def tiny_data(before=lambda epoch, index: None, batch: int = BATCH, validation: bool = True) -> SimpleNamespace:
+    draw = torch.Generator().manual_seed(1)
+    labels = torch.arange(BATCH * STEPS) % CLASSES
+    images = 4 * torch.randn(len(labels), 3, 8, 8, generator=draw) + labels.view(-1, 1, 1, 1)
+    train = Batches(images, labels, batch, before)
+    return SimpleNamespace(
+        train=train, validation=[(images[:20], labels[:20]), (images[20:27], labels[20:27])] * validation
+    )
+
+
+def run(folder: Path, settings: TrainSettings = SETTINGS, *, method=None, data=None, **options) -> TrainState:
+    options = {"arch": "tiny", "recipe": {"train": {"epochs": settings.epochs}}} | options
+    return fit(method or Tiny(), data or tiny_data(), settings, folder, **options)
+
+
+def same(one, other) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "summary.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+TIMES = ("seconds", "images_per_second")
+
+
+def assert_same_run(one: TrainState, other: TrainState, folder: Path, other_folder: Path) -> None:
+    expected, found = one.method.state_dict(), other.method.state_dict()
+    assert expected.keys() == found.keys()
+    assert [k for k in expected if not same(expected[k], found[k])] == []
+    ours, theirs = one.student.state_dict(), other.student.state_dict()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    assert one.scaler.state_dict() == other.scaler.state_dict()
+    assert summary(folder) == summary(other_folder)
+    assert (one.best, one.best_epoch) == (other.best, other.best_epoch)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(epoch: int, index: int):
+    def before(*position: int) -> None:
+        if position == (epoch, index):
+            raise Crash
+
+    return before
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+HARD = replace(
+    SETTINGS, epochs=3, model_ema=True, grad_accum_steps=2, recovery_interval=1, amp=True, sched_on_updates=True,
+    warmup_epochs=1, clip_grad=1.0, checkpoint_hist=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "position"),
+    [
+        pytest.param(SETTINGS, (1, 0), id="epoch"),
+        pytest.param(replace(SETTINGS, recovery_interval=2), (1, 5), id="step"),
+        pytest.param(replace(SETTINGS, recovery_interval=1, opt="adamw", sched="multistep"), (2, 3), id="adamw"),
+        pytest.param(HARD, (1, 4), id="ema-accumulation-bf16-updates"),
+        pytest.param(replace(HARD, amp_dtype="float16", grad_accum_steps=1), (1, 2), id="fp16"),
+    ],
+)
+def test_a_run_that_crashed_and_resumes_equals_one_that_did_not(tmp_path, settings, position):
+    whole = run(tmp_path / "whole", settings)
+    with pytest.raises(Crash):
+        run(tmp_path / "cut", settings, data=tiny_data(crash_at(*position)))
+    torch.manual_seed(99)  # nothing may depend on the random state in which a run is resumed
+    resumed = run(tmp_path / "cut", settings, resume=tmp_path / "cut" / "last.pth.tar")
+    assert_same_run(whole, resumed, tmp_path / "whole", tmp_path / "cut")
+    assert resumed.epoch == settings.epochs
+    assert whole.method.steps_seen == settings.epochs * STEPS // settings.grad_accum_steps
+
+
+def test_a_complete_run_is_returned_without_training(tmp_path):
+    whole = run(tmp_path)
+    again = run(tmp_path, resume=tmp_path / "last.pth.tar", data=tiny_data(crash_at(3, 0)))
+    assert_same_run(whole, again, tmp_path, tmp_path)
+
+
+def test_a_complete_run_can_be_made_longer(tmp_path):
+    run(tmp_path)
+    longer = run(tmp_path, replace(SETTINGS, epochs=4), resume=tmp_path / "last.pth.tar")
+    assert [row["epoch"] for row in longer.history] == [0, 1, 2, 3]
+    assert longer.history[3]["lr"] == pytest.approx(0.05 * 0.5 * (1 + np.cos(np.pi * 3 / 4)))
+
+
+def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, caplog):
+    settings = replace(SETTINGS, checkpoint_hist=2)
+    whole = run(tmp_path / "whole", settings)
+    run(tmp_path / "cut", settings)
+    last = tmp_path / "cut" / "last.pth.tar"
+    size = last.stat().st_size
+    last.unlink()  # a link to model_best.pth.tar, which is to stay whole
+    last.write_bytes((tmp_path / "cut" / "last.1.pth.tar").read_bytes()[: size // 2])
+    resumed = run(tmp_path / "cut", settings, resume=last)
+    assert "damaged or cut short" in caplog.text and "last.1.pth.tar" in caplog.text
+    assert_same_run(whole, resumed, tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (lambda: {"arch": "resnet18"}, "network 'tiny', this run 'resnet18'"),
+        (lambda: {"settings": replace(SETTINGS, opt="adamw")}, "optimizer 'sgd', this run 'adamw'"),
+        (lambda: {"settings": replace(SETTINGS, model_ema=True)}, "model_ema False, this run True"),
+        (
+            lambda: {"method": Tiny(width=8)},
+            r"target.0.weight is \(4, 3, 3, 3\) in the checkpoint and \(8, 3, 3, 3\) here",
+        ),
+        (lambda: {"method": Tiny(nn.Sequential(network()))}, "target.0.0.weight is missing from the checkpoint"),
+        (lambda: {"data": tiny_data(batch=4)}, "saved within an epoch of 6 steps, this run has 12"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path, other, words):
+    with pytest.raises(Crash):
+        run(tmp_path, replace(SETTINGS, recovery_interval=1), data=tiny_data(crash_at(0, 2)))
+    with pytest.raises(RunError, match=words):
+        run(tmp_path, **other(), resume=tmp_path / "last.pth.tar")
+
+
+# --- being killed -----------------------------------------------------------------------------------------------------
+
+
+KILLED = replace(SETTINGS, recovery_interval=2, model_ema=True)
+SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+
+
+def run_and_be_killed(root: str) -> None:
+    """One process per signal, forked because the imports take long; each kills itself while it waits for a batch."""
+    torch.set_num_threads(1)
+    codes = {}
+    for number in SIGNALS:
+        if pid := os.fork():
+            codes[number.name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            continue
+
+        def before(epoch: int, index: int, number=number) -> None:
+            if (epoch, index) == (1, 3):
+                os.kill(os.getpid(), number)
+
+        with open(f"{root}/{number.name}.txt", "w") as output:
+            os.dup2(output.fileno(), 2)
+        run(Path(root, number.name), KILLED, data=tiny_data(before))
+        os._exit(0)  # it was not stopped
+    Path(root, "codes.json").write_text(json.dumps(codes))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A folder of runs that got each signal in the middle of their second epoch."""
+    root = tmp_path_factory.mktemp("killed")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, root], env=environment, check=True, timeout=300)
+    return root
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("number", "code", "step"), list(zip(SIGNALS, (-9, 130, 143), (2, 4, 4))))
+def test_a_killed_process_resumes_exactly(tmp_path, killed, one_thread, number, code, step):
+    folder, output = killed / number.name, (killed / f"{number.name}.txt").read_text()
+    assert json.loads((killed / "codes.json").read_text())[number.name] == code, output
+    saved = checkpoint.load_run(folder / "last.pth.tar")["okdc"]["run"]
+    assert (saved["epoch"], saved["step"]) == (1, step)
+    if number != signal.SIGKILL:  # the step was finished and saved
+        assert f"Continue with: okdc compress --resume {folder / 'last.pth.tar'}" in output
+    whole = run(tmp_path, KILLED)
+    resumed = run(folder, KILLED, resume=folder / "last.pth.tar")
+    assert_same_run(whole, resumed, tmp_path, folder)
+
+
+def test_a_signal_during_validation_does_not_lose_the_epoch(tmp_path):
+    class Interrupted(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+    data = tiny_data()
+    data.validation = Interrupted(data.validation)
+    with pytest.raises(SystemExit, match="143"):
+        run(tmp_path / "cut", data=data)
+    saved = checkpoint.load_run(tmp_path / "cut" / "last.pth.tar")["okdc"]["run"]
+    assert (saved["epoch"], saved["step"], saved["history"]) == (0, STEPS, [])
+    resumed = run(tmp_path / "cut", resume=tmp_path / "cut" / "last.pth.tar")
+    assert_same_run(run(tmp_path / "whole"), resumed, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_second_ctrl_c_ends_at_once_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="130"), StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):
+    states: list[TrainState] = []
+    thread = threading.Thread(target=lambda: states.append(run(tmp_path, replace(SETTINGS, epochs=1))))
+    thread.start()
+    thread.join()
+    assert states[0].epoch == 1
+
+
+# --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+class Poisoned(Tiny):
+    """At the steps in `when` batch norm sees images that are nan, and the loss term `where` or the gradient is nan."""
+
+    def __init__(self, when: range, where: str = "kl") -> None:
+        super().__init__()
+        self.when, self.where, self.calls = when, where, 0
+        self.seen: list[dict] = []
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.seen.append(copy.deepcopy(self.state_dict()))
+        self.calls += 1
+        if self.calls - 1 not in self.when:
+            return super().forward(images, labels)
+        losses = super().forward(images * torch.nan, labels)
+        if self.where == "gradient":
+            return {"ce": (self.cohort.target[0].weight.sum() * 0).sqrt() + 1}
+        return {name: loss if name == self.where else torch.ones(()) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("where", ["kl", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, where):
+    state = run(tmp_path, replace(SETTINGS, epochs=1), method=Poisoned(range(1, 4), where))
+    before, after = state.method.seen[1], state.method.seen[4]
+    assert [name for name in before if not same(before[name], after[name])] == []
+    assert not same(before["cohort.target.0.weight"], state.method.seen[5]["cohort.target.0.weight"])
+    assert state.history[0]["skipped_steps"] == 3
+    assert np.isfinite(state.history[0]["train_loss"])
+
+
+def test_five_bad_steps_in_a_row_stop_the_run_and_keep_the_last_good_state(tmp_path):
+    with pytest.raises(
+        TrainingError, match="'kl' was not finite for 5 steps in a row, up to step 5 of epoch 2"
+    ) as error:
+        run(tmp_path, method=Poisoned(range(STEPS, 100)))
+    assert str(tmp_path / "last.pth.tar") in str(error.value)
+    assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["epoch"] == 1
+    resumed = run(tmp_path, resume=tmp_path / "last.pth.tar", method=Poisoned(range(0)))
+    assert_same_run(run(tmp_path / "whole", method=Poisoned(range(0))), resumed, tmp_path / "whole", tmp_path)
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_batches_equal_one_big_batch(tmp_path):
+    settings = replace(SETTINGS, sched="none")
+    big = run(tmp_path / "big", settings, method=Tiny(norm=False, drop=0), data=tiny_data(batch=2 * BATCH))
+    accumulated = replace(settings, grad_accum_steps=2)
+    small = run(tmp_path / "small", accumulated, method=Tiny(norm=False, drop=0))
+    for name, value in big.method.cohort.state_dict().items():
+        torch.testing.assert_close(small.method.cohort.state_dict()[name], value)
+    assert small.history[-1]["train_loss"] == pytest.approx(big.history[-1]["train_loss"])
+
+
+@pytest.mark.parametrize("on_updates", [False, True])
+@pytest.mark.parametrize("sched", ["cosine", "step", "multistep", "none"])
+def test_learning_rates_are_those_of_timm(tmp_path, sched, on_updates):
+    seen = []
+    settings = replace(
+        SETTINGS, epochs=4, sched=sched, sched_on_updates=on_updates, warmup_epochs=1, decay_milestones=[2],
+        decay_epochs=2,
+    )  # fmt: skip
+    method = Tiny()
+    method.after_step = lambda images, labels: seen.append(state_lr())
+    groups: list[dict] = []
+    method.param_groups = lambda lr: groups
+    groups.append({"params": list(method.parameters())})
+
+    def state_lr() -> float:
+        return groups[0]["lr"]
+
+    run(tmp_path, settings, method=method)
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    schedule, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, sched, num_epochs=4, warmup_epochs=1, warmup_lr=1e-5, decay_milestones=[2], decay_epochs=2,
+        step_on_epochs=not on_updates, updates_per_epoch=STEPS,
+    )  # fmt: skip
+    expected = []
+    for update in range(4 * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        if schedule:
+            schedule.step_update(update + 1)
+            if (update + 1) % STEPS == 0:
+                schedule.step((update + 1) // STEPS)
+    assert seen == expected
+
+
+def test_the_learning_rate_follows_the_batch_size(tmp_path):
+    settings = replace(SETTINGS, epochs=1, lr=None, lr_base=0.1, batch_size=64, grad_accum_steps=2)
+    assert run(tmp_path, settings).history[0]["lr"] == pytest.approx(0.05)
+
+
+def test_the_moving_average_is_timms_and_is_what_is_evaluated(tmp_path):
+    kept: list[nn.Module] = []
+    method = Tiny()
+    method.after_step = lambda images, labels: kept.append(copy.deepcopy(method.cohort.target))
+    state = run(tmp_path, replace(SETTINGS, epochs=2, model_ema=True), method=method)
+    average = timm.utils.ModelEmaV3(kept[0], 0.9998, use_warmup=True)
+    for update, target in enumerate(kept, 1):
+        average.update(target, step=update)
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(state.student.state_dict()[name], value), name
+    images, labels = (torch.cat(parts) for parts in zip(*tiny_data().validation))
+    average.module.eval()
+    top1 = 100 * (average.module(images).argmax(1) == labels).double().mean()
+    assert state.history[-1]["eval_top1"] == pytest.approx(top1.item())
+
+
+def test_weight_decay_reaches_biases_unless_they_are_spared(tmp_path):
+    groups = run(tmp_path, replace(SETTINGS, epochs=1)).optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [5e-4]
+    spared = replace(SETTINGS, epochs=1, opt_kwargs={"filter_bias_and_bn": True})
+    groups = run(tmp_path, spared).optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [5e-4, 0.0]
+    assert all(p.ndim <= 1 for p in groups[1]["params"]) and len(groups[1]["params"]) == 9
+
+
+def test_the_callers_random_numbers_are_given_back(tmp_path):
+    def draw(train: bool) -> tuple:
+        method = Tiny()
+        torch.manual_seed(5), random.seed(5), np.random.seed(5)
+        if train:
+            run(tmp_path, replace(SETTINGS, epochs=1), method=method)
+        return torch.rand(1), random.random(), np.random.rand()
+
+    assert draw(train=True) == draw(train=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"opt": "adamww"}, "no optimizer 'adamww'. Did you mean adamw"),
+        ({"opt_kwargs": {"beta": 1}}, "beta"),
+        ({"sched": "plateau"}, "expected one of cosine"),
+        ({"device": "toaster"}, "expected auto, cpu"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+    ],
+)
+def test_settings_that_do_not_exist_are_named(tmp_path, settings, words):
+    with pytest.raises(RecipeError, match=words):
+        run(tmp_path, replace(SETTINGS, **settings))
+
+
+def test_precision_follows_the_device():
+    assert Machine.of(SETTINGS).dtype is None
+    assert Machine.of(replace(SETTINGS, amp=True)).dtype == torch.bfloat16
+    assert Machine.of(replace(SETTINGS, amp=True, amp_dtype="float16")).dtype == torch.float16
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
+    state = run(tmp_path)
+    lines = (tmp_path / "summary.csv").read_text().splitlines()
+    header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,loss/ce,loss/kl,top1/target,top1/branch1,top1/branch2,"
+    assert lines[0] == header + "top1/ensemble,seconds,images_per_second,skipped_steps"
+    assert len(lines) == 1 + SETTINGS.epochs
+    row = state.history[-1]
+    assert row["train_loss"] == pytest.approx(row["loss/ce"] + row["loss/kl"])
+    assert row["eval_top5"] == 100 and row["eval_top1"] == row["top1/target"]
+    assert list(tmp_path.glob("events.*"))
+
+
+def test_the_student_is_judged_on_every_validation_image(tmp_path):
+    state = run(tmp_path)
+    images, labels = (torch.cat(parts) for parts in zip(*tiny_data().validation))
+    with torch.no_grad():
+        out = state.method.cohort(images)
+    row = state.history[-1]
+    top1 = [100 * (z.argmax(1) == labels).double().mean().item() for z in (*out.logits, state.method.ensemble(out))]
+    assert [row[f"top1/{name}"] for name in ("target", "branch1", "branch2", "ensemble")] == pytest.approx(top1)
+    assert row["eval_loss"] == pytest.approx(F.cross_entropy(out.logits[0], labels).item(), rel=1e-5)
+    assert state.best == max(row["eval_top1"] for row in state.history)
+    assert state.history[state.best_epoch]["eval_top1"] == state.best
+
+
+def test_without_validation_the_last_epoch_is_the_best(tmp_path):
+    state = run(tmp_path, data=tiny_data(validation=False))
+    assert state.best_epoch == SETTINGS.epochs - 1 and state.history[-1]["eval_top1"] is None
+    best = checkpoint.load(tmp_path / "model_best.pth.tar")["state_dict"]
+    assert all(torch.equal(best[name], value) for name, value in state.student.state_dict().items())
+
+
+@pytest.mark.parametrize("model_ema", [False, True])
+def test_plain_timm_loads_the_student_from_the_best_checkpoint(tmp_path, model_ema):
+    def create(**options) -> nn.Module:
+        return timm.create_model("mobilenetv3_small_050", num_classes=CLASSES, **options)
+
+    method = Tiny(create())
+    settings = replace(SETTINGS, epochs=1, model_ema=model_ema)
+    state = run(tmp_path, settings, method=method, arch="mobilenetv3_small_050")
+    loaded = create(checkpoint_path=str(tmp_path / "model_best.pth.tar")).state_dict()
+    assert loaded.keys() == method.cohort.target.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.student.state_dict().items())
+    payload = checkpoint.load(tmp_path / "model_best.pth.tar")
+    assert payload["arch"] == "mobilenetv3_small_050" and payload["version"] == 2 and payload["epoch"] == 0
+    assert payload["metric"] == state.best and payload["args"] == {"train": {"epochs": 1}}
+    assert checkpoint.student_weights(payload).keys() == loaded.keys()
+
+
+def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
+    run(tmp_path, replace(SETTINGS, epochs=1, log_interval=4))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" loss")[0] for line in lines] == ["epoch 1/1 step 4/6", "epoch 1/1:"]
+    assert "ce" in lines[0] and "images/s" in lines[0] and "left" in lines[0]
+    assert "Acc@1" in lines[1] and "branch1" in lines[1] and "ensemble" in lines[1]
+
+
+def test_a_bar_is_drawn_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    run(tmp_path, replace(SETTINGS, epochs=2))
+    text = capsys.readouterr().err
+    assert "1/2" in text and "━" in text and "images/s" in text and "epoch 2/2: loss" in text
+    assert text.endswith("\x1b[?25h")  # the cursor is given back
+
+
+if __name__ == "__main__":
+    run_and_be_killed(*sys.argv[1:])
