@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from okdc import __version__, _flags, recipe
-from okdc.errors import GateError, OkdcError, RecipeError
+from okdc.errors import ExportError, GateError, OkdcError, RecipeError
 
 
 class _Failure(click.ClickException):
@@ -70,7 +70,7 @@ def main() -> None:
 @click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
 @click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
-@click.option("--experiment", metavar="NAME", help="Name of the run folder; the date, network and method if not given.")
+@click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
 @_flags.settings("network", "cohort", "data", "train", "export")
 def compress(
@@ -104,6 +104,7 @@ def compress(
     from okdc import _summary
 
     _summary.show_result(result)
+    _require_engine(result.verification, resolved.export.trt)
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Write and verify what you deploy.")
@@ -126,6 +127,7 @@ def export(source: str, output: str | None, **_: Any) -> None:
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
     _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+    _require_engine(verification, _flags.given().get("trt"))
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
@@ -168,6 +170,13 @@ def inspect(model: str, **_: Any) -> None:
     input_size = networks.data_config(network, settings)["input_size"]
     networks.check_input(network, input_size)
     _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
+
+
+def _require_engine(verification: dict[str, Any] | None, asked: bool | None) -> None:
+    """Fail with exit code 2 when an engine was asked for that this machine cannot build; everything else is written."""
+    reasons = {each["target"]: each["reason"] for each in (verification or {}).get("skipped", [])}
+    if asked and "tensorrt" in reasons:
+        raise ExportError(f"no TensorRT engine was written: {reasons['tensorrt']}")
 
 
 @main.command(short_help="List the methods, or show the card of one.")

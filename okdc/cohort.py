@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import inspect
+from okdc.calls import at_rest
 from okdc.errors import NetworkError
 from okdc.growth import born, grow
 from okdc.replay import Handling, Record, Tap, Tape

@@ -71,7 +71,7 @@ def compress(
         seed_everything(wanted.train.seed)
         target, data = _network_and_data(model, loader, validation, wanted)
         home = next(target.parameters()).device
-        learner = _method(target, wanted, tuple(data.preprocess["input_size"]))
+        learner = _method(target, wanted, tuple(data.preprocess["input_size"]), named=not isinstance(model, nn.Module))
         arch = wanted.network.model
         runs.begin(folder, wanted, _student_facts(arch, isinstance(model, nn.Module), data))
         try:
@@ -151,7 +151,7 @@ def _recipe(
     if isinstance(model, str):
         flat["model"] = model
     elif model is not None:
-        flat["model"] = f"{type(model).__module__}.{type(model).__qualname__}"
+        flat["model"] = type(model).__name__
     if loader is not None:
         flat["data"] = "loader"
     if isinstance(recipe, Recipe):
@@ -195,7 +195,7 @@ def _check_classes(logits: Tensor, data: Data) -> None:
         )
 
 
-def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...]) -> Method:
+def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...], named: bool) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it."""
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
@@ -208,8 +208,8 @@ def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...]) -> M
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[peer.to(first.device) for peer in peers],
     )  # fmt: skip
-    has_maker = target is not None and ":" not in network.model and network.model in networks.names()
-    fresh = (lambda: networks.load(replace(network, pretrained=False, checkpoint=None), outputs)) if has_maker else None
+    maker = replace(network, pretrained=False, checkpoint=None)
+    fresh = (lambda: networks.load(maker, outputs)) if named and network.model in networks.names() else None
     started = network.pretrained or network.checkpoint is not None
     built = Cohort(target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh)
     return kind(built, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 RECIPE = {"errors", "recipe", "settings"}
 ALLOWED = {
     # maths, and what knows nothing
-    **dict.fromkeys(("errors", "losses", "replay", "_cifar", "_latency", "_plots", "_portable", "_tally"), set()),
+    **{name: set() for name in ("errors", "losses", "replay", "_cifar", "_latency", "_plots", "_portable", "_tally")},
     "__init__": set(),
     # recipes
     "_checking": {"errors"},

@@ -1,0 +1,274 @@
+"""The whole road as a user takes it: compress, strip, export, verify, predict; and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import okdc
+from okdc import checkpoint, runs
+from okdc.errors import DataError, NetworkError, RecipeError, RunError
+from okdc.recipe import Recipe, override
+from tests.networks import Tiny
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FAST = {"epochs": 1, "batch_size": 16, "workers": 0, "img_size": 32, "crop_padding": 2, "hflip": 0.0, "lr": 0.05}
+QUICK_EXPORT = {"batch_sizes": [1]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of coloured squares on noise, as train/ and val/ of class folders."""
+    root = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 80, (40, 36, 3), dtype=np.uint8)
+                pixels[8:30, 8:30, channel] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    line = [sys.executable, "-m", "okdc", *map(str, words)]
+    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def flags(**settings: object) -> list[str]:
+    return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One finished `okdc compress` of the command line, and what it printed."""
+    place = tmp_path_factory.mktemp("work")
+    words = ["compress", "--model", "resnet20_cifar", "--method", "ahbf", "--data", folder, "--experiment", "first"]
+    done = command(*words, *flags(**FAST | {"epochs": 5, "batch_size": 8, "members": 3, "extra_blocks": 1}), cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "first", done
+
+
+def test_the_whole_road(run: tuple[Path, subprocess.CompletedProcess[str]], folder: Path) -> None:
+    path, done = run
+    assert "Student" in done.stdout and "predict.py" in done.stdout
+    facts = json.loads((path / "report.json").read_text())
+    assert facts["verification"]["verdict"] == "pass" and facts["metrics"]["top1"] > 60
+    assert [m["name"] for m in facts["members"]] == ["target", "branch1", "branch2"]
+    assert facts["members"][0]["params"] < facts["trained_params"]
+    rows = {row["name"]: row for row in facts["verification"]["rows"]}
+    assert rows["onnx"]["top1"] == rows["torch"]["top1"] == rows["predict.py"]["top1"]
+    for name in ("report.html", "report.md", "summary.csv", "last.pth.tar", "model_best.pth.tar", "recipe.yaml"):
+        assert (path / name).stat().st_size > 100
+    again = command("verify", path, cwd=path.parents[1])
+    assert again.returncode == 0, again.stderr
+    images = sorted((folder / "val" / "red").iterdir())
+    said = subprocess.run(
+        [sys.executable, path / "export" / "predict.py", "--json", *images], capture_output=True, text=True, check=True
+    )
+    best = [json.loads(line)["predictions"][0]["label"] for line in said.stdout.splitlines()]
+    student = timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**facts_preprocess(path), is_training=False)
+    with torch.no_grad():
+        torch_says = student(torch.stack([transform(Image.open(image)) for image in images])).argmax(1)
+    assert best == [("blue", "green", "red")[i] for i in torch_says.tolist()]
+
+
+def facts_preprocess(path: Path) -> dict:
+    return json.loads((path / "export" / "preprocess.json").read_text())
+
+
+def test_the_best_checkpoint_loads_in_plain_timm(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    import okdc.networks  # noqa: F401 (registers resnet20_cifar)
+
+    path, _ = run
+    weights = torch.load(path / "model_best.pth.tar", weights_only=True)["state_dict"]
+    network = timm.create_model("resnet20_cifar", num_classes=3, checkpoint_path=str(path / "model_best.pth.tar"))
+    assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
+
+
+def test_export_again_and_a_missing_tensorrt(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    path, _ = run
+    done = command("export", path, "--onnx", "--torch", "--output", "deploy", cwd=path.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert (path.parents[1] / "deploy" / "model.pt2").is_file()
+    if torch.cuda.is_available():
+        return
+    done = command("export", path, "--onnx", "--trt", "--output", "deploy", cwd=path.parents[1])
+    assert done.returncode == 2 and "tensorrt" in done.stderr.lower() and "Traceback" not in done.stderr
+    assert (path.parents[1] / "deploy" / "model.onnx").is_file()
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
+    words = ["compress", "--model", "resnet20_cifar", "--method", "dml", "--data", str(folder), "--no-onnx"]
+    words += flags(**FAST | {"epochs": 4, "recovery_interval": 2, "workers": 2})
+    straight = command(*words, "--experiment", "straight", cwd=tmp_path)
+    assert straight.returncode == 0, straight.stderr
+    line = [sys.executable, "-m", "okdc", *words, "--experiment", "killed"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    last = tmp_path / "runs" / "killed" / "last.pth.tar"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    blocked = command(*words, "--experiment", "killed", cwd=tmp_path)
+    assert blocked.returncode == 2 and "--resume auto" in blocked.stderr and "--experiment NAME" in blocked.stderr
+    resumed = command(*words, "--experiment", "killed", "--resume", "auto", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    mine, theirs = (checkpoint.load(tmp_path / "runs" / n / "last.pth.tar") for n in ("killed", "straight"))
+    assert all(torch.equal(v, theirs["state_dict"][k]) for k, v in mine["state_dict"].items())
+    assert mine["metric"] == theirs["metric"]
+
+
+def test_any_module_and_any_iterable(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(48, 3, 32, 32), torch.arange(48) % 4
+    network, keys = Tiny(), list(Tiny().state_dict())
+    loader = DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True)
+    batches = [(images[:20], labels[:20])]
+    result = okdc.compress(
+        network, loader, batches, method="ahbf", members=2, extra_blocks=1, epochs=1, output=tmp_path, onnx=False
+    )
+    assert result.student is network and list(network.state_dict()) == keys and result.verification is None
+    assert 0 <= result.metrics["top1"] <= 100 and not network.training
+    verification = result.export(onnx=True, **QUICK_EXPORT)
+    assert verification["verdict"] == "pass" and (result.path / "export" / "model.onnx").is_file()
+    with pytest.raises(NetworkError, match=r"cannot be built again.*\.export\(\)"):
+        okdc.export(result.path)
+
+
+def test_without_validation_the_last_weights_ship(tmp_path: Path) -> None:
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
+    loader = [(images[:16], labels[:16]), (images[16:], labels[16:])]
+    result = okdc.compress(Tiny(), loader, method="baseline", epochs=2, output=tmp_path, **QUICK_EXPORT)
+    assert result.metrics["top1"] is None and result.verification["verdict"] == "parity_only"
+    last = checkpoint.load(result.path / "last.pth.tar")["state_dict"]
+    assert all(torch.equal(v, last[k]) for k, v in result.student.state_dict().items())
+
+
+def test_the_report_names_the_control_beside_it(tmp_path: Path) -> None:
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
+    loader = [(images, labels)]
+    for method in ("baseline", "dml"):
+        result = okdc.compress(Tiny(), loader, loader, method=method, epochs=1, output=tmp_path, onnx=False)
+    facts = json.loads((result.path / "report.json").read_text())
+    assert facts["baseline"]["name"] == "Tiny-baseline-loader"
+
+
+def test_members_of_another_architecture(folder: Path, tmp_path: Path) -> None:
+    result = okdc.compress(
+        "resnet20_cifar", data=str(folder), method="dml", peers=["test_vit"], output=tmp_path, onnx=False,
+        **FAST | {"img_size": 160}, members=2,
+    )  # fmt: skip
+    facts = json.loads((result.path / "report.json").read_text())
+    assert facts["members"][1]["role"] == "VisionTransformer"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"model": "resnet81"}, NetworkError, "Did you mean resnet"),
+        ({"method": "ahbv"}, RecipeError, "Did you mean ahbf"),
+        ({"data": "/nowhere/at/all"}, DataError, "/nowhere/at/all"),
+        ({"cut": "layer9"}, NetworkError, "okdc inspect"),
+        ({"img_size": 4, "model": "vgg11_bn"}, NetworkError, "--img-size"),
+        ({"epohcs": 3}, RecipeError, "Did you mean epochs"),
+        ({"method_kwargs": {"temprature": 3}}, RecipeError, "temperature"),
+    ],
+)
+def test_mistakes_are_named(settings: dict, kind: type[Exception], words: str, folder: Path, tmp_path: Path) -> None:
+    given = {"model": "resnet20_cifar", "data": str(folder), **FAST, **settings}
+    with pytest.raises(kind, match=words):
+        okdc.compress(**given, output=tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a run that never began leaves nothing behind"
+
+
+def test_a_network_with_other_classes(tmp_path: Path) -> None:
+    loader = [(torch.randn(8, 3, 32, 32), torch.arange(8))]
+    with pytest.raises(DataError, match=r"4 outputs.*8 classes"):
+        okdc.compress(Tiny(), loader, method="baseline", output=tmp_path)
+
+
+def test_a_checkpoint_of_another_network(run: tuple[Path, subprocess.CompletedProcess[str]], folder: Path) -> None:
+    path, _ = run
+    words = ["compress", "--model", "resnet32_cifar", "--data", folder, "--resume", path, *flags(**FAST)]
+    done = command(*words, cwd=path.parent)
+    assert done.returncode == 2 and "resnet20_cifar" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_folders_are_never_written_over(tmp_path: Path) -> None:
+    wanted = override(Recipe(), {"model": "torchvision/resnet18", "data": "/data/cats"})
+    first, last = runs.choose(tmp_path, wanted, None, None)
+    assert (first.name, last) == ("resnet18-ahbf-cats", None)
+    runs.begin(first, wanted, {"arch": "x"})
+    with pytest.raises(RunError, match=r"unfinished run.*--resume auto.*--experiment NAME"):
+        runs.choose(tmp_path, wanted, None, None)
+    assert runs.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
+    (first / "report.json").write_text("{}")
+    second, _ = runs.choose(tmp_path, wanted, None, None)
+    assert second.name == "resnet18-ahbf-cats-2"
+    assert runs.choose(tmp_path, wanted, None, "auto")[0] == first, "the newest that there is"
+    with pytest.raises(RunError, match="holds a finished run"):
+        runs.choose(tmp_path, wanted, first.name, None)
+    with pytest.raises(RunError, match=r"there is no .*last\.pth\.tar"):
+        runs.choose(tmp_path, wanted, None, str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "own_network", "own_method", "own_data"])
+def test_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_the_deployment_example(run: tuple[Path, subprocess.CompletedProcess[str]], folder: Path) -> None:
+    image = next((folder / "val" / "red").iterdir())
+    line = [sys.executable, EXAMPLES / "deploy_onnx.py", run[0] / "export", image]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{image.name}: ")
+
+
+def test_every_example_is_run_here() -> None:
+    found = {file.stem for file in EXAMPLES.glob("*.py")}
+    assert found == {"quickstart", "own_network", "own_method", "own_data", "deploy_onnx"}
+
+
+def test_the_student_of_a_classifier_in_a_module_stays_trained_when_a_gate_fails(tmp_path: Path) -> None:
+    class Unsteady(Tiny):
+        """Not the same twice: an export of it cannot agree."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            noise = 0.0 if self.training else torch.rand(len(x), 1, device=x.device)
+            return super().forward(x) * (1 - 2 * noise)
+
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
+    loader = [(images, labels)]
+    network: nn.Module = Unsteady()
+    before = network.head.weight.detach().clone()
+    with pytest.raises(okdc.OkdcError) as caught:
+        okdc.compress(network, loader, loader, method="baseline", epochs=1, output=tmp_path, **QUICK_EXPORT)
+    assert caught.value.exit_code == 3
+    assert not torch.equal(network.head.weight, before)
+    path = tmp_path / "Unsteady-baseline-loader"
+    assert (path / "model_best.pth.tar").is_file() and (path / "report.html").is_file()
+    assert json.loads((path / "report.json").read_text())["verification"]["verdict"] == "fail"
+    assert not (path / "export").exists() and (path / "export-failed" / "model.safetensors").is_file()
