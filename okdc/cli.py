@@ -74,7 +74,7 @@ def main() -> None:
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
 @_flags.settings("network", "cohort", "data", "train", "export")
 def compress(
-    recipe_name: str | None,
+    recipe_name: str | Path | None,
     sets: tuple[str, ...],
     method: str | None,
     method_kwargs: tuple[tuple[str, Any], ...],
@@ -96,8 +96,9 @@ def compress(
     """
     typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import methods, pipeline
+    from okdc import methods, pipeline, runs
 
+    recipe_name = recipe_name or runs.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
     result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
 

@@ -65,7 +65,7 @@ def compress(
     settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
     A module that is given is trained in place and is the student that comes back. OkdcError says what to mend.
     """
-    wanted = _recipe(model, loader, recipe, method, settings)
+    wanted = _recipe(model, loader, recipe or runs.recipe_of(resume), method, settings)
     folder, last = runs.choose(Path(output), wanted, experiment, resume)
     with own_randomness():
         seed_everything(wanted.train.seed)
@@ -73,23 +73,26 @@ def compress(
         home = next(target.parameters()).device
         learner = _method(target, wanted, tuple(data.preprocess["input_size"]), named=not isinstance(model, nn.Module))
         arch = wanted.network.model
-        runs.begin(folder, wanted, _student_facts(arch, isinstance(model, nn.Module), data))
+        facts = _student_facts(arch, isinstance(model, nn.Module), data)
+        if last is None:
+            runs.begin(folder, wanted, facts)
         try:
             state = train.fit(learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict())
         finally:
             learner.cohort.strip()
+        if last is not None:  # only now: the checkpoint may have been another run's
+            runs.begin(folder, wanted, facts)
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-    metrics = _metrics(state.history)
+    metrics = _metrics(state.history, len(learner.cohort))
     result = Result(target.to(home).eval(), metrics, folder, None, data, wanted, arch)
-    unfit = None
-    if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
-        try:
+    try:
+        if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
-        except exporting.UnfitError as error:
-            unfit, result.verification = error, error.verification
-    report.write(folder, _facts(result, learner, state.history))
-    if unfit is not None:  # only now, so that the report says why
-        raise unfit
+    except exporting.UnfitError as error:
+        result.verification = error.verification
+        raise
+    finally:  # a run that is trained has a report, also when its export failed: it says why
+        report.write(folder, _facts(result, learner, state.history))
     return result
 
 
@@ -154,6 +157,7 @@ def _recipe(
         flat["model"] = type(model).__name__
     if loader is not None:
         flat["data"] = "loader"
+        flat.setdefault("batch_size", getattr(loader, "batch_size", None))  # the learning rate is scaled by it
     if isinstance(recipe, Recipe):
         return override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
     return resolve(recipe, flat=flat, method_settings=methods.settings)
@@ -247,14 +251,14 @@ def _student_facts(arch: str, is_object: bool, data: Data) -> dict[str, Any]:
     return {"arch": arch, "rebuildable": not is_object, "classes": list(data.classes), "preprocess": preprocess}
 
 
-def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
+def _metrics(history: list[dict[str, Any]], members: int) -> dict[str, Any]:
     """The student's figures at its best epoch (of the last one where nothing was validated), and of the whole run."""
     judged = [row for row in history if _number(row.get("eval_top1")) is not None]
     best = max(judged, key=lambda row: row["eval_top1"]) if judged else history[-1]
     return {
         "top1": _number(best.get("eval_top1")),
         "top5": _number(best.get("eval_top5")),
-        "ensemble_top1": _number(best.get("top1/ensemble")),
+        "ensemble_top1": _number(best.get("top1/ensemble")) if members > 1 else None,
         "best_epoch": best["epoch"],
         "epochs": len(history),
         "train_loss": _number(history[-1].get("train_loss")),

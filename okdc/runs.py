@@ -24,7 +24,7 @@ def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | N
     name. RunError when the folder is in use, or when there is nothing where `resume` points.
     """
     if resume not in (None, "auto"):
-        last = Path(resume) if Path(resume).suffix else Path(resume) / checkpoint.LAST
+        last = _last(resume)
         if not last.is_file():
             raise RunError(
                 f"--resume {resume}: there is no {last}. Give a run folder or its {checkpoint.LAST}, or auto."
@@ -43,6 +43,18 @@ def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | N
             "To start another run: --experiment NAME."
         )
     return folder, None
+
+
+def recipe_of(resume: str | None) -> Path | None:
+    """The recipe of the run that `--resume PATH` points to, so that PATH alone is enough to go on."""
+    if resume in (None, "auto"):
+        return None
+    recipe = _last(resume).with_name(RECIPE)
+    return recipe if recipe.is_file() else None
+
+
+def _last(resume: str) -> Path:
+    return Path(resume) / checkpoint.LAST if Path(resume).is_dir() else Path(resume)
 
 
 def default_name(recipe: Recipe) -> str:

@@ -61,7 +61,7 @@ ALLOWED = {
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},
-    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline"} | RECIPE,
+    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline", "runs"} | RECIPE,
     "__main__": {"cli"},
 }
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
+import okdc.networks
 from okdc import checkpoint, runs
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.recipe import Recipe, override
@@ -95,8 +96,6 @@ def facts_preprocess(path: Path) -> dict:
 
 
 def test_the_best_checkpoint_loads_in_plain_timm(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    import okdc.networks  # noqa: F401 (registers resnet20_cifar)
-
     path, _ = run
     weights = torch.load(path / "model_best.pth.tar", weights_only=True)["state_dict"]
     network = timm.create_model("resnet20_cifar", num_classes=3, checkpoint_path=str(path / "model_best.pth.tar"))
@@ -207,9 +206,19 @@ def test_a_network_with_other_classes(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_network(run: tuple[Path, subprocess.CompletedProcess[str]], folder: Path) -> None:
     path, _ = run
-    words = ["compress", "--model", "resnet32_cifar", "--data", folder, "--resume", path, *flags(**FAST)]
-    done = command(*words, cwd=path.parent)
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    done = command("compress", "--model", "resnet32_cifar", "--resume", path, cwd=path.parent)
     assert done.returncode == 2 and "resnet20_cifar" in done.stderr and "Traceback" not in done.stderr
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+
+
+def test_a_path_alone_is_enough_to_go_on(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    path, _ = run
+    rows = len((path / "summary.csv").read_text().splitlines())
+    done = command("compress", "--resume", path / "last.pth.tar", "--epochs", "6", "--no-onnx", cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    assert len((path / "summary.csv").read_text().splitlines()) == rows + 1
+    assert "epochs: 6" in (path / "recipe.yaml").read_text()
 
 
 def test_folders_are_never_written_over(tmp_path: Path) -> None:
