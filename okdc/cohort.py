@@ -96,7 +96,7 @@ class Cohort(nn.Module):
                 for network, plan, redraw in zip(siblings, branches, redrawn, strict=True)
             ]
             self.branches = nn.ModuleList(siblings)
-            self._tap(example)
+            self._tap(branches, example)
             self.costs = self._measure(example)
         except BaseException:
             self.strip()
@@ -140,9 +140,10 @@ class Cohort(nn.Module):
             self.tape.handling[name] = Handling()
             self._hooks.append(module.register_forward_hook(Record(self.tape, name)))
 
-    def _tap(self, example: Tensor) -> None:
+    def _tap(self, branches: Sequence[Branch], example: Tensor) -> None:
+        foreign = [False, *(plan.network is not None for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
-            anatomy = self.anatomy if type(member) is type(self.target) else inspect(member, example)
+            anatomy = inspect(member, example) if foreign[i] else self.anatomy
             if "feature_map" in self.taps:
                 tap = Tap(self.tape, "feature_map", i, anatomy.layout)
                 self._hooks.append(member.get_submodule(anatomy.feature_map).register_forward_hook(tap))

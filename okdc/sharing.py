@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -82,16 +83,18 @@ def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tenso
 
 def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
     """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
-    names = [m.name for m in network.modules() if isinstance(m, Replay)]
     with unchanged(target), unchanged(network):
         try:
-            _learn_handling(target, network, tape, example)
-            difference = _differences(target, network, tape, example)
-            if difference > TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
-                for name in names:
-                    tape.handling[name] = Handling()
+            try:
+                _learn_handling(target, network, tape, example)
                 difference = _differences(target, network, tape, example)
-        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            except _RAISED_BY_NETWORKS:
+                difference = math.inf
+            if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
+                for replay in (m for m in network.modules() if isinstance(m, Replay)):
+                    tape.handling[replay.name] = Handling()
+                difference = _differences(target, network, tape, example)
+        except _RAISED_BY_NETWORKS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
         finally:
@@ -99,6 +102,9 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
             tape.proof = None
     if not difference <= TOLERANCE:
         raise CutError(_refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e})"))
+
+
+_RAISED_BY_NETWORKS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
 
 
 def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
