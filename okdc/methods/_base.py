@@ -22,8 +22,6 @@ class Method(nn.Module):
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
     taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map" and "embedding"
-    views: ClassVar[int] = 1  # augmentations of each image per step
-    pairs: ClassVar[bool] = False  # whether batches must hold several images of a class
 
     epoch: Tensor
     epochs: Tensor
