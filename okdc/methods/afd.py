@@ -1,0 +1,109 @@
+"""Peer networks that learn from each other's predictions and, through critics, from the look of their feature maps.
+
+Paper: I. Chung, S. Park, J. Kim, N. Kwak, Feature-map-level Online Adversarial Knowledge Distillation, ICML 2020,
+    PMLR 119, arXiv 2002.01775.
+Code: none was published; the layouts of critics and transfer layers are okdc's own.
+Differs: one backward pass and one optimizer give all three gradients, where the paper alternates SGD and Adam (2e-5):
+    critics see constant maps, networks see constant critics. Instead of Adam's small rate the adversarial loss has a
+    weight and the critics a rate of their own, critic_lr times the networks'. The predictions of a peer are constants.
+Costs: one whole network per peer; per network a critic (a 3x3 convolution on the last map), which runs three times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl
+from okdc.methods._base import Method
+from okdc.methods._parts import on_one_grid
+
+
+class Critic(nn.Module):
+    """Tells a teacher's map (1) from its own network's (0): maps (B, D, H, W) to scores (B,) in 0..1."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, hidden, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, 1, 1)
+        nn.init.normal_(self.conv1.weight, std=0.02)
+        nn.init.normal_(self.conv2.weight, std=0.02)
+        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        with torch.autocast(maps.device.type, enabled=False):  # small differences near 0 and 1 decide
+            x = self.bn(self.conv1(maps.to(self.conv1.weight.dtype)))
+            return torch.sigmoid(self.conv2(F.leaky_relu(x, 0.2)).mean((1, 2, 3)))
+
+    def as_constant(self, maps: Tensor) -> Tensor:
+        """The same scores, whose gradient reaches the maps alone; the running statistics do not count this call."""
+        parameters = {name: p.detach() for name, p in self.named_parameters()}
+        buffers = {name: b.clone() for name, b in self.named_buffers()}
+        return functional_call(self, parameters | buffers, (maps,))
+
+
+class Transfer(nn.Sequential):
+    """Brings a map of another width (B, D, H, W) to the target's."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        nn.init.normal_(self[0].weight, std=0.02)  # type: ignore[arg-type]
+
+
+class Afd(Method):
+    """Adversarial Feature-map Distillation: each network learns from the one before it in a ring; the target ships."""
+
+    share = "none"
+    taps = ("feature_map",)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        temperature: float = 3.0,
+        kd_weight: float = 1.0,
+        adversarial_weight: float = 1.0,
+        critic_lr: float = 0.1,
+    ) -> None:
+        super().__init__(cohort)
+        self.temperature = temperature
+        self.kd_weight = kd_weight
+        self.adversarial_weight = adversarial_weight
+        self.critic_lr = critic_lr
+        width = cohort.feature_widths[0]
+        self.transfers = nn.ModuleList(
+            nn.Identity() if w == width else Transfer(w, width) for w in cohort.feature_widths
+        )
+        self.critics = nn.ModuleList(Critic(width, width) for _ in cohort.feature_widths)
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        parts, maps = {}, self.common_maps(out)
+        for k, name in enumerate(self.cohort.names):
+            # The ring: k - 1 is the teacher of k, and the last network that of the first.
+            parts[f"ce/{name}"] = cross_entropy(out.logits[k], labels)
+            parts[f"kd/{name}"] = self.kd_weight * kl(out.logits[k], out.logits[k - 1], self.temperature)
+        for k, name in enumerate(self.cohort.names):
+            real, fake = self.critics[k](maps[k - 1].detach()), self.critics[k](maps[k].detach())
+            parts[f"critic/{name}"] = (1 - real).square().mean() + fake.square().mean()
+            fooled = (1 - self.critics[k].as_constant(maps[k])).square().mean()  # type: ignore[operator]
+            parts[f"adversarial/{name}"] = self.adversarial_weight * fooled
+        return parts
+
+    def common_maps(self, out: CohortOutput) -> list[Tensor]:
+        """The members' feature maps (B, D, H, W) in one shape: the target's width, the smallest side of all."""
+        height, width = self.cohort.anatomy.input_size[1:]
+        maps = on_one_grid(out.feature_maps, height / width)
+        return [transfer(x) for transfer, x in zip(self.transfers, maps, strict=True)]
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        networks = [*self.cohort.parameters(), *self.transfers.parameters()]
+        return [
+            {"params": [p for p in networks if p.requires_grad], "lr": lr},
+            {"params": list(self.critics.parameters()), "lr": lr * self.critic_lr},
+        ]

@@ -1,0 +1,97 @@
+"""Sub-networks whose last feature maps are fused into one classifier, which teaches them and learns from their mean.
+
+Paper: J. Kim, M. Hyun, I. Chung, N. Kwak, Feature Fusion for Online Mutual Knowledge Distillation, ICPR 2020,
+    doi 10.1109/ICPR48806.2021.9412615, arXiv 1904.09058.
+Code: Jangho-Kim/FFL-pytorch (read, not copied): the fusion module, the loss, its ramp; only CIFAR-100, equal networks.
+Differs: the divergence is exact (the code adds 1e-7 to every target probability: eps), the ramp is the code's share of
+    the run, 80 of 300 epochs (rampup_epochs fixes it), one optimizer trains everything, the fusion module at its own
+    weight decay. Maps of unequal networks are pooled to the smallest grid; the paper allows them, no code shows them.
+Costs: the tail (or a whole network) once more per branch, and one depthwise and one 1x1 convolution on the last maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl, rampup
+from okdc.methods._base import Method
+from okdc.methods._parts import on_one_grid
+
+
+class Fusion(nn.Module):
+    """Logits (B, C) of the feature maps (B, D_i, H, W) of all members: `inputs` is the sum of their D_i."""
+
+    def __init__(self, inputs: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+        self.bn_dw = nn.BatchNorm2d(inputs)
+        self.pw = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn_pw = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+        # The code counts all outputs of the depthwise convolution, not those of one group.
+        nn.init.normal_(self.dw.weight, std=math.sqrt(2 / (9 * inputs)))
+        nn.init.normal_(self.pw.weight, std=math.sqrt(2 / width))
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x = self.bn_dw(self.dw(torch.cat(list(maps), 1))).relu()
+        return self.fc(self.bn_pw(self.pw(x)).relu().mean((2, 3)))
+
+
+class Ffl(Method):
+    """Feature Fusion Learning: fused classifier and sub-networks teach each other; the target ships (FFL-S)."""
+
+    taps = ("feature_map",)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        temperature: float = 3.0,
+        kd_weight: float = 1.0,
+        rampup_epochs: int | None = None,
+        eps: float = 0.0,
+        fusion_weight_decay: float = 1e-5,
+    ) -> None:
+        super().__init__(cohort)
+        self.temperature = temperature
+        self.kd_weight = kd_weight
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
+        self.fusion_weight_decay = fusion_weight_decay
+        widths = cohort.feature_widths
+        self.fusion = Fusion(sum(widths), widths[0], cohort.anatomy.num_classes)
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return self.mutual_losses(out.logits, self.ensemble(out), labels)
+
+    def mutual_losses(self, members: Sequence[Tensor], fused: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Labels teach all, the fused logits (B, C) teach the members, and the mean of the members teaches them."""
+        names = self.cohort.names
+        ramp = rampup(self.epoch, self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs)
+        weight = self.kd_weight * ramp
+        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, members, strict=True)}
+        parts["ce/fused"] = cross_entropy(fused, labels)
+        parts |= {f"kd/{name}": weight * self._kd(z, fused) for name, z in zip(names, members, strict=True)}
+        parts["kd/fused"] = weight * self._kd(fused, torch.stack(list(members)).mean(0))
+        return parts
+
+    def ensemble(self, out: CohortOutput) -> Tensor:
+        height, width = self.cohort.anatomy.input_size[1:]
+        return self.fusion(on_one_grid(out.feature_maps, height / width))
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        fusion = list(self.fusion.parameters())
+        networks = [p for p in self.cohort.parameters() if p.requires_grad]
+        return [
+            {"params": networks, "lr": lr},
+            {"params": fusion, "lr": lr, "weight_decay": self.fusion_weight_decay},
+        ]
+
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return kl(student, teacher, self.temperature, eps=self.eps)
