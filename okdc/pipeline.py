@@ -206,7 +206,8 @@ def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...], name
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     outputs = networks.check_input(target, input_size).shape[1]  # type: ignore[arg-type]
-    peers = [networks.load(NetworkSettings(model=name, in_chans=network.in_chans), outputs) for name in cohort.peers]
+    alike = NetworkSettings(in_chans=network.in_chans, img_size=network.img_size)
+    peers = [networks.load(replace(alike, model=name), outputs) for name in cohort.peers]
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.errors import RecipeError
 
 
 class Method(nn.Module):
@@ -68,6 +69,8 @@ class Method(nn.Module):
         if peers:
             return [Branch(network=peer) for peer in peers]
         members = cls.members if members is None else members
+        if members < 2 and cls.members > 1:
+            raise RecipeError(f"{cls.__name__} needs two members or more, got --members {members}: leave it out.")
         if members < 2:
             return []
         extra = cls.extra_blocks if extra_blocks is None else extra_blocks
