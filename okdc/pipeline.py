@@ -211,7 +211,9 @@ def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...], name
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, outputs)) if named and network.model in networks.names() else None
     started = network.pretrained or network.checkpoint is not None
-    built = Cohort(target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh)
+    built = Cohort(
+        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
+    )
     return kind(built, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ class Method(nn.Module):
     members: ClassVar[int] = 2  # default size of the cohort, the target included
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map" and "embedding"
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding" and "shared"
+    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
+    needs_teacher: ClassVar[bool] = False  # whether `__init__` takes a trained network after the cohort
     views: ClassVar[int] = 1  # augmentations of each image per step
     pairs: ClassVar[bool] = False  # whether batches must hold several images of a class
 
