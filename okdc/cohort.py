@@ -32,6 +32,7 @@ class CohortOutput:
     feature_maps: tuple[Tensor, ...] = ()  # (B, D, H, W); tokens are (B, D, N, 1); empty unless tapped
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
     shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
+    teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
 
 
 @dataclass(frozen=True)

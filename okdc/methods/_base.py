@@ -23,7 +23,7 @@ class Method(nn.Module):
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
     taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
-    needs_teacher: ClassVar[bool] = False  # whether `__init__` takes a trained network after the cohort
+    needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
     views: ClassVar[int] = 1  # augmentations of each image per step
     pairs: ClassVar[bool] = False  # whether batches must hold several images of a class
 
