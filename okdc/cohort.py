@@ -10,18 +10,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import inspect
-from okdc.calls import at_rest
-from okdc.errors import NetworkError
+from okdc.calls import at_rest, layout
+from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
-from okdc.replay import Handling, Record, Tap, Tape
-from okdc.sharing import before, prove, stand_in, tie_unused, unchanged
+from okdc.replay import Handling, Record, Tap, Tape, as_map
+from okdc.sharing import before, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class CohortOutput:
     logits: tuple[Tensor, ...]  # (B, C)
     feature_maps: tuple[Tensor, ...] = ()  # (B, D, H, W); tokens are (B, D, N, 1); empty unless tapped
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
+    shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
+    teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Cohort(nn.Module):
     `example` (B >= 2, C, H, W) is what the members are proved on: a branch is accepted only if with equal weights its
     logits equal the target's, in evaluation and in training mode. Otherwise CutError, and the target is left as it was.
     `fresh` makes another network like the target with new weights; without it branches are redrawn copies.
+    `trunk_gradient` is what the trunk gets of its members' gradients: their sum, or at each cut their mean.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Cohort(nn.Module):
         taps: Sequence[str] = (),
         pretrained: bool = False,
         fresh: Callable[[], nn.Module] | None = None,
+        trunk_gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
         self.target = target
@@ -89,8 +93,11 @@ class Cohort(nn.Module):
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()})
             for cut, network in proofs.items():
-                stand_in(network, cuts[cut], self.tape)
+                stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
+                if trunk_gradient == "mean":
+                    refuse_other_ways(network, self.anatomy, cut, self.tape)
+                    self.tape.divisor[cut] = 1 + sum(b.cut == cut for b in branches)
             self.grown = [
                 self._finish(network, plan, cuts, redraw, pretrained, example)
                 for network, plan, redraw in zip(siblings, branches, redrawn, strict=True)
@@ -122,8 +129,9 @@ class Cohort(nn.Module):
             logits.append(branch(images))
         maps = self._tapped("feature_map")
         embeddings = self._tapped("embedding")
+        shared = self._shared()
         tape.clear()
-        return CohortOutput(tuple(logits), maps, embeddings)
+        return CohortOutput(tuple(logits), maps, embeddings, shared)
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""
@@ -135,12 +143,16 @@ class Cohort(nn.Module):
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
         return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
 
+    def _shared(self) -> Tensor | None:
+        return as_map(self.tape.outputs[self.cut][0], self._shared_layout) if self.cut and self._shared_layout else None
+
     def _record(self, trunk: dict[str, nn.Module]) -> None:
         for name, module in trunk.items():
             self.tape.handling[name] = Handling()
             self._hooks.append(module.register_forward_hook(Record(self.tape, name)))
 
     def _tap(self, branches: Sequence[Branch], example: Tensor) -> None:
+        self._shared_layout = self._layout_at_cut() if "shared" in self.taps else None
         foreign = [False, *(plan.network is not None for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
             anatomy = inspect(member, example) if foreign[i] else self.anatomy
@@ -150,6 +162,21 @@ class Cohort(nn.Module):
             if "embedding" in self.taps:
                 tap = Tap(self.tape, "embedding", i, anatomy.layout)
                 self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+
+    def _layout_at_cut(self) -> str:
+        """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
+        if self.cut is None:
+            raise CutError(
+                "this method looks at what the branches share, and nothing is shared. Leave out --share none and "
+                "--peers, and give it at least 2 --members."
+            )
+        shape = self.anatomy.find_cut(self.cut).shape
+        if len(shape) not in (2, 3) or not self.tape.handling[self.cut].live:
+            raise CutError(
+                f"this method looks at what the branches share, and {self.cut!r} gives {shape or 'no single tensor'}, "
+                "expected a map or tokens. Cut elsewhere with --cut NAME (okdc inspect lists every cut)."
+            )
+        return layout(shape, self.anatomy.input_size[-2] / self.anatomy.input_size[-1])
 
     def _finish(
         self,
@@ -169,7 +196,7 @@ class Cohort(nn.Module):
         # Appended blocks first: they may stand after modules that are about to be replaced.
         grown = [grow(network, self.anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
         if plan.cut:
-            stand_in(network, cuts[plan.cut], self.tape)
+            stand_in(network, cuts[plan.cut], self.tape, plan.cut)
             tie_unused(network, self.target, self.tape, example)
         return ", ".join(grown)
 
@@ -185,6 +212,8 @@ class Cohort(nn.Module):
                 flops.append(counter.get_total_flops() // len(example))
             self.feature_widths = tuple(x.shape[1] for x in self._tapped("feature_map"))
             self.embedding_widths = tuple(x.shape[1] for x in self._tapped("embedding"))
+            shared = self._shared()
+            self.shared_width = 0 if shared is None else shared.shape[1]
             self.tape.clear()
         for name, member, spent, grown in zip(self.names, self.members, flops, ["", *self.grown], strict=True):
             own = sum(p.numel() for p in member.parameters() if id(p) not in seen)

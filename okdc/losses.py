@@ -31,6 +31,12 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
     return temperature**2 * (p * (log_p - log_q)).sum(dim=1).mean()
 
 
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, detach: bool = True) -> Tensor:
+    """Cross entropy of softened logits (B, C) with the teacher's softened ones: `kl` plus entropy, without the T^2."""
+    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
+
+
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
     """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1."""
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc import checkpoint, exporting, methods, networks, report, runs, train
+from okdc import _teacher, checkpoint, exporting, methods, networks, report, runs, train
 from okdc._machine import own_randomness, seed_everything
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
@@ -66,6 +66,8 @@ def compress(
     A module that is given is trained in place and is the student that comes back. OkdcError says what to mend.
     """
     wanted = _recipe(model, loader, recipe or runs.recipe_of(resume), method, settings)
+    chosen = wanted.method["name"]
+    _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
     folder, last = runs.choose(Path(output), wanted, experiment, resume)
     with own_randomness():
         seed_everything(wanted.train.seed)
@@ -199,13 +201,13 @@ def _check_classes(logits: Tensor, data: Data) -> None:
         )
 
 
-def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...], named: bool) -> Method:
+def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, int, int], named: bool) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it."""
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    outputs = networks.check_input(target, input_size).shape[1]  # type: ignore[arg-type]
+    outputs = networks.check_input(target, input_size).shape[1]
     alike = NetworkSettings(in_chans=network.in_chans, img_size=network.img_size)
     peers = [networks.load(replace(alike, model=name), outputs) for name in cohort.peers]
     plan = kind.plan(
@@ -216,8 +218,11 @@ def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, ...], name
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, outputs)) if named and network.model in networks.names() else None
     started = network.pretrained or network.checkpoint is not None
-    built = Cohort(target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh)
-    return kind(built, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)
+    built = Cohort(
+        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
+    )
+    given = [_teacher.load(cohort.teacher, input_size, outputs)] if kind.needs_teacher and cohort.teacher else []
+    return kind(built, *given, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)
 
 
 def _images(wanted: Recipe, config: dict[str, Any]) -> Data:

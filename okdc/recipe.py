@@ -219,6 +219,7 @@ def _code_names(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Flag and name of every network and method of unchecked recipe values that runs code."""
     sections = {name: section for name, section in raw.items() if isinstance(section, Mapping)}
     named = [("model", sections.get("network", {}).get("model")), ("method", sections.get("method", {}).get("name"))]
+    named.append(("teacher", sections.get("cohort", {}).get("teacher")))
     peers = sections.get("cohort", {}).get("peers")
     named += [("peers", peer) for peer in (peers if isinstance(peers, list) else [])]
     return [(flag, name) for flag, name in named if isinstance(name, str) and runs_code(name)]

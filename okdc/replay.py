@@ -50,11 +50,12 @@ class Tape:
         self.position: dict[str, int] = {}
         self.tapped: dict[tuple[str, int], Tensor] = {}
         self.handling: dict[str, Handling] = {}
+        self.divisor: dict[str, int] = {}  # of the gradients that members send into a trunk, by its cut; absent: 1
         self.proof: Proof | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
         fresh = Tape()
-        fresh.handling = self.handling
+        fresh.handling, fresh.divisor = self.handling, self.divisor
         memo[id(self)] = fresh
         return fresh
 
@@ -71,16 +72,36 @@ class Tape:
         self.outputs, self.position, self.tapped = {}, {}, {}
 
 
+class _Divided(torch.autograd.Function):
+    """The same tensor, whose gradient is divided on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient / ctx.divisor, None
+
+
+def divide_gradient(tensor: Tensor, divisor: int) -> Tensor:
+    """The same values; the gradient that flows back through them is divided (CL-ILR, Song and Chai 2018)."""
+    if divisor == 1 or not tensor.is_floating_point():
+        return tensor
+    return _Divided.apply(tensor, divisor)
+
+
 class Record:
-    """Forward hook that puts a trunk module's output on the tape."""
+    """Forward hook that puts a trunk module's output on the tape, and divides the gradient of the target's own tail."""
 
     def __init__(self, tape: Tape, name: str) -> None:
         self.tape, self.name = tape, name
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         tape = self.tape
         if not tape.recording:
-            return
+            return None
         handling = tape.handling[self.name]
         if tape.proof is not None:
             tape.proof.random_states.setdefault(self.name, []).append(random_state())
@@ -88,11 +109,17 @@ class Record:
                 tape.proof.recorded += [
                     (self.name, t, t._version) for t in tree_leaves(output) if isinstance(t, Tensor)
                 ]
+        recorded = output
         if not handling.live:
-            output = tree_map_only(Tensor, _shape_only, output)
+            recorded = tree_map_only(Tensor, _shape_only, output)
         elif handling.clone_recorded:
-            output = tree_map_only(Tensor, torch.clone, output)
-        tape.outputs.setdefault(self.name, []).append(output)
+            recorded = tree_map_only(Tensor, torch.clone, output)
+        tape.outputs.setdefault(self.name, []).append(recorded)
+        divisor = tape.divisor.get(self.name, 1)
+        if divisor == 1 or tape.proof is not None:
+            return None
+        output = divide_gradient(output, divisor)
+        return output.clone() if handling.clone_recorded else output  # a divided view cannot be changed in place
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
@@ -103,9 +130,9 @@ def _shape_only(tensor: Tensor) -> Tensor:
 class Replay(nn.Module):
     """Stands in a branch for a trunk module, has no parameters, and returns what the target's own module returned."""
 
-    def __init__(self, tape: Tape, name: str, original: nn.Module) -> None:
+    def __init__(self, tape: Tape, name: str, original: nn.Module, cut: str) -> None:
         super().__init__()
-        self.tape, self.name = tape, name
+        self.tape, self.name, self.cut = tape, name, cut
         self._original = (original,)  # in a tuple, so that it is not registered as a part of the branch
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +145,9 @@ class Replay(nn.Module):
             if tape.proof.probing:
                 probe = tape.proof.probe
                 return tree_map_only(Tensor, lambda t: probe(self.name, t), output)
+        divisor = tape.divisor.get(self.cut, 1)
+        if divisor > 1:
+            output = tree_map_only(Tensor, lambda t: divide_gradient(t, divisor), output)
         if tape.handling[self.name].clone_replayed:
             output = tree_map_only(Tensor, torch.clone, output)
         return output
@@ -147,11 +177,11 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if self.tape.recording:
-            value = args[0].flatten(1) if self.kind == "embedding" else _as_map(output, self.layout)
+            value = args[0].flatten(1) if self.kind == "embedding" else as_map(output, self.layout)
             self.tape.tapped[self.kind, self.member] = value
 
 
-def _as_map(x: Tensor, layout: str) -> Tensor:
+def as_map(x: Tensor, layout: str) -> Tensor:
     """(B, D, H, W) from nchw (B, D, H, W), nhwc (B, H, W, D), or tokens (B, N, D), which become (B, D, N, 1)."""
     if layout == "tokens":
         return x.transpose(1, 2).unsqueeze(-1)

@@ -55,13 +55,13 @@ def before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module
     return found
 
 
-def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape) -> None:
-    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target."""
+def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape, cut: str) -> None:
+    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target that parts at `cut`."""
     doomed = {network.get_submodule(name): name for name in trunk}
     for module in list(network.modules()):
         for key, child in module._modules.items():
             if child in doomed:
-                module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]])
+                module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]], cut)
 
 
 def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
@@ -105,6 +105,18 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
 
 
 _RAISED_BY_NETWORKS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
+
+
+def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape) -> None:
+    """CutError if a proved branch uses anything of the trunk but the cut's output: its gradient cannot be divided.
+
+    What the target's own tail takes from earlier in the trunk is also what the trunk itself goes on with.
+    """
+    replayed = {m.name for m in network.modules() if isinstance(m, Replay)}
+    others = [name for name in sorted(replayed - {cut}) if tape.handling[name].live]
+    if others:
+        ways = f"the mean of its members' gradients needs one way into the trunk, and {', '.join(others)} are others"
+        raise CutError(_refusal(anatomy, cut, ways))
 
 
 def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:

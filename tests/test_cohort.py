@@ -220,3 +220,79 @@ def test_refusals_say_what_to_type_and_leave_the_target_alone() -> None:
         Cohort(networks.TwoOutputs(), example())
     with pytest.raises(NetworkError, match=r"cannot run on images \(2, 1, 32, 32\)"):
         inspect(target, torch.randn(2, 1, 32, 32))
+
+
+def test_what_the_branches_share_can_be_looked_at() -> None:
+    torch.manual_seed(0)
+    for kind, cut, shape in [
+        (networks.Tiny, "early", (2, 16, 16, 16)),
+        (networks.ChangesInPlace, "early", (2, 16, 16, 16)),
+        (networks.Tokens, "blocks.3", (2, 16, 17, 1)),
+    ]:
+        target = kind().eval()
+        seen: list[torch.Tensor] = []
+        handle = target.get_submodule(cut).register_forward_hook(lambda m, a, y, seen=seen: seen.append(y.clone()))
+        cohort = Cohort(target, example(), [Branch(cut), Branch(cut)], taps=("shared",))
+        shared = cohort(example()).shared
+        handle.remove()
+        assert shared is not None and shared.shape == shape and cohort.shared_width == 16
+        expected = seen[-1].transpose(1, 2).unsqueeze(-1) if kind is networks.Tokens else seen[-1]
+        assert torch.equal(shared, expected)
+        assert Cohort(kind(), example(), [Branch(cut)]).eval()(example()).shared is None
+    with pytest.raises(CutError, match=r"nothing is shared.*--share none"):
+        Cohort(networks.Tiny(), example(), [Branch()], taps=("shared",))
+    with pytest.raises(CutError, match=r"'pair' gives no single tensor.*--cut"):
+        Cohort(networks.Tuples(), example(), [Branch("pair")], taps=("shared",))
+
+
+@pytest.mark.parametrize("kind", [networks.Tiny, networks.ChangesInPlace, networks.Tokens])
+def test_the_trunk_may_get_the_mean_of_the_gradients(kind: type[nn.Module]) -> None:
+    """Exactly a third of the sum in the trunk, exactly the same in the tails, and the same logits."""
+    cut = "blocks.3" if kind is networks.Tokens else "early"
+    grads, logits = {}, {}
+    for how in ("sum", "mean"):
+        torch.manual_seed(0)
+        cohort = Cohort(kind().double(), example().double(), [Branch(cut)] * 2, trunk_gradient=how).eval()  # type: ignore[arg-type]
+        logits[how] = torch.stack(copy.deepcopy(cohort)(example().double()).logits)
+        logits[how].square().sum().backward()
+        logits[how] = torch.stack(cohort(example().double()).logits)
+        logits[how].square().sum().backward()
+        grads[how] = {name: p.grad for name, p in cohort.named_parameters()}
+        student = cohort.strip()
+        assert not any(m._forward_hooks for m in student.modules())
+    assert torch.equal(logits["sum"], logits["mean"])
+    trunk = {n for n in grads["sum"] if not torch.equal(grads["sum"][n], grads["mean"][n])}
+    tail = ("target.late", "target.head", "target.norm", "target.blocks.4", "target.blocks.5", "branches")
+    assert trunk == {n for n in grads["sum"] if not n.startswith(tail)}
+    for name in trunk:
+        torch.testing.assert_close(3 * grads["mean"][name], grads["sum"][name], rtol=1e-12, atol=1e-12)
+
+
+def test_the_mean_of_gradients_is_refused_where_more_than_the_cut_crosses() -> None:
+    with pytest.raises(CutError, match=r"'early.1'.*needs one way into the trunk, and stem are others.*--cut"):
+        Cohort(WithSkip(), example(), [Branch("early.1")], trunk_gradient="mean")
+    Cohort(WithSkip(), example(), [Branch("stem")], trunk_gradient="mean")
+
+
+class WithSkip(networks.Tiny):
+    """Its classifier also sees the stem."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        stem = self.stem(x)
+        late = self.late(self.early(stem)).mean((2, 3))
+        return self.head(late + stem.mean((2, 3)).repeat(1, 4))
+
+
+def test_a_divided_trunk_compiles_to_one_graph() -> None:
+    images = example(64)
+    target = timm.create_model("resnet18", num_classes=4)
+    cohort = Cohort(target, images, [Branch("layer2")], taps=("shared",), trunk_gradient="mean").eval()
+    compiled = torch.compile(cohort, fullgraph=True, backend="aot_eager")
+    grads = []
+    for run in (cohort, compiled):
+        cohort.zero_grad()
+        out = run(images)
+        (sum(z.square().sum() for z in out.logits) + out.shared.sum()).backward()
+        grads.append(target.conv1.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+    torch._dynamo.reset()

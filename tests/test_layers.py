@@ -44,10 +44,12 @@ ALLOWED = {
     "exporting": {"", "_bundle", "_card", "_portable", "_shipped", "verify"} | RECIPE,
     "report": {"_plots"},
     # the steps, and the command line over them
+    "_teacher": {"checkpoint", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
     "pipeline": {
         "",
         "_machine",
+        "_teacher",
         "anatomy",
         "checkpoint",
         "cohort",

@@ -179,9 +179,29 @@ def test_members_of_another_architecture(folder: Path, tmp_path: Path) -> None:
     assert facts["members"][1]["role"] == "VisionTransformer"
 
 
+def test_a_trained_teacher(run: tuple[Path, subprocess.CompletedProcess[str]], folder: Path, tmp_path: Path) -> None:
+    """A run, or a checkpoint that names its network; one that knows other classes is refused."""
+    common = {"data": str(folder), "method": "kd", "output": tmp_path, "onnx": False, **FAST}
+    for teacher in (run[0], run[0] / checkpoint.BEST):
+        result = okdc.compress("resnet20_cifar", teacher=str(teacher), **common)
+    facts = json.loads((result.path / "report.json").read_text())
+    assert [m["name"] for m in facts["members"]] == ["target"]
+    assert facts["trained_params"] == facts["network"]["params"]
+    loader = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)]
+    with pytest.raises(NetworkError, match=r"knows 3 classes and the network is to know 4"):
+        okdc.compress(Tiny(), loader, method="kd", teacher=str(run[0]), output=tmp_path)
+    unnamed = tmp_path / "weights.pth"
+    torch.save({"state_dict": {}}, unnamed)
+    with pytest.raises(NetworkError, match="does not say which network"):
+        okdc.compress("resnet20_cifar", teacher=str(unnamed), **common)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "words"),
     [
+        ({"method": "kd"}, RecipeError, "--teacher runs/NAME"),
+        ({"teacher": "resnet18"}, RecipeError, "ahbf takes no teacher"),
+        ({"method": "kd", "teacher": "resnet81"}, NetworkError, "Did you mean resnet"),
         ({"model": "resnet81"}, NetworkError, "Did you mean resnet"),
         ({"method": "ahbv"}, RecipeError, "Did you mean ahbf"),
         ({"data": "/nowhere/at/all"}, DataError, "/nowhere/at/all"),

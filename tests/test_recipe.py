@@ -125,6 +125,7 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     [
         ("network: {model: 'os:system', model_kwargs: {command: ls}}", "model"),
         ("cohort: {peers: [resnet18, 'my.nets:build']}", "peers"),
+        ("cohort: {teacher: 'my.nets:trained'}", "teacher"),
         ("method: {name: 'my.methods:Mine'}", "method"),
     ],
 )
@@ -137,9 +138,10 @@ def test_a_recipe_names_code_only_if_the_user_typed_it(tmp_path: Path, text: str
     assert recipe.load(file, typed=[name]) == recipe.load(file, typed=None)
     with pytest.raises(RecipeError, match="must not run"):
         recipe.resolve(file)
-    typed = {"model": name} if flag == "model" else {"peers": [name]} if flag == "peers" else {"method": name}
+    typed = {flag: [name] if flag == "peers" else name}
     assert recipe.resolve(file, flat=typed)
-    key = {"model": "network.model", "peers": "cohort.peers", "method": "method.name"}[flag]
+    places = {"model": "network.model", "peers": "cohort.peers", "teacher": "cohort.teacher", "method": "method.name"}
+    key = places[flag]
     assert recipe.resolve(file, sets=[f"{key}={typed[flag]}"])
 
 

@@ -36,9 +36,11 @@ def get(name: str) -> type[Method]:
 
 
 def settings(name: str) -> inspect.Signature:
-    """The settings of a method: its constructor's keywords, without `self` and `cohort`."""
-    signature = inspect.signature(get(name).__init__, eval_str=True)
-    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in ("self", "cohort")])
+    """The settings of a method: its constructor's keywords, without `self`, `cohort` and a `teacher` that it needs."""
+    kind = get(name)
+    signature = inspect.signature(kind.__init__, eval_str=True)
+    given = {"self", "cohort", "teacher"} if kind.needs_teacher else {"self", "cohort"}
+    return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in given])
 
 
 def card(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ class Method(nn.Module):
     members: ClassVar[int] = 2  # default size of the cohort, the target included
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map" and "embedding"
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding" and "shared"
+    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
+    needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
 
     epoch: Tensor
     epochs: Tensor

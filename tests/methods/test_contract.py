@@ -22,11 +22,16 @@ NETWORKS = {"convolutional": Tiny, "tokens": Tokens}
 
 def build(name: str, network: type[nn.Module] = Tiny) -> Method:
     torch.manual_seed(0)
-    target, kind = network(), methods.get(name)
+    kind = methods.get(name)
+    return around(network(), kind, members=min(kind.members, 3), extra_blocks=min(kind.extra_blocks, 1))
+
+
+def around(target: nn.Module, kind: type[Method], **plan: int) -> Method:
+    """A method with its cohort around `target`, given all that its class declares that it needs."""
     images = torch.randn(2, 3, 32, 32)
-    members = min(kind.members, 3)
-    plan = kind.plan(inspect(target, images), members=members, extra_blocks=min(kind.extra_blocks, 1))
-    return kind(Cohort(target, images, plan, taps=kind.taps))
+    branches = kind.plan(inspect(target, images), **plan)
+    cohort = Cohort(target, images, branches, taps=kind.taps, trunk_gradient=kind.trunk_gradient)
+    return kind(cohort, *([Tokens()] if kind.needs_teacher else []))
 
 
 def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +107,7 @@ def test_the_student_is_the_users_own_object(name: str) -> None:
     torch.manual_seed(0)
     target = Tiny()
     keys, flags = list(target.state_dict()), [getattr(m, "inplace", None) for m in target.modules()]
-    kind, images = methods.get(name), torch.randn(2, 3, 32, 32)
-    method = kind(Cohort(target, images, kind.plan(inspect(target, images)), taps=kind.taps))
+    method = around(target, methods.get(name))
     step(method, sgd(method))
     inside = method.eval().cohort(batch()[0]).logits[0]
     student = method.cohort.strip()

@@ -1,0 +1,68 @@
+"""Branches on one trunk, each taught by the mean of the others; the trunk learns from the mean of their gradients.
+
+Paper: G. Song, W. Chai, Collaborative Learning for Deep Neural Networks (CL), NeurIPS 2018, arXiv 1805.11761; with
+    shared layers and rescaled back-propagation it is called CL-ILR.
+Code: none by the authors; the re-implementations in MCL-OKD, in OKDDip and for tensorpack (read, not copied).
+Differs: one flat split instead of a binary tree. The variants weigh and measure the soft loss differently: `paper`
+    (tensorpack's: half cross entropy, no T^2), `paper_t2` (times T^2), `half_kl` (MCL-OKD's), `ramped_kl` (OKDDip's:
+    weight 1 and a ramp of 80 epochs; there gradients also flow into the teaching side, detach_teacher=False).
+Costs: the tail once more per branch, nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl, rampup, soft_cross_entropy
+from okdc.methods._base import Method
+
+Variant = Literal["paper", "paper_t2", "half_kl", "ramped_kl"]
+
+
+class Clilr(Method):
+    """L = sum_i beta * CE(z_i, y) + (1 - beta) * soft(z_i, mean of the other z_j); `ramped_kl` weighs them 1 and w."""
+
+    members = 4
+    trunk_gradient = "mean"
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        variant: Variant = "paper",
+        temperature: float | None = None,
+        beta: float = 0.5,
+        rampup_epochs: int = 80,
+        eps: float = 1e-7,
+        detach_teacher: bool = True,
+    ) -> None:
+        super().__init__(cohort)
+        self.variant = variant
+        self.ramped = variant == "ramped_kl"  # the one that uses rampup_epochs and eps, and has no beta
+        self.temperature = temperature or (3.0 if self.ramped else 2.0)
+        self.beta = beta
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps if self.ramped else 0.0
+        self.detach_teacher = detach_teacher
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        hard, soft = self.beta, 1 - self.beta
+        if self.ramped:
+            hard, soft = 1.0, rampup(self.epoch, self.rampup_epochs)  # type: ignore[assignment]
+        parts = {}
+        for i, name in enumerate(self.cohort.names):
+            consensus = torch.stack([z for j, z in enumerate(out.logits) if j != i]).mean(0)
+            parts[f"ce/{name}"] = hard * cross_entropy(out.logits[i], labels)
+            parts[f"soft/{name}"] = soft * self.soft(out.logits[i], consensus)
+        return parts
+
+    def soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """How far logits (B, C) are from their consensus, as the variant measures it."""
+        if self.variant in ("half_kl", "ramped_kl"):
+            return kl(student, teacher, self.temperature, eps=self.eps, detach=self.detach_teacher)
+        scale = self.temperature**2 if self.variant == "paper_t2" else 1.0
+        return scale * soft_cross_entropy(student, teacher, self.temperature, detach=self.detach_teacher)

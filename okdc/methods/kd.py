@@ -1,0 +1,60 @@
+"""A trained teacher network that the target copies: the offline control for the methods that need none.
+
+Paper: G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2014, arXiv 1503.02531.
+Code: megvii-research/mdistiller (read, not copied), whose CIFAR-100 weights are the defaults.
+Differs: nothing. The teacher sees the images as the target does (its size and normalisation), always in evaluation
+    mode. It is not part of the checkpoints: a run that is resumed loads it again by its name.
+Costs: one inference pass of the teacher per step; before that, the training of the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl
+from okdc.methods._base import Method
+
+
+class Kd(Method):
+    """L = ce_weight * CE(z, y) + kd_weight * T^2 * KL(teacher || z)."""
+
+    members = 1
+    needs_teacher = True
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        teacher: nn.Module,
+        *,
+        temperature: float = 4.0,
+        ce_weight: float = 0.1,
+        kd_weight: float = 0.9,
+    ) -> None:
+        super().__init__(cohort)
+        self.temperature = temperature
+        self.ce_weight = ce_weight
+        self.kd_weight = kd_weight
+        # In a tuple, so that it is no part of this module: not trained, counted, saved, or put into training mode.
+        self._teacher = (teacher.eval().requires_grad_(False),)
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            taught = self._teacher[0](images)
+        return self.losses(CohortOutput(self.cohort(images).logits, teacher=taught), labels)
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        assert out.teacher is not None
+        return {
+            "ce/target": self.ce_weight * cross_entropy(out.logits[0], labels),
+            "kd/target": self.kd_weight * kl(out.logits[0], out.teacher, self.temperature),
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves the method to a device or a memory layout moves the teacher too."""
+        self._teacher[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)

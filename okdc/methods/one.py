@@ -1,0 +1,75 @@
+"""Branches on one trunk, taught by their own ensemble, whose weights a gate reads off the trunk for every image.
+
+Paper: X. Lan, X. Zhu, S. Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv 1806.04606.
+Code: the authors' CIFAR release (read, not copied): gate, loss loop, ramp; and the variant in OKDDip's repository.
+Differs: nothing from the authors' code, by default; the paper is said to have no ramp (rampup_epochs=0). OKDDip's
+    variant lets the gradient of the distillation into the ensemble as well (detach_teacher=False).
+Costs: the tail once more per branch, and a gate of a few hundred parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from okdc.cohort import Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl, rampup
+from okdc.methods._base import Method
+
+
+class Gate(nn.Module):
+    """Weights of the M members for each image, (B, M), from what the trunk gave, (B, D, H, W); rows sum to 1."""
+
+    def __init__(self, width: int, members: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, members)
+        self.bn = nn.BatchNorm1d(members)
+
+    def forward(self, shared: Tensor) -> Tensor:
+        return F.softmax(F.relu(self.bn(self.fc(shared.mean((2, 3))))), dim=1)
+
+
+class One(Method):
+    """L = sum_i CE(z_i, y) + CE(z_e, y) + w * sum_i KL(z_e || z_i), with the gated ensemble z_e = sum_i a_i z_i."""
+
+    members = 3
+    taps = ("shared",)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        temperature: float = 3.0,
+        kd_weight: float = 1.0,
+        rampup_epochs: int = 80,
+        eps: float = 1e-7,
+        detach_teacher: bool = True,
+    ) -> None:
+        super().__init__(cohort)
+        self.temperature = temperature
+        self.kd_weight = kd_weight
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
+        self.detach_teacher = detach_teacher
+        self.gate = Gate(cohort.shared_width, len(cohort))
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return self.ensemble_losses(out.logits, self.ensemble(out), labels)
+
+    def ensemble_losses(self, branches: Sequence[Tensor], ensemble: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Spec section 6 on logits (B, C) of the M branches and of their ensemble."""
+        weight = self.kd_weight * rampup(self.epoch, self.rampup_epochs)
+        parts = {"ce/ensemble": cross_entropy(ensemble, labels)}
+        for name, logits in zip(self.cohort.names, branches, strict=True):
+            parts[f"ce/{name}"] = cross_entropy(logits, labels)
+            distance = kl(logits, ensemble, self.temperature, eps=self.eps, detach=self.detach_teacher)
+            parts[f"kd/{name}"] = weight * distance
+        return parts
+
+    def ensemble(self, out: CohortOutput) -> Tensor:
+        """Logits (B, C) of the members, weighted by the gate."""
+        assert out.shared is not None
+        weights = self.gate(out.shared)
+        return sum(weights[:, i : i + 1] * logits for i, logits in enumerate(out.logits))  # type: ignore[return-value]
