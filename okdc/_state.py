@@ -198,6 +198,10 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
+    if state.history and not (run.folder / checkpoint.BEST).is_file():
+        if state.epoch >= run.settings.epochs:
+            raise RunError(f"{path} is of a finished run whose {checkpoint.BEST} is gone. Put that back beside it.")
+        state.best = None  # the best from here on
     state.method.epochs.fill_(run.settings.epochs)
     if state.schedule is not None and state.epoch:  # the same rate again, unless the run is to be longer now
         state.schedule.step(state.epoch)

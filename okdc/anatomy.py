@@ -89,7 +89,7 @@ class Anatomy:
         return tuple(
             replace(s, blocks=tuple(run for run in s.blocks if ends[run[-1]] > moment))
             for s in self.stages
-            if s.end > moment
+            if s.end > moment and ends[s.last] > moment
         )
 
     def _cut_between_blocks(self) -> str:
@@ -311,6 +311,7 @@ _ACTIVATIONS = {
 def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
     """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
     flat = [c for c in inside if c.leaf and positions(c.output, aspect) == size and positions(c.input, aspect) == size]
+    once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
         layer = modules[call.name]
         if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
@@ -318,15 +319,16 @@ def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: 
         parent = call.name.rpartition(".")[0]
         run = [call.name]
         for follower in flat[i + 1 :]:
-            if isinstance(modules[follower.name], nn.Conv2d) or follower.name.rpartition(".")[0] != parent:
+            beyond = isinstance(modules[follower.name], nn.Conv2d) or follower.name not in once
+            if beyond or follower.name.rpartition(".")[0] != parent:
                 break
             run.append(follower.name)
-        if len(run) > 1 and isinstance(modules.get(parent), nn.Sequential):
+        if isinstance(modules.get(parent), nn.Sequential):
             yield tuple(run)
 
 
 def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -> tuple[Cut, ...]:
-    """Every module that is called once, gives one tensor and ends before the classifier, in the order of ending."""
+    """Every module that is called once and ends before the classifier, in the order of ending."""
     once = called_once(calls)
     total = max(1, root.flops_end)
     params = max(1, sum(p.numel() for p in network.parameters()))

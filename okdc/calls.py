@@ -64,8 +64,9 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         with at_rest(network), torch.no_grad(), counter:
             logits = network(images)
     except _SHAPE_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
-            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {str(error).splitlines()[0]}. "
+            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {reason}. "
             "Give it the size it takes (--img-size, --in-chans)."
         ) from error
     finally:

@@ -95,6 +95,9 @@ class Cohort(nn.Module):
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
+            for cut, network in proofs.items() if len(proofs) > 1 else ():
+                prove(target, network, self.anatomy, cut, self.tape, example)  # with what the other cuts need, too
+            for cut, network in proofs.items():
                 if trunk_gradient == "mean":
                     refuse_other_ways(network, self.anatomy, cut, self.tape)
                     self.tape.divisor[cut] = 1 + sum(b.cut == cut for b in branches)
@@ -105,6 +108,7 @@ class Cohort(nn.Module):
             self.branches = nn.ModuleList(siblings)
             self._tap(branches, example)
             self.costs = self._measure(example)
+            self._try_training(example)
         except BaseException:
             self.strip()
             raise
@@ -220,6 +224,17 @@ class Cohort(nn.Module):
             seen |= {id(p) for p in member.parameters()}
             costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, grown))
         return tuple(costs)
+
+    def _try_training(self, example: Tensor) -> None:
+        """Run every member once in training mode, where some networks return more than logits."""
+        with unchanged(self), torch.no_grad():
+            outputs = self.train()(example).logits
+        for name, member, logits in zip(self.names, self.members, outputs, strict=True):
+            if not (isinstance(logits, Tensor) and logits.dim() == 2):
+                raise NetworkError(
+                    f"the {name}, {type(member).__name__}, returns a {type(logits).__name__} in training mode; "
+                    "expected one tensor of logits (batch, classes). Turn its auxiliary outputs off, or wrap it."
+                )
 
 
 def _copy(target: nn.Module) -> nn.Module:

@@ -13,15 +13,13 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import okdc
-from okdc import _teacher, checkpoint, exporting, methods, networks, report, runs, train
+from okdc import _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
 from okdc._machine import own_randomness, seed_everything
-from okdc.anatomy import inspect
-from okdc.cohort import Cohort
-from okdc.data import Data, load, open_source, wrap
-from okdc.errors import DataError, NetworkError
+from okdc.data import Data, load, open_source
+from okdc.errors import NetworkError
 from okdc.methods import Method
 from okdc.recipe import DataSettings, NetworkSettings, Recipe, override, resolve
 from okdc.recipe import load as load_recipe
@@ -63,30 +61,30 @@ def compress(
     model: a name (timm, torchvision/NAME, package.module:function) or any module that returns logits (B, classes).
     loader, validation: any re-iterable of (images (B, C, H, W), labels (B,)); without them `data` names the images.
     settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
-    A module that is given is trained in place and is the student that comes back. OkdcError says what to mend.
+    A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
+    are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
     wanted = _recipe(model, loader, recipe or runs.recipe_of(resume), method, settings)
     chosen = wanted.method["name"]
     _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
     folder, last = runs.choose(Path(output), wanted, experiment, resume)
+    arch = wanted.network.model
     with own_randomness():
         seed_everything(wanted.train.seed)
-        target, data = _network_and_data(model, loader, validation, wanted)
-        home = next(target.parameters()).device
-        learner = _method(target, wanted, tuple(data.preprocess["input_size"]), named=not isinstance(model, nn.Module))
-        arch = wanted.network.model
-        facts = _student_facts(arch, isinstance(model, nn.Module), data)
-        if last is None:
-            runs.begin(folder, wanted, facts)
-        try:
-            state = train.fit(learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict())
-        finally:
-            learner.cohort.strip()
-        if last is not None:  # only now: the checkpoint may have been another run's
-            runs.begin(folder, wanted, facts)
+        target, data = assembly.network_and_data(model, loader, validation, wanted)
+        with assembly.at_home(target):
+            learner = assembly.method(target, wanted, data, named=not isinstance(model, nn.Module))
+            facts = _student_facts(arch, isinstance(model, nn.Module), data)
+            try:
+                state = train.fit(
+                    learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
+                    begin=lambda: runs.begin(folder, wanted, facts),
+                )  # fmt: skip
+            finally:
+                learner.cohort.strip()
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
     metrics = _metrics(state.history, len(learner.cohort))
-    result = Result(target.to(home).eval(), metrics, folder, None, data, wanted, arch)
+    result = Result(target.eval(), metrics, folder, None, data, wanted, arch)
     try:
         if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
@@ -163,66 +161,6 @@ def _recipe(
     if isinstance(recipe, Recipe):
         return override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
     return resolve(recipe, flat=flat, method_settings=methods.settings)
-
-
-def _network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
-    """The target with a classifier for the data's classes, and the data as the target takes them."""
-    device = train.choose_device(wanted.train.device)
-    if loader is not None:
-        outputs = wanted.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
-        data = wrap(loader, validation, num_classes=outputs, seed=wanted.train.seed)
-        target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(data.classes))
-        logits = networks.check_input(target, data.preprocess["input_size"])
-        if outputs is None:  # counted in the labels; the network may know classes that do not occur
-            unseen = range(len(data.classes), logits.shape[1])
-            data = replace(data, classes=(*data.classes, *map(str, unseen)))
-        _check_classes(logits, data)
-        return target, data
-    source = open_source(wanted.data, wanted.train.seed)
-    target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(source.classes))
-    config = networks.data_config(
-        target, wanted.network, mean=wanted.data.mean, std=wanted.data.std,
-        interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
-    )  # fmt: skip
-    logits = networks.check_input(target, config["input_size"])
-    data = load(
-        source, wanted.data, config, batch_size=wanted.train.batch_size,
-        validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed, device=device,
-    )  # fmt: skip
-    _check_classes(logits, data)
-    return target, data
-
-
-def _check_classes(logits: Tensor, data: Data) -> None:
-    if logits.shape[1] != len(data.classes):
-        raise DataError(
-            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. Give it "
-            f"{len(data.classes)} outputs, or name it instead of passing the object: okdc then resets its classifier."
-        )
-
-
-def _method(target: nn.Module, wanted: Recipe, input_size: tuple[int, int, int], named: bool) -> Method:
-    """The cohort that the method wants, built around the target and proved, with the method that owns it."""
-    kind = methods.get(wanted.method["name"])
-    cohort, network = wanted.cohort, wanted.network
-    first = next(target.parameters())
-    example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    outputs = networks.check_input(target, input_size).shape[1]
-    alike = NetworkSettings(in_chans=network.in_chans, img_size=network.img_size)
-    peers = [networks.load(replace(alike, model=name), outputs) for name in cohort.peers]
-    plan = kind.plan(
-        inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
-        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
-        peers=[peer.to(first.device) for peer in peers],
-    )  # fmt: skip
-    maker = replace(network, pretrained=False, checkpoint=None)
-    fresh = (lambda: networks.load(maker, outputs)) if named and network.model in networks.names() else None
-    started = network.pretrained or network.checkpoint is not None
-    built = Cohort(
-        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
-    )
-    given = [_teacher.load(cohort.teacher, input_size, outputs)] if kind.needs_teacher and cohort.teacher else []
-    return kind(built, *given, **{key: value for key, value in wanted.method.items() if key != "name"}).to(first.device)
 
 
 def _images(wanted: Recipe, config: dict[str, Any]) -> Data:

@@ -239,7 +239,7 @@ def override(
     raw, unknown = recipe.to_dict(), []
     method = flat.get("method") or raw["method"]["name"]
     if method != raw["method"]["name"]:
-        raw["method"] = {"name": method}
+        raw["method"], raw["cohort"] = {"name": method}, asdict(CohortSettings())
     raw["method"].update(flat.get("method_kwargs") or {})
     known = flat_settings()
     for name, value in flat.items():
@@ -254,7 +254,7 @@ def override(
 def apply_sets(raw: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]:
     """Plain recipe values with `section.key=value` changes made to them; values are read as YAML reads them."""
     changed = copy.deepcopy(dict(raw))
-    for item in sets:
+    for item in sorted(sets, key=lambda item: not item.startswith("method.name=")):
         place, equals, text = item.partition("=")
         *parents, key = place.strip().split(".")
         if not equals or not parents or not key:
@@ -269,6 +269,7 @@ def apply_sets(raw: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]:
         value = parse(text, f"--set {item}")
         if parents == ["method"] and key == "name" and value != section.get("name"):
             section.clear()  # another method starts from its own defaults
+            changed.pop("cohort", None)
         section[key] = value
     return changed
 
@@ -293,6 +294,7 @@ def resolve(
     method = flat.get("method")
     if method and method != (raw.get("method") or {}).get("name"):
         raw["method"] = {"name": method}  # before --set, so that method.key means a setting of this method
+        raw.pop("cohort", None)  # which was built for the other one
     raw = apply_sets(raw, sets)
     replaced = [name for flag, name in _code_names(raw) if flag in flat]
     _refuse_code(raw, [name for _, name in _code_names(typed)] + replaced)

@@ -15,9 +15,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 class Handling:
     """How one module's output travels: `live` if it reaches a branch's logits; cloned where it is changed in place."""
 
-    live: bool = True
-    clone_recorded: bool = True
-    clone_replayed: bool = True
+    live: bool = False
+    clone_recorded: bool = False
+    clone_replayed: bool = False
+
+    def add(self, live: bool, clone_recorded: bool, clone_replayed: bool) -> None:
+        """What one cut's proof found; what another cut needs stays."""
+        self.live |= live
+        self.clone_recorded |= clone_recorded
+        self.clone_replayed |= clone_replayed
 
 
 @dataclass
@@ -109,10 +115,10 @@ class Record:
                 tape.proof.recorded += [
                     (self.name, t, t._version) for t in tree_leaves(output) if isinstance(t, Tensor)
                 ]
-        recorded = output
-        if not handling.live:
+        recorded, probing = output, tape.proof is not None and tape.proof.probing
+        if not (handling.live or probing):
             recorded = tree_map_only(Tensor, _shape_only, output)
-        elif handling.clone_recorded:
+        elif handling.clone_recorded or probing:
             recorded = tree_map_only(Tensor, torch.clone, output)
         tape.outputs.setdefault(self.name, []).append(recorded)
         divisor = tape.divisor.get(self.name, 1)

@@ -34,7 +34,14 @@ def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | N
     if resume == "auto":
         folder = series[-1] if experiment else _newest(series)
         last = folder / checkpoint.LAST
-        return folder, last if last.is_file() else None
+        if any(path.is_file() for path in checkpoint.history(last, 100)):
+            return folder, last
+        if _in_use(folder):
+            raise RunError(
+                f"--resume auto: {folder} holds files but no {checkpoint.LAST} to go on from. Put that back, or start "
+                "another run with --experiment NAME."
+            )
+        return folder, None
     folder = series[-1]
     if _in_use(folder):
         state = "holds a finished run" if (folder / REPORT).is_file() else "holds an unfinished run, or other files"
@@ -80,7 +87,10 @@ def _newest(series: list[Path]) -> Path:
 
 
 def _in_use(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether there is anything that must not be lost; what `begin` alone wrote is not."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name not in (RECIPE, STUDENT) and path.name[0] != "." for path in folder.iterdir())
 
 
 def begin(folder: Path, recipe: Recipe, student: dict[str, Any]) -> None:

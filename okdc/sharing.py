@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import MIN_TAIL, Anatomy
 from okdc.errors import CutError
-from okdc.replay import Handling, Proof, Replay, Tape, random_state, set_random_state
+from okdc.replay import Proof, Replay, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 
@@ -73,7 +73,7 @@ def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tenso
         logits = network(example)
         tape.clear()
         named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-        grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True)
+        grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True) if named else ()
     own = dict(target.named_parameters())
     for (name, _), grad in zip(named, grads, strict=True):
         if grad is None and name in own:
@@ -92,7 +92,7 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
                 difference = math.inf
             if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
                 for replay in (m for m in network.modules() if isinstance(m, Replay)):
-                    tape.handling[replay.name] = Handling()
+                    tape.handling[replay.name].add(True, True, True)
                 difference = _differences(target, network, tape, example)
         except _RAISED_BY_NETWORKS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -141,11 +141,7 @@ def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: 
     live = {name for (name, _), grad in zip(proof.leaves, grads, strict=True) if grad is not None}
     live |= {name for name, tensor, _ in proof.replayed if not tensor.is_floating_point()}
     for name in {name for name, _, _ in proof.recorded} & {m.name for m in network.modules() if isinstance(m, Replay)}:
-        handling = tape.handling[name]
-        fresh = handling == Handling()
-        handling.live = name in live or (handling.live and not fresh)
-        handling.clone_recorded = name in changed_by_target or (handling.clone_recorded and not fresh)
-        handling.clone_replayed = name in changed_by_branch or (handling.clone_replayed and not fresh)
+        tape.handling[name].add(name in live, name in changed_by_target, name in changed_by_branch)
 
 
 def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:

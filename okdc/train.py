@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +43,17 @@ def fit(
     resume: Path | None = None,
     arch: str,
     recipe: dict[str, Any],
+    begin: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Train `method` on `data`, leaving last.pth.tar, model_best.pth.tar, summary.csv and events in `folder`.
 
+    `begin` is called when nothing more can be refused, before anything is written to `folder`.
     `resume` is the last.pth.tar of an interrupted run, which goes on as if nothing had happened; a complete one is
     returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
     RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
     that timm does not know, SystemExit with 130 or 143 after Ctrl-C or SIGTERM, the step finished and saved.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if not len(data.train):
         raise DataError(
             "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
@@ -62,6 +64,9 @@ def fit(
         state = build(method, run)
         if resume is not None:
             restore(state, checkpoint.load_run(resume), Path(resume), run)
+        begin()
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume is not None:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.")
             write_summary(folder / "summary.csv", state.history)
         if state.epoch < settings.epochs:
@@ -96,7 +101,7 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
         state.step = run.steps  # also where the data gave fewer batches than it promised
         metrics = None
         if data.validation is not None:
-            metrics = _evaluate(state, takewhile(lambda _: not stop.signal, data.validation), run.machine)
+            metrics = _evaluate(state, data.validation, run.machine, stop)
             _leave_if_asked(state, run, stop, display)
         row = _row(state, metrics, time.perf_counter() - clock)
         _finish_epoch(state, row, run)
@@ -191,13 +196,13 @@ def _count(state: TrainState, losses: dict[str, float], group: Batches, clock: f
 
 
 @torch.no_grad()
-def _evaluate(state: TrainState, batches: Any, machine: Machine) -> dict[str, float]:
-    """Top-1 of every member, of the ensemble and of the student, per cent, in eval mode; nothing without images."""
+def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSignal) -> dict[str, float]:
+    """Top-1 of every member, of the ensemble and of the student, per cent, in eval mode; partial after a signal."""
     # Not inference_mode: a network that caches tensors, say position embeddings, could then not train on.
     state.method.eval()
     names = [*(f"top1/{name}" for name in state.method.cohort.names), "top1/ensemble", "eval_top1"]
     total, sums = 0, torch.zeros(len(names) + 2, dtype=torch.float64)
-    for images, labels in batches:
+    for images, labels in takewhile(lambda _: not stop.signal, validation):
         images, labels = machine.move(images, labels)
         with machine.autocast():
             out = state.method.cohort(images)
@@ -208,6 +213,8 @@ def _evaluate(state: TrainState, batches: Any, machine: Machine) -> dict[str, fl
         loss = F.cross_entropy(student.float(), labels, reduction="sum")
         sums += torch.stack([*counts, top5, loss]).cpu()
         total += len(images)
+    if not total and not stop.signal:
+        raise DataError("the validation data gave no images this time; give a loader that can be read anew each epoch.")
     if not total:
         return {}
     means = dict(zip([*names, "eval_top5", "eval_loss"], (sums / total).tolist()))

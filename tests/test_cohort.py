@@ -121,6 +121,44 @@ def test_networks_of_every_kind(name: str) -> None:
         torch.testing.assert_close(fresh.eval()(images), before)
 
 
+def test_branches_that_part_at_two_cuts() -> None:
+    class Functional(networks.Tiny):
+        """Changes each stage's output in place: what one cut needs carried, the other may not know."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu_(self.stem(x))
+            x = torch.relu_(self.early(x))
+            return self.head(torch.relu_(self.late(x)).mean((2, 3)))
+
+    for cuts in (("stem", "early"), ("early", "stem"), ("stem", "early", "late.0")):
+        torch.manual_seed(0)
+        target = Functional()
+        for stage in (target.stem, target.early, target.late):
+            del stage[2]
+        cohort = with_weights_of_target(Cohort(target, example(), [Branch(cut) for cut in cuts])).eval()
+        out = cohort(example())
+        assert all(torch.equal(z, out.logits[0]) for z in out.logits), cuts
+
+
+def test_a_shared_activation_is_not_what_growth_is_appended_to() -> None:
+    act = nn.ReLU()
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(
+                nn.Conv2d(3, 8, 3, padding=1), act, nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), act,
+                nn.Conv2d(16, 16, 3, padding=1), act,
+            )  # fmt: skip
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.f(x).mean((2, 3)))
+
+    cohort = Cohort(Flat(), example(), [Branch("f.2", (2,))])
+    assert cohort.grown == ["2 x Conv2d after f.5"]
+
+
 def test_own_block_or_fallback() -> None:
     resnet = timm.create_model("resnet18", num_classes=4)
     images = example(64)
@@ -218,6 +256,8 @@ def test_refusals_say_what_to_type_and_leave_the_target_alone() -> None:
     assert not any(m._forward_hooks for m in [*target.modules(), *moody.modules()])
     with pytest.raises(NetworkError, match="returned a tuple of 2"):
         Cohort(networks.TwoOutputs(), example())
+    with pytest.raises(NetworkError, match="the target, MoreInTraining, returns a tuple in training mode"):
+        Cohort(networks.MoreInTraining(), example(), [Branch()])
     with pytest.raises(NetworkError, match=r"cannot run on images \(2, 1, 32, 32\)"):
         inspect(target, torch.randn(2, 1, 32, 32))
 

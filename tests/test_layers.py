@@ -46,20 +46,9 @@ ALLOWED = {
     # the steps, and the command line over them
     "_teacher": {"checkpoint", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
-    "pipeline": {
-        "",
-        "_machine",
-        "_teacher",
-        "anatomy",
-        "checkpoint",
-        "cohort",
-        "data",
-        "exporting",
-        "methods",
-        "networks",
-        "report",
-    }
-    | {"runs", "train"}
+    "assembly": {"_machine", "_teacher", "anatomy", "cohort", "data", "methods", "networks"} | RECIPE,
+    "pipeline": {"", "_machine", "_teacher", "assembly", "checkpoint", "data", "exporting", "methods", "networks"}
+    | {"report", "runs", "train"}
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},

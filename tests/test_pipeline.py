@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
 import okdc.networks
-from okdc import checkpoint, runs
+from okdc import checkpoint, methods, runs
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
-from okdc.recipe import Recipe, override
+from okdc.recipe import Recipe, override, resolve
 from tests.networks import Tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -218,6 +218,37 @@ def test_mistakes_are_named(settings: dict, kind: type[Exception], words: str, f
     assert list(tmp_path.iterdir()) == [], "a run that never began leaves nothing behind"
 
 
+def test_a_mistake_found_late_does_not_use_the_name_up(folder: Path, tmp_path: Path) -> None:
+    given = {"model": "resnet20_cifar", "data": str(folder), **FAST, "method": "baseline", "output": tmp_path}
+    with pytest.raises(RecipeError, match=r"no optimizer 'sdg'.*Did you mean sgd"):
+        okdc.compress(**given, opt="sdg", experiment="mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_another_method_builds_its_own_cohort() -> None:
+    wanted = resolve(flat={"method": "baseline"}, method_settings=methods.settings)
+    assert (wanted.data.data, wanted.cohort.members, wanted.cohort.extra_blocks) == ("digits", None, None)
+    wanted = resolve("cifar100/resnet32-ahbf", flat={"method": "dml", "members": 3}, method_settings=methods.settings)
+    assert (wanted.cohort.members, wanted.cohort.extra_blocks) == (3, None)
+
+
+def test_what_fails_on_the_way_leaves_the_users_network_as_it_was(tmp_path: Path) -> None:
+    network = Tiny().train()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match="cannot make the run folder"):
+        okdc.compress(network, [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)], output=tmp_path / "file", members=2)
+    assert network.training and not any(m._forward_hooks for m in network.modules())
+    frozen = Tiny().requires_grad_(False)
+    with pytest.raises(NetworkError, match="nothing to train"):
+        okdc.compress(frozen, [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)], output=tmp_path)
+
+
+def test_a_last_batch_of_one_image_is_left_out(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.randn(17, 3, 32, 32), torch.arange(17) % 4), batch_size=8)
+    result = okdc.compress(Tiny(), loader, method="ahbf", members=2, epochs=2, output=tmp_path, onnx=False)
+    assert len((result.path / "summary.csv").read_text().splitlines()) == 3
+
+
 def test_a_network_with_other_classes(tmp_path: Path) -> None:
     loader = [(torch.randn(8, 3, 32, 32), torch.arange(8))]
     with pytest.raises(DataError, match=r"4 outputs.*8 classes"):
@@ -246,15 +277,23 @@ def test_folders_are_never_written_over(tmp_path: Path) -> None:
     first, last = runs.choose(tmp_path, wanted, None, None)
     assert (first.name, last) == ("resnet18-ahbf-cats", None)
     runs.begin(first, wanted, {"arch": "x"})
+    assert runs.choose(tmp_path, wanted, None, None) == (first, None), "nothing was trained in it"
+    assert runs.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
+    (first / "last.pth.tar").write_text("weights")
     with pytest.raises(RunError, match=r"unfinished run.*--resume auto.*--experiment NAME"):
         runs.choose(tmp_path, wanted, None, None)
-    assert runs.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
+    assert runs.choose(tmp_path, wanted, None, "auto") == (first, first / "last.pth.tar")
     (first / "report.json").write_text("{}")
     second, _ = runs.choose(tmp_path, wanted, None, None)
     assert second.name == "resnet18-ahbf-cats-2"
     assert runs.choose(tmp_path, wanted, None, "auto")[0] == first, "the newest that there is"
     with pytest.raises(RunError, match="holds a finished run"):
         runs.choose(tmp_path, wanted, first.name, None)
+    (first / "last.pth.tar").rename(first / "last.1.pth.tar")
+    assert runs.choose(tmp_path, wanted, None, "auto")[1] == first / "last.pth.tar", "the one kept before it will do"
+    (first / "last.1.pth.tar").rename(first / "model_best.pth.tar")
+    with pytest.raises(RunError, match=r"holds files but no last\.pth\.tar"):
+        runs.choose(tmp_path, wanted, None, "auto")
     with pytest.raises(RunError, match=r"there is no .*last\.pth\.tar"):
         runs.choose(tmp_path, wanted, None, str(tmp_path / "elsewhere"))
 

@@ -61,7 +61,10 @@ def wrap(
 
 
 class OwnBatches:
-    """Training batches of the user's loader; skipped batches are read and thrown away."""
+    """Training batches of the user's loader; skipped batches are read and thrown away.
+
+    A last batch of a single image is left out, as drop_last would: batch norm cannot learn from one.
+    """
 
     def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int):
         self.loader, self.steps, self.num_classes, self.seed = loader, steps, num_classes, seed
@@ -76,13 +79,14 @@ class OwnBatches:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         step = -1
-        for step, batch in enumerate(iterate_seeded(self.loader, self.seed, epoch)):
+        checked = (_checked(b, "training", self.num_classes) for b in iterate_seeded(self.loader, self.seed, epoch))
+        for step, batch in enumerate(batch for batch in checked if len(batch[0]) > 1):
             if step >= start:
-                yield _checked(batch, "training", self.num_classes)
+                yield batch
         if step < 0:
             raise DataError(
-                f"the training loader gave batches once, but none in epoch {epoch}; expected an iterable that can be "
-                "read again each epoch, such as a torch DataLoader or a list of batches."
+                f"the training loader gave batches once, but none in epoch {epoch} (or of one image only); expected an "
+                "iterable that can be read again each epoch, such as a torch DataLoader or a list of batches."
             )
 
 

@@ -1,0 +1,134 @@
+"""Putting a run together: the network and its data, the cohort that the method wants, each checked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okdc import _teacher, methods, networks
+from okdc._machine import choose_device
+from okdc.anatomy import inspect
+from okdc.cohort import Cohort
+from okdc.data import Data, load, open_source, wrap
+from okdc.errors import DataError, NetworkError, RecipeError
+from okdc.methods import Method
+from okdc.recipe import NetworkSettings, Recipe
+
+
+def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+    """The target with a classifier for the data's classes, and the data as the target takes them."""
+    target, data = (
+        _own_loader(model, loader, validation, wanted) if loader is not None else _named_data(model, validation, wanted)
+    )
+    logits = networks.check_input(target, data.preprocess["input_size"])
+    unknown = range(len(data.classes), logits.shape[1]) if data.validation_images is None else range(0)
+    if unknown and not _outputs(model, wanted):  # the classes were counted in the labels: some may not occur
+        data = replace(data, classes=(*data.classes, *map(str, unknown)))
+    if logits.shape[1] != len(data.classes):
+        raise DataError(
+            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. Give it "
+            f"{len(data.classes)} outputs, or name it instead of passing the object: okdc then resets its classifier."
+        )
+    if not any(p.requires_grad for p in target.parameters()):
+        raise NetworkError("no parameter of the network requires a gradient: there is nothing to train. Unfreeze some.")
+    if any(p.dtype != torch.float32 for p in target.parameters() if p.requires_grad):
+        raise NetworkError("the network is not in float32, which okdc trains in (--amp for speed): network.float().")
+    return target, data
+
+
+def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed)
+    return _target(model, wanted, data.classes), data
+
+
+def _outputs(model: Any, wanted: Recipe) -> int | None:
+    return wanted.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
+
+
+def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+    if validation is not None:
+        raise DataError(
+            "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
+        )
+    source = open_source(wanted.data, wanted.train.seed)
+    target = _target(model, wanted, source.classes)
+    config = networks.data_config(
+        target, wanted.network, mean=wanted.data.mean, std=wanted.data.std,
+        interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
+    )  # fmt: skip
+    networks.check_input(target, config["input_size"])
+    return target, load(
+        source, wanted.data, config, batch_size=wanted.train.batch_size,
+        validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
+        device=choose_device(wanted.train.device),
+    )  # fmt: skip
+
+
+def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
+    if isinstance(model, type):
+        raise NetworkError(f"{model.__name__} is a class, not a network: okdc.compress({model.__name__}(), ...).")
+    target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(classes))
+    if not any(True for _ in target.parameters()):
+        raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
+    return target
+
+
+def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method:
+    """The cohort that the method wants, built around the target and proved, with the method that owns it.
+
+    `named`: the recipe's name makes such a network, so that branches may be newly made rather than redrawn copies.
+    """
+    kind = methods.get(wanted.method["name"])
+    cohort, network = wanted.cohort, wanted.network
+    input_size, classes = data.preprocess["input_size"], len(data.classes)
+    first = next(target.parameters())
+    example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
+    given = [_teacher.load(cohort.teacher, input_size, classes)] if kind.needs_teacher and cohort.teacher else []
+    plan = kind.plan(
+        inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
+        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
+        peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+    )  # fmt: skip
+    maker = replace(network, pretrained=False, checkpoint=None)
+    fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
+    started = network.pretrained or network.checkpoint is not None
+    built = Cohort(
+        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
+    )
+    try:
+        settings = {key: value for key, value in wanted.method.items() if key != "name"}
+        return kind(built, *given, **settings).to(first.device)
+    except BaseException:
+        built.strip()
+        raise
+
+
+def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:
+    alike = NetworkSettings(model=name, in_chans=network.in_chans, img_size=network.img_size)
+    peer = networks.load(alike, classes)
+    logits: Tensor = networks.check_input(peer, input_size)  # type: ignore[arg-type]
+    if logits.shape[1] != classes:
+        raise RecipeError(
+            f"the peer {name} has {logits.shape[1]} outputs, the data {classes} classes: they must agree."
+        )
+    return peer
+
+
+@contextmanager
+def at_home(target: nn.Module) -> Iterator[None]:
+    """The target goes back to the device that it came from, and, when training fails, to the modes it had."""
+    home = next(target.parameters()).device
+    modes = {module: module.training for module in target.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, mode in modes.items():
+            module.training = mode
+        raise
+    finally:
+        target.to(home).to(memory_format=torch.contiguous_format)
