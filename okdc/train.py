@@ -213,7 +213,7 @@ def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSi
         loss = F.cross_entropy(student.float(), labels, reduction="sum")
         sums += torch.stack([*counts, top5, loss]).cpu()
         total += len(images)
-    if not total and not stop.signal:
+    if not total and state.best is not None and not stop.signal:  # it did give some before
         raise DataError("the validation data gave no images this time; give a loader that can be read anew each epoch.")
     if not total:
         return {}
