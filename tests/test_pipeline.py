@@ -46,10 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+# One thread: sums are rounded differently on two, and a run is compared with another to the last bit.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
 def command(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     line = [sys.executable, "-m", "okdc", *map(str, words)]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def flags(**settings: object) -> list[str]:
@@ -120,7 +123,8 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(folder: Path, tmp_path
     straight = command(*words, "--experiment", "straight", cwd=tmp_path)
     assert straight.returncode == 0, straight.stderr
     line = [sys.executable, "-m", "okdc", *words, "--experiment", "killed"]
-    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(line, cwd=tmp_path, env=ENVIRONMENT, **quiet)
     last = tmp_path / "runs" / "killed" / "last.pth.tar"
     while process.poll() is None and not last.exists():
         time.sleep(0.02)
