@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
+from okdc.needs import Needs
 from okdc.recipe import NetworkSettings, Recipe
 
 
@@ -42,7 +44,8 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
 
 
 def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
-    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed)
+    needs, _ = _needs(wanted)
+    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=needs)
     return _target(model, wanted, data.classes), data
 
 
@@ -62,10 +65,11 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
         interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
     )  # fmt: skip
     networks.check_input(target, config["input_size"])
+    needs, views = _needs(wanted)
     return target, load(
         source, wanted.data, config, batch_size=wanted.train.batch_size,
         validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
-        device=choose_device(wanted.train.device),
+        device=choose_device(wanted.train.device), needs=needs, views=views,
     )  # fmt: skip
 
 
@@ -88,7 +92,11 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     input_size, classes = data.preprocess["input_size"], len(data.classes)
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    given = [_teacher.load(cohort.teacher, input_size, classes)] if kind.needs_teacher and cohort.teacher else []
+    given: dict[str, Any] = {}
+    if kind.needs_teacher and cohort.teacher:
+        given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
+    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
+        given["train_labels"] = data.train_labels
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
@@ -101,11 +109,22 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
     )
     try:
-        settings = {key: value for key, value in wanted.method.items() if key != "name"}
-        return kind(built, *given, **settings).to(first.device)
+        return kind(built, **given, **_settings(wanted)).to(first.device)
     except BaseException:
         built.strip()
         raise
+
+
+def _settings(wanted: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in wanted.method.items() if key != "name"}
+
+
+def _needs(wanted: Recipe) -> tuple[Needs, int]:
+    """What the method needs of the data, and how many views of each image."""
+    kind = methods.get(wanted.method["name"])
+    needs = kind.needs(**_settings(wanted))
+    members = 1 + len(wanted.cohort.peers) if wanted.cohort.peers else wanted.cohort.members or kind.members
+    return needs, members if needs.views else 1
 
 
 def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:

@@ -125,15 +125,19 @@ class Cohort(nn.Module):
         return 1 + len(self.branches)
 
     def forward(self, images: Tensor) -> CohortOutput:
-        tape = self.tape
-        tape.start()
-        logits = [self.target(images)]
-        for branch in self.branches:
+        """What the members say of the same images (B, C, H, W), or each of its own view (M, B, C, H, W) of them.
+
+        With views the trunk runs once for each member, so that batch norm sees one view at a time.
+        """
+        tape, views = self.tape, images.dim() == 5
+        tape.start(alone=views)
+        logits = []
+        for i, member in enumerate(self.members):
             tape.rewind()
-            logits.append(branch(images))
+            logits.append(member(images[i] if views else images))
         maps = self._tapped("feature_map")
         embeddings = self._tapped("embedding")
-        shared = self._shared()
+        shared = None if views else self._shared()
         tape.clear()
         return CohortOutput(tuple(logits), maps, embeddings, shared)
 
