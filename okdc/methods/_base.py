@@ -43,8 +43,8 @@ class Method(nn.Module):
         """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes).
 
         A method that needs views gets (members, B, C, H, W) or, where the data have none, (B, C, H, W). One that needs
-        indices writes its own forward with a third argument, and so for `after_step`: indices (B,), as `train_labels`
-        (N,), a keyword that its constructor then has (None where the data do not say).
+        indices (B,) writes its own forward with that third argument, and may take a keyword `train_labels` (N,) in its
+        constructor, the labels of all training images (None where the data do not say).
         """
         return self.losses(self.cohort(images), labels)
 
@@ -60,7 +60,7 @@ class Method(nn.Module):
         """Parameters and their learning rates; by default everything at `lr`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
+    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Called after each optimizer step: moving averages and the like; by default nothing."""
 
     def before_epoch(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -91,9 +91,6 @@ class MclOkd(Method):
             self.remember(embeddings, indices)
         return parts
 
-    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:  # type: ignore[override]
-        """Nothing is left to do: a step that is skipped puts the banks back as they were."""
-
     def embed(self, out: CohortOutput) -> list[Tensor]:
         """The members' embeddings (B, width), of length 1."""
         with torch.autocast(out.logits[0].device.type, enabled=False):  # what banks keep needs the precision
