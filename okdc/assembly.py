@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -89,10 +90,12 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     given = [_teacher.load(cohort.teacher, input_size, classes)] if kind.needs_teacher and cohort.teacher else []
+    settings = {key: value for key, value in wanted.method.items() if key != "name"}
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+        **{key: settings[key] for key in settings.keys() & signature(kind.plan).parameters.keys()},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
@@ -101,7 +104,6 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
     )
     try:
-        settings = {key: value for key, value in wanted.method.items() if key != "name"}
         return kind(built, *given, **settings).to(first.device)
     except BaseException:
         built.strip()

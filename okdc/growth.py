@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -195,11 +196,11 @@ def _project_shortcut(network: nn.Module, anatomy: Anatomy, cut: str) -> None:
 
 def _attentions(network: nn.Module) -> dict[nn.Module, nn.Module]:
     """The layers that make queries, keys and values, each with its attention (all but torch's own, which is one)."""
-    found = {}
+    found: dict[nn.Module, nn.Module] = {}
     for module in network.modules():
         layers = [child for child in module.children() if isinstance(child, nn.Linear)]
         if isinstance(getattr(module, "num_heads", None), int) and not isinstance(module, nn.MultiheadAttention):
-            found |= {layer: module for layer in layers[:-1]}  # the last is the projection of what was attended to
+            found |= dict.fromkeys(layers[:-1], module)  # the last is the projection of what was attended to
     return found
 
 
@@ -215,8 +216,17 @@ def _narrow_group(
     kept = max(unit, _share(len(everything), width) // unit * unit)
     if kept >= len(everything) or graph.get_out_channels(root) < len(everything):  # or narrowed with another group
         return False
-    graph.get_pruning_group(root, group[0].dep.handler, everything[kept:]).prune()
-    return True
+
+    def tied(count: int) -> Any:
+        """The last `count` channels with all that goes with them: some layers tie channels of their own together."""
+        return graph.get_pruning_group(root, group[0].dep.handler, everything[len(everything) - count :])
+
+    most = count = len(everything) - kept
+    if len(tied(count)[0].idxs) > most:
+        count = bisect_right(range(1, most + 1), most, key=lambda n: len(tied(n)[0].idxs))
+    if count:
+        tied(count).prune()
+    return count > 0
 
 
 def _narrow_heads(pruning: ModuleType, graph: Any, attention: Any, width: float) -> bool:

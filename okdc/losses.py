@@ -37,6 +37,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all elements of (student - teacher)^2, two maps (B, D, H, W); the teacher is a constant."""
+    return F.mse_loss(_full(student), _full(teacher.detach()))
+
+
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
     """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1."""
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)
