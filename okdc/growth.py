@@ -221,12 +221,15 @@ def _narrow_group(
         """The last `count` channels with all that goes with them: some layers tie channels of their own together."""
         return graph.get_pruning_group(root, group[0].dep.handler, everything[len(everything) - count :])
 
-    most = count = len(everything) - kept
-    if len(tied(count)[0].idxs) > most:
+    most = len(everything) - kept
+    taken = tied(most)
+    if len(taken[0].idxs) > most:
         count = bisect_right(range(1, most + 1), most, key=lambda n: len(tied(n)[0].idxs))
-    if count:
-        tied(count).prune()
-    return count > 0
+        if count == 0:
+            return False
+        taken = tied(count)
+    taken.prune()
+    return True
 
 
 def _narrow_heads(pruning: ModuleType, graph: Any, attention: Any, width: float) -> bool:
