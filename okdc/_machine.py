@@ -56,10 +56,11 @@ class Machine:
         """The context in which forward passes are made."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-    def move(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch on the device."""
-        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
-        return images, labels.to(self.device, non_blocking=True)
+    def move(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """A batch on the device: images (B, C, H, W) or views (V, B, C, H, W), and what belongs to them."""
+        flat = images.flatten(0, -4).to(self.device, non_blocking=True, memory_format=self.memory_format)
+        images = flat.unflatten(0, images.shape[:-3]) if images.dim() > 4 else flat
+        return images, *(tensor.to(self.device, non_blocking=True) for tensor in rest)
 
 
 def _precision(name: str | None, device: torch.device) -> torch.dtype:

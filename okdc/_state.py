@@ -44,8 +44,8 @@ class TrainState:
 
     @property
     def student(self) -> nn.Module:
-        """What is evaluated and what ships: the target, or its moving average where there is one."""
-        return self.ema.module if self.ema else self.method.cohort.target
+        """What is evaluated and what ships: the method's student, or its moving average where there is one."""
+        return self.ema.module if self.ema else self.method.student
 
     @property
     def lr(self) -> float:
@@ -83,6 +83,8 @@ def build(method: Method, run: Run) -> TrainState:
     schedule = _schedule(optimizer, settings, run.steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     # The decay warms up, else the average of a short run would be its initial weights.
+    if settings.model_ema and method.student is not method.cohort.target:
+        raise RecipeError(f"{type(method).__name__} ships a moving average of its own: leave out --model-ema.")
     ema = ModelEmaV3(method.cohort.target, settings.model_ema_decay, use_warmup=True) if settings.model_ema else None
     return TrainState(method, optimizer, schedule, scaler, ema)
 
@@ -154,8 +156,8 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
     }
     if state.scaler.is_enabled():
         payload["amp_scaler"] = state.scaler.state_dict()
-    if state.ema:
-        payload["state_dict_ema"] = state.ema.module.state_dict()
+    if state.student is not state.method.cohort.target:
+        payload["state_dict_ema"] = state.student.state_dict()
     names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history")
     own = {name: getattr(state, name) for name in names}
     payload["okdc"] = {"facts": _facts(state, run), "steps": run.steps, "method": state.method.state_dict(), "run": own}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
+from okdc.needs import Needs
 from okdc.recipe import NetworkSettings, Recipe
 
 
@@ -43,7 +44,8 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
 
 
 def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
-    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed)
+    needs, _ = _needs(wanted)
+    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=needs)
     return _target(model, wanted, data.classes), data
 
 
@@ -63,10 +65,11 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
         interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
     )  # fmt: skip
     networks.check_input(target, config["input_size"])
+    needs, views = _needs(wanted)
     return target, load(
         source, wanted.data, config, batch_size=wanted.train.batch_size,
         validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
-        device=choose_device(wanted.train.device),
+        device=choose_device(wanted.train.device), needs=needs, views=views,
     )  # fmt: skip
 
 
@@ -89,13 +92,17 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     input_size, classes = data.preprocess["input_size"], len(data.classes)
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    given = [_teacher.load(cohort.teacher, input_size, classes)] if kind.needs_teacher and cohort.teacher else []
-    settings = {key: value for key, value in wanted.method.items() if key != "name"}
+    given: dict[str, Any] = {}
+    if kind.needs_teacher and cohort.teacher:
+        given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
+    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
+        given["train_labels"] = data.train_labels
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
-        **{key: settings[key] for key in settings.keys() & signature(kind.plan).parameters.keys()},
+        **{key: value for key, value in _settings(wanted).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
@@ -104,10 +111,22 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
     )
     try:
-        return kind(built, *given, **settings).to(first.device)
+        return kind(built, **given, **_settings(wanted)).to(first.device)
     except BaseException:
         built.strip()
         raise
+
+
+def _settings(wanted: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in wanted.method.items() if key != "name"}
+
+
+def _needs(wanted: Recipe) -> tuple[Needs, int]:
+    """What the method needs of the data, and how many views of each image."""
+    kind = methods.get(wanted.method["name"])
+    needs = kind.needs(**_settings(wanted))
+    members = 1 + len(wanted.cohort.peers) if wanted.cohort.peers else wanted.cohort.members or kind.members
+    return needs, members if needs.views else 1
 
 
 def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:

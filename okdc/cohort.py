@@ -31,9 +31,9 @@ class CohortOutput:
     logits: tuple[Tensor, ...]  # (B, C)
     feature_maps: tuple[Tensor, ...] = ()  # (B, D, H, W); tokens are (B, D, N, 1); empty unless tapped
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
-    stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
     shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
     teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
+    stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,22 @@ class Cohort(nn.Module):
         return 1 + len(self.branches)
 
     def forward(self, images: Tensor) -> CohortOutput:
-        tape = self.tape
-        tape.start()
-        logits = [self.target(images)]
-        for branch in self.branches:
+        """What the members say of the same images (B, C, H, W), or each of its own view (M, B, C, H, W) of them.
+
+        With views the trunk runs once for each member, so that batch norm sees one view at a time.
+        """
+        tape, views = self.tape, images.dim() == 5
+        tape.start(alone=views)
+        logits = []
+        for i, member in enumerate(self.members):
             tape.rewind()
-            logits.append(branch(images))
+            logits.append(member(images[i] if views else images))
         maps = self._tapped("feature_map")
         embeddings = self._tapped("embedding")
         stage_maps = self._stage_maps()
-        shared = self._shared()
+        shared = None if views else self._shared()
         tape.clear()
-        return CohortOutput(tuple(logits), maps, embeddings, stage_maps, shared)
+        return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=stage_maps)
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""

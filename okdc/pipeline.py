@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
+from okdc import _byproducts, _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
 from okdc._machine import own_randomness, seed_everything
 from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
@@ -36,6 +36,7 @@ class Result:
     data: Data
     recipe: Recipe
     arch: str
+    byproducts: dict[str, nn.Module] = field(default_factory=dict)  # further networks of the same training, by name
 
     def export(self, **settings: Any) -> dict[str, Any]:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
@@ -80,19 +81,24 @@ def compress(
                     learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
                     begin=lambda: runs.begin(folder, wanted, facts),
                 )  # fmt: skip
+                byproducts = _byproducts.take(learner, folder)
             finally:
-                learner.cohort.strip()
+                learner.strip()
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
     metrics = _metrics(state.history, len(learner.cohort))
-    result = Result(target.eval(), metrics, folder, None, data, wanted, arch)
+    result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
+    further: list[dict[str, Any]] = []
     try:
         if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
+            if byproducts and wanted.export.byproducts:
+                further = [_byproducts.student_row(arch, result.student, data, result.verification)]
+                further += _byproducts.export(byproducts, data, wanted.export, folder, _info(wanted, result))
     except exporting.UnfitError as error:
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, _facts(result, learner, state.history))
+        report.write(folder, _facts(result, learner, state.history) | {"byproducts": further})
     return result
 
 

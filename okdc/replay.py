@@ -52,6 +52,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.recording = False
+        self.alone = False  # every member sees images of its own, and runs the trunk for itself
         self.outputs: dict[str, list[Any]] = {}
         self.position: dict[str, int] = {}
         self.tapped: dict[tuple[str, int], Tensor] = {}
@@ -65,9 +66,9 @@ class Tape:
         memo[id(self)] = fresh
         return fresh
 
-    def start(self) -> None:
+    def start(self, alone: bool = False) -> None:
         self.clear()
-        self.recording = True
+        self.recording, self.alone = True, alone
 
     def rewind(self) -> None:
         """Begin the next branch: every module's first call is answered by its first output again."""
@@ -106,7 +107,7 @@ class Record:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         tape = self.tape
-        if not tape.recording:
+        if not tape.recording or tape.alone:
             return None
         handling = tape.handling[self.name]
         if tape.proof is not None:
@@ -134,7 +135,10 @@ def _shape_only(tensor: Tensor) -> Tensor:
 
 
 class Replay(nn.Module):
-    """Stands in a branch for a trunk module, has no parameters, and returns what the target's own module returned."""
+    """Stands in a branch for a trunk module, has no parameters, and returns what the target's own module returned.
+
+    Where nothing is recorded, because each member sees images of its own, the target's module is run instead.
+    """
 
     def __init__(self, tape: Tape, name: str, original: nn.Module, cut: str) -> None:
         super().__init__()
@@ -143,6 +147,8 @@ class Replay(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tape = self.tape
+        if tape.alone or not tape.recording:
+            return self._original[0](*args, **kwargs)
         position = tape.position.get(self.name, 0)
         tape.position[self.name] = position + 1
         output = tape.outputs[self.name][position]

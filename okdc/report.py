@@ -141,7 +141,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     import yaml
 
     facts = facts | {key: facts.get(key) or {} for key in PARTS}
-    facts |= {key: facts.get(key) or [] for key in ("members", "history")}
+    facts |= {key: facts.get(key) or [] for key in ("members", "history", "byproducts")}
     history, members, metrics = facts["history"], facts["members"], facts["metrics"]
     top1, control = metrics.get("top1"), facts["baseline"].get("metrics") or {}
     best: dict[str, Any] = next((row for row in history if row.get("epoch") == metrics.get("best_epoch")), {})

@@ -31,7 +31,7 @@ __all__ = ["TrainState", "choose_device", "fit"]
 # Skipped steps in a row after which a run stops; fp16 may need a good many of them to find its scale.
 PATIENCE, PATIENCE_FP16 = 5, 25
 
-Batches = list[tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, ...]  # images, labels, and the images' indices where the method needs them
 
 
 def fit(
@@ -81,8 +81,9 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
     learner = torch.compile(method) if settings.torchcompile else method  # what DDP would wrap
     buffers = _Buffers(method)
     while state.epoch < settings.epochs:
-        method.train()
         method.epoch.fill_(state.epoch)
+        _begin_epoch(state, data, run.machine)
+        method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         clock = time.perf_counter()
         while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
@@ -110,18 +111,31 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
         _leave_if_asked(state, run, stop, display)
 
 
-def _step(state: TrainState, learner: Any, group: Batches, buffers: _Buffers, run: Run) -> dict[str, float]:
+@torch.no_grad()
+def _begin_epoch(state: TrainState, data: Data, machine: Machine) -> None:
+    """Show the method the images that were set aside for it, in eval mode; not again when an epoch is resumed."""
+    if data.held_out is None or state.step:
+        return
+    state.method.eval()
+    with machine.autocast():
+        state.method.before_epoch(
+            (machine.move(images)[0], machine.move(labels)[0]) for images, labels in data.held_out
+        )
+
+
+def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run) -> dict[str, float]:
     """One optimizer step over a group of batches: the mean of every loss part, or {} where the step was skipped."""
     optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
     buffers.keep()
-    total = sum(len(images) for images, _ in group)
+    total = sum(len(labels) for _, labels, *_ in group)
     parts: dict[str, Tensor] = {}
-    for i, (images, labels) in enumerate(group):
-        images, labels = machine.move(images, labels)
+    state.method.lr.fill_(state.lr)
+    for i, batch in enumerate(group):
+        batch = machine.move(*batch)
         seed_everything(run.settings.seed, state.epoch, state.step, i)
         with machine.autocast():
-            losses = learner(images, labels)
-        share = len(images) / total
+            losses = learner(*batch)
+        share = len(batch[1]) / total
         scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
         for name, loss in losses.items():
             parts[name] = parts.get(name, 0) + loss.detach().float() * share
@@ -144,7 +158,7 @@ def _step(state: TrainState, learner: Any, group: Batches, buffers: _Buffers, ru
         return {}
     state.skipped_in_a_row = 0
     with machine.autocast():
-        state.method.after_step(images, labels)
+        state.method.after_step(*batch)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
     return dict(zip(parts, values))
@@ -185,10 +199,10 @@ def _skip(state: TrainState, name: str, run: Run) -> None:
     )
 
 
-def _count(state: TrainState, losses: dict[str, float], group: Batches, clock: float) -> float:
+def _count(state: TrainState, losses: dict[str, float], group: list[Batch], clock: float) -> float:
     """Add one step to the sums of the epoch; the time at which the next step begins, seconds."""
     now = time.perf_counter()
-    images = sum(len(images) for images, _ in group)
+    images = sum(len(labels) for _, labels, *_ in group)
     counts = {"steps": bool(losses), "skipped": not losses, "images": images, "seconds": now - clock}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
         state.sums[name] = state.sums.get(name, 0) + value
@@ -207,7 +221,7 @@ def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSi
         with machine.autocast():
             out = state.method.cohort(images)
             ensemble = state.method.ensemble(out)
-            student = state.ema.module(images) if state.ema else out.logits[0]
+            student = out.logits[0] if state.student is state.method.cohort.target else state.student(images)
         counts = [(logits.argmax(1) == labels).sum() for logits in (*out.logits, ensemble, student)]
         top5 = student.topk(min(5, student.shape[1])).indices.eq(labels[:, None]).sum()
         loss = F.cross_entropy(student.float(), labels, reduction="sum")

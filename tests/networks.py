@@ -27,6 +27,37 @@ class Tiny(nn.Module):
         return self.head(self.late(self.early(self.stem(x))).mean((2, 3)))
 
 
+class Inverted(nn.Module):
+    """MobileNet's block: widen, one filter per channel, narrow; added to its input where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        inner = 2 * inputs
+        self.widen = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.narrow = nn.Conv2d(inner, outputs, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (inner, inner, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.norms[0](self.widen(x)))
+        y = self.norms[2](self.narrow(F.relu6(self.norms[1](self.depthwise(y)))))
+        return x + y if x.shape == y.shape else y
+
+
+class Depthwise(nn.Module):
+    """A small MobileNet: stages of inverted residual blocks, the last of which could be repeated."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = conv(3, 8, 2)
+        self.early = nn.Sequential(Inverted(8, 16, 2), Inverted(16, 16))
+        self.late = nn.Sequential(Inverted(16, 24, 2), Inverted(24, 24))
+        self.head = nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.early(self.stem(x))).mean((2, 3)))
+
+
 class ControlFlow(Tiny):
     """Functional dropout before and after the cut, a skip across it, a loop and a branch in Python."""
 

@@ -29,9 +29,10 @@ ALLOWED = {
     "growth": {"anatomy", "errors"},
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
-    "methods": {"anatomy", "cohort", "errors", "losses", "methods"},
+    "needs": set(),
+    "methods": {"anatomy", "cohort", "errors", "losses", "methods", "needs"},
     # data and training
-    "data": {"data"} | RECIPE,
+    "data": {"data", "needs"} | RECIPE,
     "checkpoint": {"errors"},
     "_machine": RECIPE,
     "_progress": {"checkpoint"},
@@ -46,8 +47,20 @@ ALLOWED = {
     # the steps, and the command line over them
     "_teacher": {"checkpoint", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
-    "assembly": {"_machine", "_teacher", "anatomy", "cohort", "data", "methods", "networks"} | RECIPE,
-    "pipeline": {"", "_machine", "_teacher", "assembly", "checkpoint", "data", "exporting", "methods", "networks"}
+    "assembly": {"_machine", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"} | RECIPE,
+    "_byproducts": {"calls", "checkpoint", "data", "exporting", "methods"} | RECIPE,
+    "pipeline": {
+        "",
+        "_byproducts",
+        "_machine",
+        "_teacher",
+        "assembly",
+        "checkpoint",
+        "data",
+        "exporting",
+        "methods",
+        "networks",
+    }
     | {"report", "runs", "train"}
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,

@@ -20,13 +20,17 @@ from okdc.errors import DataError
 log = logging.getLogger("okdc")
 
 Batch = tuple[Tensor, Tensor]
+TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
 
 
 class TrainBatches(Protocol):
     """Training batches of (images, labels); `len` is the number of steps per epoch."""
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` (0-based) from step `start` on: images (B, C, H, W), labels (B,) or (B, classes)."""
+    def batches(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
+        """The batches of `epoch` (0-based) from step `start` on: images (B, C, H, W), labels (B,) or (B, classes).
+
+        With views the images are (V, B, C, H, W); with indices a third tensor (B,) int64 says which image each one is.
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -49,7 +53,9 @@ class Data:
     `validation` gives (images (B, C, H, W) float32, labels (B,) int64), every readable image once and in order;
     `validation_images` gives the same images raw, as (PIL image, class index), or is None where only the user's own
     loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes` counts the training and the
-    validation images. `bad_images` maps each image that could not be read so far to the reason.
+    validation images. `bad_images` maps each image that could not be read so far to the reason. `train_labels` (N,) are
+    the classes of the training images, in the order of their indices, and `held_out` gives the images that were set
+    aside, as `validation` does; both are None where they are not known.
     """
 
     train: TrainBatches
@@ -60,6 +66,8 @@ class Data:
     name: str
     sizes: tuple[int, int]
     bad_images: dict[str, str]
+    train_labels: Tensor | None = None
+    held_out: Iterable[Batch] | None = None
 
 
 class BadImages:

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from okdc.data._common import BadImages, Batch, Data, Source, borrowed_generators, derive_seed, reseed
+from okdc.data._common import BadImages, Batch, Data, Source, TrainBatch, borrowed_generators, derive_seed, reseed
 from okdc.data._images import Images
+from okdc.data._pairs import images_per_class, paired_order
 from okdc.data._streams import Stream, load_stream
 from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
 from okdc.errors import DataError
+from okdc.needs import NOTHING, Needs
 from okdc.settings import DataSettings
+
+HELD_OUT = 20  # each how-manieth image of a class is set aside where a method needs some
 
 BadImage = tuple[str, str]  # name, reason
 Loaded = tuple[Tensor, Tensor, list[BadImage]]
@@ -32,11 +36,14 @@ def load(
     validation_batch_size: int | None,
     seed: int,
     device: torch.device | str,
+    needs: Needs = NOTHING,
+    views: int = 1,
 ) -> Data:
     """Batch a source for a network whose `config` has timm's input_size, mean, std, interpolation, crop_pct, crop_mode.
 
-    Batches are normalised float32 on `device`. Raises DataError when there are fewer training images than one batch,
-    and, later, when more than `settings.max_bad_images` images cannot be read.
+    Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Raises
+    DataError when they cannot, when there are fewer training images than one batch, and, later, when more than
+    `settings.max_bad_images` images cannot be read.
     """
     device = torch.device(device)
     config = preprocessing(settings, config)
@@ -45,26 +52,56 @@ def load(
     bad = BadImages(settings.max_bad_images)
     augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
     validation_batch_size = validation_batch_size or batch_size
+    _refuse_blends(settings, needs)
     if isinstance(source.train, Stream):
+        _refuse_stream(settings, needs)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
     if len(source.train) < batch_size:
         raise DataError(
             f"{source.name} has {len(source.train)} training images, fewer than one batch of {batch_size}; expected "
             f"a batch that they fill: -b {min(len(source.train), 32)}"
         )
-    attempts = min(settings.max_bad_images + 1, len(source.train))
-    train = TrainImages(source.train, image_transform(settings, config, True), config, attempts, seed)
-    validation = ValidationImages(source.validation, image_transform(settings, config, False), config)
+    images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
+    order = Order(images.labels, seed, batch_size if needs.pairs else None)
+    attempts = min(settings.max_bad_images + 1, len(images))
+    train = TrainImages(images, order, image_transform(settings, config, True), config, attempts, seed, views)
+
+    def in_order(part: Images) -> OrderedBatches:
+        dataset = ValidationImages(part, image_transform(settings, config, False), config)
+        return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device)
+
     return Data(
-        train=ShuffledBatches(train, batch_size, settings.workers, config, bad, augmentation, device),
-        validation=OrderedBatches(validation, validation_batch_size, settings.workers, config, bad, device),
+        train=ShuffledBatches(train, batch_size, settings.workers, config, bad, augmentation, device, needs),
+        validation=in_order(source.validation),
         validation_images=RawImages(source.validation, bad),
         classes=source.classes,
         preprocess=config,
         name=source.name,
-        sizes=(len(source.train), len(source.validation)),
+        sizes=(len(images), len(source.validation)),
         bad_images=bad.reasons,
+        train_labels=images.labels,
+        held_out=in_order(held_out) if held_out else None,
     )
+
+
+def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
+    if (needs.pairs or needs.indices) and (settings.mixup or settings.cutmix):
+        raise DataError(
+            "this method compares images of one class with images of others, and --mixup and --cutmix make images "
+            "that are of two classes. Leave them out, or choose another --method."
+        )
+
+
+def _refuse_stream(settings: DataSettings, needs: Needs) -> None:
+    asked = {
+        "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,
+        "to know which image is which": needs.indices, "images set aside": needs.held_out,
+    }  # fmt: skip
+    if wanted := [words for words, needed in asked.items() if needed]:
+        raise DataError(
+            f"this method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
+            "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
+        )
 
 
 def _read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tuple[Image.Image, int] | None:
@@ -76,23 +113,42 @@ def _read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tupl
         return None
 
 
-def _collate(samples: list[tuple[Tensor, int]], bad: list[BadImage]) -> Loaded:
+def _collate(samples: list[tuple[Any, ...]], bad: list[BadImage]) -> Loaded:
+    """Samples of (views, label, ...) as images (V * B, C, H, W), view by view, and targets (B, ...) int64."""
     if not samples:
         return torch.empty(0), torch.empty(0, dtype=torch.int64), bad
-    return *fast_collate(samples), bad
+    views, *targets = zip(*samples)
+    return torch.stack([image for view in zip(*views) for image in view]), torch.tensor(targets).T, bad
+
+
+class Order:
+    """Which image stands where in an epoch: a permutation, or with `pairs_in` batches of so many a balanced draw."""
+
+    def __init__(self, labels: Tensor, seed: int, pairs_in: int | None):
+        self.labels, self.seed, self.pairs_in = labels, seed, pairs_in
+        self.per_class = images_per_class(labels, pairs_in) if pairs_in else 0
+
+    def of(self, epoch: int) -> Tensor:
+        """Positions of images, (N,); the first whole batches of them are the epoch."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        if self.pairs_in:
+            return paired_order(self.labels, self.pairs_in, self.per_class, generator)
+        return torch.randperm(len(self.labels), generator=generator)
 
 
 class TrainImages(Dataset):
-    """Loads whole batches by (epoch, position in the epoch's permutation).
+    """Loads whole batches by (epoch, position in the epoch's order), each image as `views` augmentations of it.
 
     An unreadable image gives its place to the next readable one of the permutation; after `attempts` in a row its place
     stays empty, which whoever counts the bad images turns into an error.
     """
 
-    def __init__(self, images: Images, transform: Any, config: dict[str, Any], attempts: int, seed: int):
+    def __init__(
+        self, images: Images, order: Order, transform: Any, config: dict[str, Any], attempts: int, seed: int, views: int
+    ):
         self.images, self.transform, self.mode = images, transform, MODES[config["input_size"][0]]
-        self.attempts, self.seed = attempts, seed
-        self.epoch, self.permutation = -1, torch.empty(0)
+        self.order, self.attempts, self.seed, self.views = order, attempts, seed, views
+        self.epoch, self.positions = -1, torch.empty(0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,17 +159,22 @@ class TrainImages(Dataset):
             samples = [self._sample(epoch, position, bad) for epoch, position in places]
         return _collate([sample for sample in samples if sample is not None], bad)
 
-    def _sample(self, epoch: int, position: int, bad: list[BadImage]) -> tuple[Tensor, int] | None:
+    def _sample(self, epoch: int, place: int, bad: list[BadImage]) -> tuple[list[Tensor], int, int] | None:
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-            self.epoch, self.permutation = epoch, torch.randperm(len(self), generator=generator)
+            self.epoch, self.positions = epoch, self.order.of(epoch)
         for attempt in range(self.attempts):
-            index = int(self.permutation[(position + attempt) % len(self)])
-            if sample := _read(self.images, index, self.mode, bad):
-                # The place's own image seeds, so that a stand-in is not cropped as it is in its own place.
-                reseed(self.seed, epoch, int(self.permutation[position]), 2)
-                return self.transform(sample[0]), sample[1]
+            position = int(self.positions[(place + attempt) % len(self.positions)])
+            if sample := _read(self.images, position, self.mode, bad):
+                image, label = sample
+                return [self._view(image, epoch, place, view) for view in range(self.views)], label, position
         return None
+
+    def _view(self, image: Image.Image, epoch: int, place: int, view: int) -> Tensor:
+        # The place's own image seeds, so that a stand-in is not cropped as it is in its own place. In a balanced order
+        # an image may come twice in an epoch: then the place seeds too.
+        twice = place if self.order.pairs_in else 0
+        reseed(self.seed, epoch, int(self.positions[place]), 2, view, twice)
+        return self.transform(image)
 
 
 class ValidationImages(Dataset):
@@ -128,11 +189,12 @@ class ValidationImages(Dataset):
     def __getitems__(self, positions: list[int]) -> Loaded:
         bad: list[BadImage] = []
         samples = [_read(self.images, position, self.mode, bad) for position in positions]
-        return _collate([(self.transform(sample[0]), sample[1]) for sample in samples if sample], bad)
+        images, targets, bad = _collate([([self.transform(s[0])], s[1]) for s in samples if s], bad)
+        return images, targets.flatten(), bad
 
 
-class EpochOrder(Sampler):
-    """Batches of (epoch, position), from batch `start` of the epoch on: what is skipped is never read."""
+class EpochPlaces(Sampler):
+    """Batches of (epoch, place), from batch `start` of the epoch on: what is skipped is never read."""
 
     def __init__(self, num_images: int, batch_size: int):
         self.batch_size, self.steps = batch_size, num_images // batch_size
@@ -156,15 +218,15 @@ class CountedBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, labels, bad in self.loader:
+        for images, targets, bad in self.loader:
             for name, reason in bad:
                 self.bad.add(name, reason)
-            if self.full and len(labels) < self.full:
+            if self.full and len(targets) < self.full:
                 raise DataError(
                     f"none of the training images can be read, for example {bad[0][0]} ({bad[0][1]}). Check --data."
                 )
-            if len(labels):
-                yield images, labels
+            if len(targets):
+                yield images, targets
 
 
 def _loader(
@@ -210,19 +272,24 @@ class ShuffledBatches:
         bad: BadImages,
         augmentation: BatchAugmentation,
         device: torch.device,
+        needs: Needs,
     ):
-        self.order = EpochOrder(len(dataset), batch_size)
-        self.loader = _loader(dataset, self.order, workers, config, bad, device, batch_size)
-        self.augmentation = augmentation
+        self.places = EpochPlaces(len(dataset), batch_size)
+        self.loader = _loader(dataset, self.places, workers, config, bad, device, batch_size)
+        self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.places)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
         """The batches of `epoch` (0-based) from step `start` on; skipping costs nothing."""
-        self.order.epoch, self.order.start = epoch, start
-        for step, (images, labels) in enumerate(self.loader, start):
-            yield self.augmentation(images, labels, epoch, step)
+        self.places.epoch, self.places.start = epoch, start
+        for step, (images, targets) in enumerate(self.loader, start):
+            labels, indices = targets.unbind(1)
+            if self.views > 1:
+                images = images.unflatten(0, (self.views, -1))
+            batch = self.augmentation(images, labels, epoch, step)
+            yield (*batch, indices) if self.needs.indices else batch
 
 
 class OrderedBatches:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from okdc.data._common import Batch, Data, iterate_seeded
 from okdc.errors import DataError
+from okdc.needs import NOTHING, Needs
 
 
 def wrap(
@@ -22,6 +23,7 @@ def wrap(
     preprocess: dict[str, Any] | None = None,
     name: str | None = None,
     seed: int = 0,
+    needs: Needs = NOTHING,
 ) -> Data:
     """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
 
@@ -29,8 +31,15 @@ def wrap(
     without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on.
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
-    Raises DataError for one-shot iterators, empty loaders, and batches of a wrong type, shape or range.
+    A method that `needs` views sees the same image with every member, and pairs are those that batches happen to hold.
+    Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, and needs unmet.
     """
+    if needs.indices or needs.held_out:
+        what = "which training image is which" if needs.indices else "images set aside from training"
+        raise DataError(
+            f"this method needs to know {what}, which a loader of your own does not say. Name the data instead "
+            "(data=FOLDER), or choose other settings of the method (okdc methods NAME)."
+        )
     _check_iterable(train, "training")
     names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]
     seen = _survey(train, "training", seed, len(names))

@@ -82,13 +82,22 @@ class BatchAugmentation:
             )
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
-        """images (B, C, H, W), labels (B,) int64 -> images, labels; the latter (B, classes) float where soft."""
-        if self.erase or self.mixup:
-            with borrowed_generators(self.seed, epoch, step, 1):
-                if self.erase:
-                    images = self.erase(images)
-                if self.mixup:
-                    return self._mix(self.mixup, images, labels)
+        """images (B, C, H, W), labels (B,) int64 -> images, labels; the latter (B, classes) float where soft.
+
+        Views (V, B, C, H, W) are erased each in its own place, and all mixed alike, because they share their labels.
+        """
+        if images.dim() == 5:
+            views = [self._erase_and_mix(view, labels, epoch, step, i) for i, view in enumerate(images)]
+            return torch.stack([view for view, _ in views]), views[0][1]
+        return self._erase_and_mix(images, labels, epoch, step, 0)
+
+    def _erase_and_mix(self, images: Tensor, labels: Tensor, epoch: int, step: int, view: int) -> Batch:
+        if self.erase:
+            with borrowed_generators(self.seed, epoch, step, 1, view):
+                images = self.erase(images)
+        if self.mixup:
+            with borrowed_generators(self.seed, epoch, step, 3):
+                return self._mix(self.mixup, images, labels)
         if self.smoothing:
             labels = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         return images, labels

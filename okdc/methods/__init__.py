@@ -36,10 +36,10 @@ def get(name: str) -> type[Method]:
 
 
 def settings(name: str) -> inspect.Signature:
-    """The settings of a method: its constructor's keywords, without `self`, `cohort` and a `teacher` that it needs."""
+    """The settings of a method: its constructor's keywords, without `self` and what okdc itself gives it."""
     kind = get(name)
     signature = inspect.signature(kind.__init__, eval_str=True)
-    given = {"self", "cohort", "teacher"} if kind.needs_teacher else {"self", "cohort"}
+    given = {"self", "cohort", "train_labels", *(["teacher"] if kind.needs_teacher else [])}
     return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in given])
 
 

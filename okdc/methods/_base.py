@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
+from okdc.needs import Needs
 
 
 class Method(nn.Module):
@@ -28,6 +29,7 @@ class Method(nn.Module):
 
     epoch: Tensor
     epochs: Tensor
+    lr: Tensor
 
     def __init__(self, cohort: Cohort) -> None:
         super().__init__()
@@ -35,9 +37,15 @@ class Method(nn.Module):
         # Tensors, so that a compiled step is not compiled again every epoch. The loop fills them.
         self.register_buffer("epoch", torch.zeros(()))
         self.register_buffer("epochs", torch.ones(()))
+        self.register_buffer("lr", torch.zeros(()))  # of the first parameter group, in this step
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes)."""
+        """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes).
+
+        A method that needs views gets (members, B, C, H, W) or, where the data have none, (B, C, H, W). One that needs
+        indices writes its own forward with a third argument, and so for `after_step`: indices (B,), as `train_labels`
+        (N,), a keyword that its constructor then has (None where the data do not say).
+        """
         return self.losses(self.cohort(images), labels)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -55,10 +63,29 @@ class Method(nn.Module):
     def after_step(self, images: Tensor, labels: Tensor) -> None:
         """Called after each optimizer step: moving averages and the like; by default nothing."""
 
+    def before_epoch(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Called with the images that were set aside, in eval mode, where `needs` asks for some; by default nothing."""
+
+    @property
+    def student(self) -> nn.Module:
+        """What is judged and ships, with the target's own state_dict keys; by default the target itself."""
+        return self.cohort.target
+
     def byproducts(self) -> dict[str, nn.Module]:
-        """Further networks that this training gives beside the student, by name: images in, logits out, each a copy
-        that owes nothing to the cohort; to be asked for before the cohort is stripped. By default none."""
+        """Further networks that training gives beside the student, by name: images in, logits (B, C) out.
+
+        Each is a copy that owes nothing to the cohort; by default there is none.
+        """
         return {}
+
+    def strip(self) -> nn.Module:
+        """The target, trained, with nothing left on it of all that was built around it."""
+        return self.cohort.strip()
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        """What the method asks of the training data when it is given these settings; by default nothing special."""
+        return Needs()
 
     @classmethod
     def plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from okdc import methods, recipe
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.methods import Method
-from tests.networks import Tiny, Tokens
+from tests.networks import Depthwise, Tiny, Tokens
 
 NAMES = methods.names()
 HERE = Path(__file__).parent
-NETWORKS = {"convolutional": Tiny, "tokens": Tokens}
+NETWORKS = {"convolutional": Tiny, "depthwise": Depthwise, "tokens": Tokens}
+LABELS = torch.arange(64) % 4  # of a training set, for methods that remember its images
 
 
 def build(name: str, network: type[nn.Module] = Tiny) -> Method:
@@ -31,7 +33,10 @@ def around(target: nn.Module, kind: type[Method], **plan: int) -> Method:
     images = torch.randn(2, 3, 32, 32)
     branches = kind.plan(inspect(target, images), **plan)
     cohort = Cohort(target, images, branches, taps=kind.taps, trunk_gradient=kind.trunk_gradient)
-    return kind(cohort, *([Tokens()] if kind.needs_teacher else []))
+    given = {"teacher": Tokens()} if kind.needs_teacher else {}
+    if "train_labels" in signature(kind.__init__).parameters:
+        given["train_labels"] = LABELS
+    return kind(cohort, **given)
 
 
 def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,13 +44,22 @@ def batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(size, 3, 32, 32, generator=generator), torch.arange(size) % 4
 
 
+def asked(method: Method) -> tuple[torch.Tensor, ...]:
+    """A batch as the method asks for it: with views, with indices."""
+    (images, labels), needs = batch(), type(method).needs()
+    if needs.views:
+        images = torch.stack([images + 0.1 * i for i in range(len(method.cohort))])
+    return (images, labels, torch.arange(len(labels))) if needs.indices else (images, labels)
+
+
 def step(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     torch.manual_seed(3)
-    parts = method.train()(*batch())
+    method.lr.fill_(0.05)
+    parts = method.train()(*asked(method))
     optimizer.zero_grad()
     sum(parts.values()).backward()
     optimizer.step()
-    method.after_step(*batch())
+    method.after_step(*asked(method))
     return {name: value.item() for name, value in parts.items()}
 
 
@@ -95,9 +109,9 @@ def test_members_disagree_at_birth(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_may_be_probabilities(name: str) -> None:
     method = build(name).eval()
-    images, labels = batch()
-    hard = method(images, labels)
-    soft = method(images, nn.functional.one_hot(labels, 4).float())
+    images, labels, *indices = asked(method)
+    hard = method(images, labels, *indices)
+    soft = method(images, nn.functional.one_hot(labels, 4).float(), *indices)
     for key in hard:
         torch.testing.assert_close(hard[key], soft[key])
 
@@ -110,7 +124,7 @@ def test_the_student_is_the_users_own_object(name: str) -> None:
     method = around(target, methods.get(name))
     step(method, sgd(method))
     inside = method.eval().cohort(batch()[0]).logits[0]
-    student = method.cohort.strip()
+    student = method.strip()
     assert student is target and type(student) is Tiny and list(student.state_dict()) == keys
     assert [getattr(m, "inplace", None) for m in student.modules()] == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in student.modules())
@@ -139,5 +153,5 @@ def test_same_seed_same_numbers_and_exact_resume(name: str) -> None:
 def test_losses_are_full_precision_under_autocast(name: str) -> None:
     method = build(name).train()
     with torch.autocast("cpu", torch.bfloat16):
-        parts = method(*batch())
+        parts = method(*asked(method))
     assert {value.dtype for value in parts.values()} == {torch.float32}

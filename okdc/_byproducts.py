@@ -1,0 +1,79 @@
+"""What a training gives beside the student: further networks, each exported and verified in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from okdc import checkpoint, exporting
+from okdc.calls import at_rest
+from okdc.data import Data
+from okdc.errors import OkdcError
+from okdc.methods import Method
+from okdc.settings import ExportSettings
+
+FOLDER = "byproducts"
+
+
+def take(learner: Method, folder: Path) -> dict[str, nn.Module]:
+    """The by-products of a finished run as they were in its best epoch, which the learner goes back to."""
+    best = checkpoint.load(folder / checkpoint.BEST)
+    if "okdc" in best:
+        learner.load_state_dict(best["okdc"]["method"])
+    return {name: network.eval() for name, network in learner.eval().byproducts().items()}
+
+
+def export(
+    networks: dict[str, nn.Module], data: Data, settings: ExportSettings, folder: Path, info: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Write a bundle of each to `folder`/byproducts/NAME; what each is and how it did, as the report shows it.
+
+    One that cannot be exported, or fails a gate, is said so in its row and costs the others nothing.
+    """
+    rows = []
+    for name, network in networks.items():
+        row = {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None}
+        try:
+            verification = exporting.export_bundle(
+                network, data, settings, folder / FOLDER / name, arch=_arch(network),
+                info={**info, "title": f"{info['title']} · {name}", "metrics": {}},
+            )  # fmt: skip
+        except exporting.UnfitError as error:
+            verification, row["reason"] = error.verification, str(error)
+        except OkdcError as error:
+            verification, row["reason"] = None, str(error)
+        rows.append(row | {"verdict": "fail", "top1": None, "latency": []} | _figures(verification))
+    return rows
+
+
+def student_row(name: str, network: nn.Module, data: Data, verification: dict[str, Any] | None) -> dict[str, Any]:
+    """The student's own row, to compare the by-products with."""
+    return {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None, **_figures(verification)}
+
+
+def _figures(verification: dict[str, Any] | None) -> dict[str, Any]:
+    if verification is None:
+        return {}
+    rows = {row["name"]: row for row in verification["rows"]}
+    shipped = rows.get("onnx") or rows["torch"]
+    return {
+        "verdict": verification["verdict"], "top1": rows["torch"]["top1"], "mb": shipped["mb"],
+        "agreement": shipped["agreement"], "latency": shipped["latency"],
+    }  # fmt: skip
+
+
+def _size(network: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
+    first = next(network.parameters())
+    example = torch.zeros(1, *input_size, device=first.device, dtype=first.dtype)
+    with torch.no_grad(), at_rest(network), FlopCounterMode(display=False) as counter:
+        network.eval()(example)
+    return {"params": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}
+
+
+def _arch(network: nn.Module) -> str:
+    """The name that timm knows the network by, where it does; its bundle is tried with that name."""
+    return (getattr(network, "pretrained_cfg", None) or {}).get("architecture") or type(network).__name__

@@ -1,0 +1,148 @@
+"""What methods ask of the data beyond images and labels: views, pairs, indices, images set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from okdc.cohort import Branch, Cohort
+from okdc.data import Data, load, open_source, wrap
+from okdc.data._pairs import images_per_class, paired_order
+from okdc.errors import DataError
+from okdc.needs import Needs
+from okdc.settings import DataSettings
+from tests.networks import Depthwise, Tiny, Tokens
+
+CONFIG = {
+    "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3,
+    "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
+}  # fmt: skip
+
+
+def digits(needs: Needs, views: int = 1, batch_size: int = 40, **changes: object) -> Data:
+    settings = DataSettings(data="digits", **{"workers": 0, **changes})
+    source = open_source(settings, 7)
+    return load(
+        source, settings, CONFIG, batch_size=batch_size, validation_batch_size=64, seed=7, device="cpu", needs=needs,
+        views=views,
+    )  # fmt: skip
+
+
+def same(left: Data, right: Data, epoch: int = 1, start: int = 0) -> bool:
+    mine, theirs = list(left.train.batches(epoch))[start:], list(right.train.batches(epoch, start))
+    return len(mine) == len(theirs) and all(torch.equal(a, b) for x, y in zip(mine, theirs) for a, b in zip(x, y))
+
+
+def test_views_are_independent_augmentations_of_the_same_images() -> None:
+    data = digits(Needs(views=True), views=3, hflip=0.0)
+    plain = digits(Needs(), hflip=0.0)
+    (images, labels), (once, plain_labels) = next(data.train.batches(0)), next(plain.train.batches(0))
+    assert images.shape == (3, 40, 3, 16, 16) and labels.shape == (40,)
+    assert torch.equal(images[0], once) and torch.equal(labels, plain_labels)  # the first is what one view would be
+    differs = (images[0] - images[1]).abs().amax((1, 2, 3)) > 0
+    assert differs.float().mean() > 0.9 and not torch.equal(images[1], images[2])
+    flat = next(digits(Needs(views=True), views=3, no_aug=True).train.batches(0))[0]
+    assert torch.equal(flat[0], flat[1])  # the same images, then
+
+
+def test_views_share_their_mixture_because_they_share_their_labels() -> None:
+    images, labels = next(digits(Needs(views=True), views=2, mixup=0.8, no_aug=True).train.batches(0))
+    assert torch.equal(images[0], images[1]) and labels.shape == (40, 10)
+    images, _ = next(digits(Needs(views=True), views=2, no_aug=False, reprob=1.0, scale=[1, 1]).train.batches(0))
+    assert not torch.equal(images[0], images[1])  # but each is erased in a place of its own
+
+
+@pytest.mark.parametrize(
+    ("needs", "views"), [(Needs(views=True), 2), (Needs(pairs=True), 1), (Needs(indices=True), 1)], ids=str
+)
+def test_order_and_augmentation_stay_stateless(needs: Needs, views: int) -> None:
+    assert same(digits(needs, views), digits(needs, views, workers=2), start=9)
+
+
+def test_indices_say_which_image_it_is() -> None:
+    data = digits(Needs(indices=True), no_aug=True)
+    seen = []
+    for _, labels, indices in data.train.batches(0):
+        assert torch.equal(data.train_labels[indices], labels)
+        seen += indices.tolist()
+    assert len(set(seen)) == len(seen) and len(data.train_labels) == data.sizes[0]
+    one, other = ({i: x for x, _, ii in [b] for i, x in zip(ii.tolist(), x)} for b in _first_two_epochs(data))
+    both = set(one) & set(other)
+    assert both and all(torch.equal(one[i], other[i]) for i in both)
+
+
+def _first_two_epochs(data: Data) -> list[tuple[torch.Tensor, ...]]:
+    return [next(data.train.batches(epoch)) for epoch in (0, 1)]
+
+
+@pytest.mark.parametrize(("classes", "batch_size", "expected"), [(100, 128, 2), (10, 128, 16), (10, 40, 4), (2, 6, 3)])
+def test_every_class_of_a_batch_has_a_pair(classes: int, batch_size: int, expected: int) -> None:
+    labels = torch.arange(classes * 20)[torch.randperm(classes * 20)] % classes
+    count = images_per_class(labels, batch_size)
+    assert count == expected
+    order = paired_order(labels, batch_size, count, torch.Generator().manual_seed(0))
+    assert len(order) == len(labels) // batch_size * batch_size
+    for batch in order.split(batch_size):
+        counts = labels[batch].bincount(minlength=classes)
+        assert set(counts.tolist()) <= {0, count}
+        assert len(batch.unique()) == batch_size
+
+
+def test_pairs_that_cannot_be_had_are_refused() -> None:
+    with pytest.raises(DataError, match="2 classes cannot fill a batch of 7 evenly"):
+        images_per_class(torch.arange(20) % 2, 7)
+    with pytest.raises(DataError, match="--mixup and --cutmix make images"):
+        digits(Needs(pairs=True), mixup=0.2)
+
+
+def test_images_set_aside_are_not_trained_on() -> None:
+    data = digits(Needs(indices=True, held_out=True))
+    aside = sum(len(labels) for _, labels in data.held_out)
+    whole = digits(Needs())
+    assert aside > 50 and aside + data.sizes[0] == whole.sizes[0] and data.sizes[1] == whole.sizes[1]
+    assert len(data.train_labels) == data.sizes[0]
+
+
+def test_a_loader_of_ones_own_cannot_say_which_image_is_which(tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 2), batch_size=4)
+    with pytest.raises(DataError, match="data=FOLDER"):
+        wrap(loader, needs=Needs(indices=True))
+    assert wrap(loader, needs=Needs(views=True, pairs=True)).train_labels is None
+
+
+@pytest.mark.parametrize("network", [Tiny, Depthwise, Tokens])
+def test_each_member_sees_its_own_view(network: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    target, example = network(), torch.randn(2, 3, 32, 32)
+    cut = {"Tiny": "early", "Depthwise": "early"}.get(network.__name__)
+    anatomy = Cohort(network(), example).anatomy
+    cohort = Cohort(target, example, [Branch(cut or anatomy.cut(1))] * 2, taps=("embedding",))
+    views = torch.randn(3, 8, 3, 32, 32)
+    cohort.eval()
+    out = cohort(views)
+    for i in range(3):  # a member alone on its view is what it says of it when all see that one
+        together = cohort(views[i])
+        torch.testing.assert_close(out.logits[i], together.logits[i])
+        torch.testing.assert_close(out.embeddings[i], together.embeddings[i])
+    cohort.train()
+    sum(z.square().sum() for z in cohort(views).logits[1:]).backward()
+    trunk = next(p for p in target.parameters())
+    assert trunk.grad is not None and trunk.grad.abs().sum() > 0  # also what only the branches saw reaches the trunk
+
+
+def test_batch_norm_of_the_trunk_sees_one_view_at_a_time() -> None:
+    torch.manual_seed(0)
+    target, views = Tiny(), torch.randn(2, 8, 3, 32, 32) * torch.tensor([1.0, 4.0]).view(2, 1, 1, 1, 1)
+    cohort = Cohort(target, torch.randn(2, 3, 32, 32), [Branch("early")])
+    before = target.stem[1].running_var.clone()
+    cohort.train()(views)
+    own = Tiny()
+    own.load_state_dict({**target.state_dict(), "stem.1.running_var": before})
+    own.stem[1].running_mean.zero_()
+    for view in views:
+        own.train().stem(view)
+    torch.testing.assert_close(target.stem[1].running_var, own.stem[1].running_var)
+    assert target.stem[1].num_batches_tracked == 2
