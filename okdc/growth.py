@@ -139,6 +139,7 @@ def narrow(
     NetworkError without Torch-Pruning, or where it cannot follow the network; CutError if all is as wide as before.
     """
     pruning = _torch_pruning()
+    place = f" after {cut!r}" if cut else ""
     if cut is not None:
         _project_shortcut(network, anatomy, cut)
     fixed = [m for name in (*trunk, anatomy.classifier) for m in network.get_submodule(name).modules()]
@@ -155,12 +156,13 @@ def narrow(
     except Exception as error:  # whatever the tracing, or a narrowed stranger's forward, raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
-            f"{anatomy.name} cannot be made narrower after {cut!r}: {reason}. Cut elsewhere with --cut NAME (okdc "
-            "inspect lists every cut), or use a method whose branches are as wide as the target, such as ffl."
+            f"{anatomy.name} cannot be made narrower{place}: {reason}. Cut elsewhere with --cut NAME (okdc inspect "
+            "lists every cut; behind the last change of resolution is the easiest), or use a method whose branches "
+            "are as wide as the target, such as ffl."
         ) from error
     if not any(narrowed):
         raise CutError(
-            f"nothing of {anatomy.name} after {cut!r} can be made narrower: every width comes from the trunk or is at "
+            f"nothing of {anatomy.name}{place} can be made narrower: every width comes from the trunk or is at "
             "its least. Cut earlier with --cut NAME (okdc inspect lists every cut), or have fewer --members."
         )
     for name, parameter in network.named_parameters():

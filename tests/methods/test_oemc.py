@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-import okdc.networks  # noqa: F401 (registers the CIFAR networks)
+import okdc
+import okdc.networks  # (registers the CIFAR networks)
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
@@ -212,3 +215,18 @@ def test_branches_that_are_planned_by_hand() -> None:
     cohort = Cohort(Tiny(), IMAGES, [Branch("early", (1,), width=0.5)], taps=Oemc.taps)
     assert cohort.grown == ["1 x ResidualConv after late, width 0.5"]
     assert Oemc(cohort).cohort.stage_widths == ((32,), (16,))
+
+
+def test_every_student_of_a_training_comes_back(tmp_path: Path) -> None:
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
+    loader = DataLoader(TensorDataset(images, labels), 16)
+    result = okdc.compress(
+        Tiny(), loader, loader, method="oemc", method_kwargs={"ratios": [1, 0.5]}, epochs=1, lr=0.01,
+        onnx=False, torch=False, output=tmp_path,
+    )  # fmt: skip
+    assert list(result.byproducts) == ["width-0.5"]
+    student = result.byproducts["width-0.5"]
+    assert student.head.in_features == 16 and student(images).shape == (32, 4)
+    torch.testing.assert_close(student.stem[0].weight, result.student.stem[0].weight)
+    with pytest.raises(RecipeError, match="expected one per member"):
+        okdc.compress(Tiny(), loader, loader, method="oemc", method_kwargs={"ratios": [0.5]}, output=tmp_path)
