@@ -186,6 +186,7 @@ def _project_shortcut(network: nn.Module, anatomy: Anatomy, cut: str) -> None:
     after = sorted((c for c in anatomy.calls if c.start > moment), key=lambda c: c.start)
     for call in after:
         module = network.get_submodule(call.name)
+        module = module.first if isinstance(module, Chain) else module
         if "downsample" in vars(module) or "downsample" in module._modules:  # as timm's and torchvision's ResNets
             if module.downsample is None and call.keeps_shape and call.input is not None and len(call.input) == 3:
                 channels, weight = call.input[0], next(module.parameters())
@@ -211,12 +212,14 @@ def _narrow_group(
 ) -> bool:
     """Take the last channels from layers that must agree about them; whether there were any to take."""
     root, everything = group[0].dep.target.module, group[0].idxs
+    if graph.get_out_channels(root) < len(everything):  # narrowed already, with another group
+        return False
     for dependency, _ in group:
         if dependency.target.module in owners and graph.is_out_channel_pruning_fn(dependency.handler):
             return _narrow_heads(pruning, graph, owners[dependency.target.module], width)
     unit = math.lcm(*(_unit(dependency.target.module) for dependency, _ in group))
     kept = max(unit, _share(len(everything), width) // unit * unit)
-    if kept >= len(everything) or graph.get_out_channels(root) < len(everything):  # or narrowed with another group
+    if kept >= len(everything):
         return False
 
     def tied(count: int) -> Any:

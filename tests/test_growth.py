@@ -88,6 +88,8 @@ def test_a_first_block_that_adds_the_trunks_map_gets_a_projection() -> None:
     narrow, wide = Cohort(target, example(), [Branch("stages.0.0", width=0.5), Branch("stages.0.0")]).branches
     assert [m.weight.shape[:2] for m in narrow.stages[0][1].downsample if hasattr(m, "out_channels")] == [(8, 16)]
     assert narrow.stages[0][2].downsample is None and wide.stages[0][1].downsample is None
+    deeper = Cohort(target, example(), [Branch("stages.0.1", (2,), width=0.5)]).branches[0]
+    assert deeper.stages[0][2].downsample[0].out_channels == 8 and deeper.stages[0][2].further[1].conv1.in_channels == 8
     after = Cohort(target, example(), [Branch("stages.0", width=0.5)]).branches[0]
     assert after.stages[1][0].downsample[0].weight.shape[:2] == (16, 16), "its own, as narrow as the stage is now"
 

@@ -6,7 +6,8 @@ Code: Devwalkar/BOC-KD (read, not copied): the combined loss, the student networ
 Differs: the students are part of the module, so that validation, saving and evaluation mode reach them (the code keeps
     them in a list that they do not reach), and the adaptation layers are there, with half the learning rate, from the
     first step (the code adds them, and forgets all momentum, after an epoch). Channels are truncated as in the code,
-    without EfficientNet's rounding to 8; as there, its last map is the one behind the head's convolution. A residual
+    without EfficientNet's rounding to 8; as there, its last map is the one behind the head's convolution, maps differ
+    by their element mean, and the divergence is times T^2 (t_squared=false is the paper as printed). A residual
     stream that comes out of the shared stem keeps its width unless its first block takes a projection, as ResNets do:
     Vision Transformers and ConvNeXt's first stage are narrowed in their inner widths, attention by whole heads.
 Costs: for five students the stem once and the rest about 2.2 times, and one 1x1 convolution per student and stage.
