@@ -19,7 +19,7 @@ from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
-from okdc.recipe import NetworkSettings, Recipe
+from okdc.recipe import CohortSettings, NetworkSettings, Recipe
 
 
 def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
@@ -92,6 +92,7 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     input_size, classes = data.preprocess["input_size"], len(data.classes)
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
+    _refuse_contradictions(cohort)
     given: dict[str, Any] = {}
     if kind.needs_teacher and cohort.teacher:
         given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
@@ -115,6 +116,21 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     except BaseException:
         built.strip()
         raise
+
+
+def _refuse_contradictions(cohort: CohortSettings) -> None:
+    """RecipeError where a setting of branches is given to members that share nothing."""
+    if cohort.peers and cohort.members not in (None, 1 + len(cohort.peers)):
+        raise RecipeError(
+            f"--members {cohort.members} and {len(cohort.peers)} --peers do not agree: with the target these are "
+            f"{1 + len(cohort.peers)}. Leave out --members."
+        )
+    apart = "--peers" if cohort.peers else "--share none" if cohort.share == "none" else None
+    names = ["cut", "private_stages", *(["extra_blocks"] if cohort.peers else [])]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(cohort, name) is not None]
+    if apart and given:
+        words = " and ".join(given)
+        raise RecipeError(f"{words} cannot apply with {apart}, whose networks share nothing: leave it out.")
 
 
 def _settings(wanted: Recipe) -> dict[str, Any]:

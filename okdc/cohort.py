@@ -135,16 +135,16 @@ class Cohort(nn.Module):
         """
         tape, views = self.tape, images.dim() == 5
         tape.start(alone=views)
-        logits = []
-        for i, member in enumerate(self.members):
-            tape.rewind()
-            logits.append(member(images[i] if views else images))
-        maps = self._tapped("feature_map")
-        embeddings = self._tapped("embedding")
-        stage_maps = self._stage_maps()
-        shared = None if views else self._shared()
-        tape.clear()
-        return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=stage_maps)
+        try:
+            logits = []
+            for i, member in enumerate(self.members):
+                tape.rewind()
+                logits.append(member(images[i] if views else images))
+            maps, embeddings = self._tapped("feature_map"), self._tapped("embedding")
+            shared = None if views else self._shared()
+            return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._stage_maps())
+        finally:
+            tape.clear()
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""

@@ -26,6 +26,7 @@ from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, rampup
 from okdc.methods._base import Method
+from okdc.methods._parts import on_one_grid
 
 Attention = Literal["none", "se", "cbam"]
 
@@ -120,10 +121,14 @@ class Ahbf(Method):
 
     def assistants(self, out: CohortOutput) -> list[Tensor]:
         """Logits (B, C) of the M teaching assistants; the first is the target itself, the last the whole cohort's."""
-        assistant = (out.feature_maps[0], out.logits[0])
+        maps: Sequence[Tensor] = out.feature_maps
+        if len({x.shape[2:] for x in maps}) > 1:  # of peer networks; the paper's branches end at one size
+            height, width = self.cohort.anatomy.input_size[1:]
+            maps = on_one_grid(maps, height / width)
+        assistant = (maps[0], out.logits[0])
         logits = [out.logits[0]]
         for i, fusion in enumerate(self.fusions):
-            assistant = fusion(assistant, (out.feature_maps[i + 1], out.logits[i + 1]))
+            assistant = fusion(assistant, (maps[i + 1], out.logits[i + 1]))
             logits.append(assistant[1])
         return logits
 

@@ -13,7 +13,7 @@ from okdc.losses import kl, rampup
 from okdc.methods import get
 from okdc.methods.ahbf import Ahbf, Fusion
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
+from tests.networks import Depthwise, Tiny
 
 NAMES = {"conv": "fusion.conv", "bn": "fusion.bn", "gate_fc": "gate.fc", "gate_bn": "gate.bn"}
 
@@ -203,3 +203,12 @@ def test_parameters_of_what_is_built(key: str, name: str, size: int, members: in
     assert [sum(p.numel() for p in f.parameters()) for f in ahbf.fusions] == expected["fusion_params"]
     assert cohort.costs[0].params == expected["deployed"]
     assert sum(p.numel() for p in ahbf.parameters()) == expected["train_total"]
+
+
+def test_peers_whose_maps_are_of_other_sizes_are_fused_on_the_smallest() -> None:
+    torch.manual_seed(0)
+    peers = [Branch(network=Tiny()), Branch(network=Depthwise())]
+    ahbf = get("ahbf")(Cohort(Tiny(), torch.randn(2, 3, 32, 32), peers, taps=Ahbf.taps))
+    parts = ahbf(torch.randn(4, 3, 32, 32), torch.arange(4))
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in ahbf.parameters())
