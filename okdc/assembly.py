@@ -98,10 +98,12 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
         given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
     if "train_labels" in python_inspect.signature(kind.__init__).parameters:
         given["train_labels"] = data.train_labels
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+        **{key: value for key, value in _settings(wanted).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None

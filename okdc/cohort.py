@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc.anatomy import inspect
+from okdc.anatomy import Anatomy, inspect
 from okdc.calls import at_rest, layout
 from okdc.errors import CutError, NetworkError
-from okdc.growth import born, grow
+from okdc.growth import born, grow, narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import TOLERANCE, before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CohortOutput:
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
     shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
     teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
+    stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Branch:
     """The plan of one auxiliary member.
 
     `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
-    are appended to each stage that it has for itself, early to late, `network` another architecture for a peer.
+    are appended to each stage that it has for itself, early to late, `network` another architecture for a peer, `width`
+    the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]).
     """
 
     cut: str | None = None
     extra_blocks: tuple[int, ...] = ()
     network: nn.Module | None = None
+    width: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Cohort(nn.Module):
         self.target = target
         self.anatomy = inspect(target, example)
         self.taps = tuple(taps)
+        self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
@@ -137,7 +141,8 @@ class Cohort(nn.Module):
                 tape.rewind()
                 logits.append(member(images[i] if views else images))
             maps, embeddings = self._tapped("feature_map"), self._tapped("embedding")
-            return CohortOutput(tuple(logits), maps, embeddings, None if views else self._shared())
+            shared = None if views else self._shared()
+            return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._stage_maps())
         finally:
             tape.clear()
 
@@ -148,8 +153,31 @@ class Cohort(nn.Module):
         self._hooks.clear()
         return self.target
 
+    def extract(self, index: int) -> nn.Module:
+        """Member `index` (0 is the target) as a network of its own: a copy that owes nothing to the cohort.
+
+        To be called before `strip`. NetworkError if it gives other logits than in the cohort, because weights of its
+        own also serve before the cut.
+        """
+        network = on_its_own(self.members[index])
+        noise = torch.randn(2, *self.anatomy.input_size, generator=torch.Generator().manual_seed(0))
+        images = noise.to(next(network.parameters()))
+        with unchanged(self), unchanged(network), torch.no_grad():
+            expected, logits = self.eval()(images).logits[index], network.eval()(images)
+        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-12):
+            raise NetworkError(
+                f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
+                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME (okdc inspect lists every cut)."
+            )
+        return network
+
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
         return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
+
+    def _stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(
+            tuple(self.tape.tapped[f"stage{s}", i] for s in range(n)) for i, n in enumerate(self._stages_tapped)
+        )
 
     def _shared(self) -> Tensor | None:
         return as_map(self.tape.outputs[self.cut][0], self._shared_layout) if self.cut and self._shared_layout else None
@@ -161,7 +189,9 @@ class Cohort(nn.Module):
 
     def _tap(self, branches: Sequence[Branch], example: Tensor) -> None:
         self._shared_layout = self._layout_at_cut() if "shared" in self.taps else None
+        self._stages_tapped: list[int] = []
         foreign = [False, *(plan.network is not None for plan in branches)]
+        cuts = [self.cut, *(plan.cut for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
             anatomy = inspect(member, example) if foreign[i] else self.anatomy
             if "feature_map" in self.taps:
@@ -170,6 +200,12 @@ class Cohort(nn.Module):
             if "embedding" in self.taps:
                 tap = Tap(self.tape, "embedding", i, anatomy.layout)
                 self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+            if "stages" in self.taps:
+                outputs = _stage_outputs(anatomy, cuts[i])
+                self._stages_tapped.append(len(outputs))
+                for s, (name, where) in enumerate(outputs):
+                    tap = Tap(self.tape, f"stage{s}", i, where)
+                    self._hooks.append(member.get_submodule(name).register_forward_hook(tap))
 
     def _layout_at_cut(self) -> str:
         """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
@@ -195,7 +231,7 @@ class Cohort(nn.Module):
         pretrained: bool,
         example: Tensor,
     ) -> str:
-        """Make a sibling of the target the branch that was planned; what was appended to it, in words."""
+        """Make a sibling of the target the branch that was planned; how it differs from the target, in words."""
         if plan.network is not None:
             return type(network).__name__
         stages = self.anatomy.stages_after(plan.cut) if plan.cut else self.anatomy.stages
@@ -203,8 +239,11 @@ class Cohort(nn.Module):
             born(network, pretrained)
         # Appended blocks first: they may stand after modules that are about to be replaced.
         grown = [grow(network, self.anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
+        trunk = cuts[plan.cut] if plan.cut else {}
+        if plan.width < 1:
+            grown.append(narrow(network, self.anatomy, plan.cut, trunk, plan.width, example))
         if plan.cut:
-            stand_in(network, cuts[plan.cut], self.tape, plan.cut)
+            stand_in(network, trunk, self.tape, plan.cut)
             tie_unused(network, self.target, self.tape, example)
         return ", ".join(grown)
 
@@ -220,6 +259,7 @@ class Cohort(nn.Module):
                 flops.append(counter.get_total_flops() // len(example))
             self.feature_widths = tuple(x.shape[1] for x in self._tapped("feature_map"))
             self.embedding_widths = tuple(x.shape[1] for x in self._tapped("embedding"))
+            self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in self._stage_maps())
             shared = self._shared()
             self.shared_width = 0 if shared is None else shared.shape[1]
             self.tape.clear()
@@ -239,6 +279,14 @@ class Cohort(nn.Module):
                     f"the {name}, {type(member).__name__}, returns a {type(logits).__name__} in training mode; "
                     "expected one tensor of logits (batch, classes). Turn its auxiliary outputs off, or wrap it."
                 )
+
+
+def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
+    """The module that each stage after the cut ends with, and the layout of its output, early to late."""
+    shapes = {c.name: c.output for c in anatomy.calls}
+    aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
+    ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
+    return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
 
 
 def _copy(target: nn.Module) -> nn.Module:

@@ -39,6 +39,11 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all elements of (student - teacher)^2, two maps (B, D, H, W); the teacher is a constant."""
+    return F.mse_loss(_full(student), _full(teacher.detach()))
+
+
 def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
     """Logarithms (B, 1 + K) of how alike embeddings (B, D) and rows of a memory (B, 1 + K, D) are: e^(cosine / T) / Z.
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "networks": {"_cifar", "_torchvision", "_weights", "checkpoint"} | RECIPE,
     "calls": {"errors"},
     "anatomy": {"calls", "errors"},
-    "growth": {"anatomy"},
+    "growth": {"anatomy", "errors"},
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
     "needs": set(),

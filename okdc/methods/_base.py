@@ -23,7 +23,7 @@ class Method(nn.Module):
     members: ClassVar[int] = 2  # default size of the cohort, the target included
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding" and "shared"
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
 
@@ -99,7 +99,10 @@ class Method(nn.Module):
         share: str | None = None,
         peers: Sequence[nn.Module] = (),
     ) -> list[Branch]:
-        """The auxiliary members to build beside a target; what is None is the method's own default."""
+        """The auxiliary members to build beside a target; what is None is the method's own default.
+
+        A method whose plan depends on settings of its own takes them here too, as keywords of the same names.
+        """
         if peers:
             return [Branch(network=peer) for peer in peers]
         members = cls.members if members is None else members
