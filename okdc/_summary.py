@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from okdc import methods
+
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy, Cut
     from okdc.pipeline import Result
@@ -62,6 +64,18 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
         console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
     if next_command:
         _next(next_command)
+
+
+def show_methods() -> None:
+    """One row per method: what it is, what one training step costs, what it needs."""
+    table = _table("method", "what it is", "a step runs", "needs")
+    for column, width in zip(table.columns[1:], (None, 16, 15), strict=True):
+        column.no_wrap, column.max_width = False, width
+    for name in methods.names():
+        kind, card = methods.get(name), methods.card(name)
+        table.add_row(f"[bold]{name}[/]", escape(card.splitlines()[0]), kind.cost(), ", ".join(kind.needs()))
+    _console().print(table)
+    _next("okdc methods NAME")
 
 
 def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:

@@ -189,14 +189,13 @@ def methods(name: str | None) -> None:
     okdc methods
     okdc methods ahbf
     """
+    from okdc import _summary
     from okdc import methods as known
 
     if name:
         click.echo(known.card(name).strip())
-        return
-    width = max(map(len, known.names()))
-    for each in known.names():
-        click.echo(f"{each:{width}}  {_first_line(known.card(each))}")
+    else:
+        _summary.show_methods()
 
 
 @main.command()

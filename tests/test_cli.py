@@ -220,8 +220,13 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
 def test_methods_are_listed_and_shown() -> None:
     from okdc import methods
 
-    listed = okdc("methods").output.splitlines()
-    assert [line.split()[0] for line in listed] == methods.names()
+    title, *listed = okdc("methods").output.splitlines()
+    assert title.split() == ["method", "what", "it", "is", "a", "step", "runs", "needs"]
+    assert [line.split()[0] for line in listed if line[:1] > " "] == [*methods.names(), "Next:"]
+    assert max(map(len, listed)) <= 80
+    place = title.index("a step"), title.index("needs")
+    row = next(line for line in listed if line.startswith("kd "))
+    assert row[place[0] :].startswith("1 network") and row[place[1] :].strip() == "trained teacher"
     assert okdc("methods", "ahbf").output.strip() == methods.card("ahbf").strip()
     assert "Did you mean ahbf" in " ".join(okdc("methods", "ahbff").stderr.split())
 

@@ -56,6 +56,25 @@ class Method(nn.Module):
         """Called after each optimizer step: moving averages and the like; by default nothing."""
 
     @classmethod
+    def cost(cls) -> str:
+        """What one training step runs, in words; `okdc inspect MODEL --method NAME` measures it."""
+        alone = cls.members == 1 or cls.share == "none"
+        networks = f"{cls.members} network{'s' * (cls.members > 1)}" if alone else f"1 trunk, {cls.members} tails"
+        return networks + ", ever deeper" * (cls.extra_blocks > 0) + ", 1 teacher" * cls.needs_teacher
+
+    @classmethod
+    def needs(cls) -> list[str]:
+        """What it needs beside a network and labelled images, in words."""
+        words = {
+            "trained teacher": cls.needs_teacher,
+            "peer networks": cls.share == "none" and cls.members > 1,
+            "embeddings": "embedding" in cls.taps,
+            "feature maps": "feature_map" in cls.taps,
+            "map at the cut": "shared" in cls.taps,
+        }
+        return [word for word, needed in words.items() if needed]
+
+    @classmethod
     def plan(
         cls,
         anatomy: Anatomy,
