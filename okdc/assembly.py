@@ -78,17 +78,26 @@ def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
     return target
 
 
-def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method:
+def method(
+    target: nn.Module,
+    wanted: Recipe,
+    input_size: tuple[int, int, int],
+    classes: int,
+    named: bool,
+    teacher: nn.Module | None = None,
+) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
-    `named`: the recipe's name makes such a network, so that branches may be newly made rather than redrawn copies.
+    `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
+    branches may be newly made rather than redrawn copies. `teacher` takes the place of the one that the recipe names.
     """
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
-    input_size, classes = data.preprocess["input_size"], len(data.classes)
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    given = [_teacher.load(cohort.teacher, input_size, classes)] if kind.needs_teacher and cohort.teacher else []
+    if teacher is None and kind.needs_teacher and cohort.teacher:
+        teacher = _teacher.load(cohort.teacher, input_size, classes)
+    given = [teacher] if teacher is not None else []
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,

@@ -50,13 +50,15 @@ class Branch:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one member costs: its parameters, those of them that are its own, and the FLOPs that it adds per image."""
+    """What one network costs: its parameters, those of them that are its own, and the FLOPs that it adds per image."""
 
     name: str
     params: int
     own_params: int
     flops: int
-    grown: str
+    grown: str  # what it has that the target has not, or what it is
+    cut: str | None = None  # where it parts from the target
+    frozen: bool = False  # run, not trained
 
 
 class Cohort(nn.Module):
@@ -107,7 +109,7 @@ class Cohort(nn.Module):
             ]
             self.branches = nn.ModuleList(siblings)
             self._tap(branches, example)
-            self.costs = self._measure(example)
+            self.costs = self._measure(example, (None, *(b.cut for b in branches)))
             self._try_training(example)
         except BaseException:
             self.strip()
@@ -204,7 +206,7 @@ class Cohort(nn.Module):
             tie_unused(network, self.target, self.tape, example)
         return ", ".join(grown)
 
-    def _measure(self, example: Tensor) -> tuple[Cost, ...]:
+    def _measure(self, example: Tensor, cuts: Sequence[str | None]) -> tuple[Cost, ...]:
         """Run every member once; the FLOPs of a branch are those of its own tail."""
         costs, seen, flops = [], set[int](), []
         with unchanged(self), at_rest(self), torch.no_grad():
@@ -219,10 +221,11 @@ class Cohort(nn.Module):
             shared = self._shared()
             self.shared_width = 0 if shared is None else shared.shape[1]
             self.tape.clear()
-        for name, member, spent, grown in zip(self.names, self.members, flops, ["", *self.grown], strict=True):
+        grown = ["", *self.grown]
+        for name, member, spent, has, cut in zip(self.names, self.members, flops, grown, cuts, strict=True):
             own = sum(p.numel() for p in member.parameters() if id(p) not in seen)
             seen |= {id(p) for p in member.parameters()}
-            costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, grown))
+            costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, has, cut))
         return tuple(costs)
 
     def _try_training(self, example: Tensor) -> None:

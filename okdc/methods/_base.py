@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
 
 
@@ -54,6 +54,10 @@ class Method(nn.Module):
 
     def after_step(self, images: Tensor, labels: Tensor) -> None:
         """Called after each optimizer step: moving averages and the like; by default nothing."""
+
+    def costs(self) -> tuple[Cost, ...]:
+        """What each network costs that a step runs: the members, then those that the method has beside them."""
+        return self.cohort.costs
 
     @classmethod
     def cost(cls) -> str:
