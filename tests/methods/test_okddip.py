@@ -63,6 +63,18 @@ def test_exact_divergence(row: int) -> None:
     assert_same(sum(parts.values()), meta["expected"][f"r{row}.eps0.total"])
 
 
+def test_cross_entropy_in_place_of_the_divergence() -> None:
+    t, _ = load("okddip_losses")
+    peers, targets = t["peer_logits"].transpose(1, 2), t["peer_targets"].transpose(1, 2)
+    both = [method(loss=loss, eps=0.0, rampup_epochs=0) for loss in ("kl", "ce")]
+    leader, student = t["leader_logits"], peers.clone().requires_grad_()
+    kld, ce = (m.two_level_losses(leader, student, targets, peers.mean(1), t["labels"]) for m in both)
+    p = torch.softmax(targets[:, 0] / 3, 1)
+    assert_same(ce["kd/branch1"] - kld["kd/branch1"], -9 * (p * p.log()).sum(1).mean())
+    grads = [torch.autograd.grad(parts["kd/branch1"], student, retain_graph=True)[0] for parts in (kld, ce)]
+    assert_same(*grads)  # the entropy of a target that does not learn has no gradient
+
+
 def golden_graph(t: dict[str, Tensor], **settings: object) -> tuple[Okddip, CohortOutput, list[Tensor], list[Tensor]]:
     """The method and the four members of okddip_attention; embeddings and logits in the golden order (leader last)."""
     okddip = method(rampup_epochs=80, **settings)
