@@ -99,11 +99,19 @@ class Method(nn.Module):
         if members < 2:
             return []
         extra = cls.extra_blocks if extra_blocks is None else extra_blocks
-        place = None
+        cuts: list[str | None] = [None]
         if (share or cls.share) == "trunk":
-            place = cut or anatomy.cut(private_stages or cls.private_stages(anatomy))
-        stages = anatomy.stages_after(place) if place else anatomy.stages
-        return [Branch(place, cls.depth(i, len(stages), extra)) for i in range(1, members)]
+            names = (cut or anatomy.cut(private_stages or cls.private_stages(anatomy))).split(",")
+            cuts = [each.name for each in sorted(map(anatomy.find_cut, names), key=lambda each: -each.flops_after)]
+        return [cls._branch(i, cuts, anatomy, extra) for i in range(1, members)]
+
+    @classmethod
+    def _branch(cls, i: int, cuts: Sequence[str | None], anatomy: Anatomy, extra: int) -> Branch:
+        """Member `i` of a tree that splits in two at each of `cuts`, early to late; at one cut all part at once."""
+        level = max(0, len(cuts) - (i & -i).bit_length())
+        cut = cuts[level]
+        stages = anatomy.stages_after(cut) if cut else anatomy.stages
+        return Branch(cut, cls.depth(i, len(stages), extra), parent=i & (i - 1) if level else 0)
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:
