@@ -63,9 +63,12 @@ ALLOWED = {
     }
     | {"report", "runs", "train"}
     | RECIPE,
+    "estimate": {"_machine", "_teacher", "assembly", "calls", "cohort", "methods", "needs", "networks", "sharing"}
+    | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},
-    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline", "runs"} | RECIPE,
+    "cli": {"", "_flags", "_summary", "anatomy", "estimate", "exporting", "methods", "networks", "pipeline", "runs"}
+    | RECIPE,
     "__main__": {"cli"},
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
 from okdc.needs import Needs
 
@@ -87,6 +87,34 @@ class Method(nn.Module):
         """What the method asks of the training data when it is given these settings; by default nothing special."""
         return Needs()
 
+    def costs(self) -> tuple[Cost, ...]:
+        """What each network costs that a step runs: the members, then those that the method has beside them."""
+        return self.cohort.costs
+
+    @classmethod
+    def cost(cls) -> str:
+        """What one training step runs, in words; `okdc inspect MODEL --method NAME` measures it."""
+        alone = cls.members == 1 or cls.share == "none"
+        networks = f"{cls.members} network{'s' * (cls.members > 1)}" if alone else f"1 trunk, {cls.members} tails"
+        return networks + ", ever deeper" * (cls.extra_blocks > 0) + ", 1 teacher" * cls.needs_teacher
+
+    @classmethod
+    def asks(cls) -> list[str]:
+        """What it needs beside a network and labelled images, in words."""
+        needs = cls.needs()
+        words = {
+            "trained teacher": cls.needs_teacher,
+            "peer networks": cls.share == "none" and cls.members > 1,
+            "embeddings": "embedding" in cls.taps,
+            "feature maps": "feature_map" in cls.taps or "stages" in cls.taps,
+            "map at the cut": "shared" in cls.taps,
+            "a view per member": needs.views,
+            "class-balanced batches": needs.pairs,
+            "numbered images": needs.indices,
+            "images set aside": needs.held_out,
+        }
+        return [word for word, needed in words.items() if needed]
+
     @classmethod
     def plan(
         cls,
@@ -111,11 +139,19 @@ class Method(nn.Module):
         if members < 2:
             return []
         extra = cls.extra_blocks if extra_blocks is None else extra_blocks
-        place = None
+        cuts: list[str | None] = [None]
         if (share or cls.share) == "trunk":
-            place = cut or anatomy.cut(private_stages or cls.private_stages(anatomy))
-        stages = anatomy.stages_after(place) if place else anatomy.stages
-        return [Branch(place, cls.depth(i, len(stages), extra)) for i in range(1, members)]
+            names = (cut or anatomy.cut(private_stages or cls.private_stages(anatomy))).split(",")
+            cuts = [each.name for each in sorted(map(anatomy.find_cut, names), key=lambda each: -each.flops_after)]
+        return [cls._branch(i, cuts, anatomy, extra) for i in range(1, members)]
+
+    @classmethod
+    def _branch(cls, i: int, cuts: Sequence[str | None], anatomy: Anatomy, extra: int) -> Branch:
+        """Member `i` of a tree that splits in two at each of `cuts`, early to late; at one cut all part at once."""
+        level = max(0, len(cuts) - (i & -i).bit_length())
+        cut = cuts[level]
+        stages = anatomy.stages_after(cut) if cut else anatomy.stages
+        return Branch(cut, cls.depth(i, len(stages), extra), parent=i & (i - 1) if level else 0)
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:
