@@ -21,7 +21,7 @@ from okdc.calls import at_rest, layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import TOLERANCE, before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,24 @@ class Cohort(nn.Module):
             handle.remove()
         self._hooks.clear()
         return self.target
+
+    def extract(self, index: int) -> nn.Module:
+        """Member `index` (0 is the target) as a network of its own: a copy that owes nothing to the cohort.
+
+        To be called before `strip`. NetworkError if it gives other logits than in the cohort, because weights of its
+        own also serve before the cut.
+        """
+        network = on_its_own(self.members[index])
+        noise = torch.randn(2, *self.anatomy.input_size, generator=torch.Generator().manual_seed(0))
+        images = noise.to(next(network.parameters()))
+        with unchanged(self), unchanged(network), torch.no_grad():
+            expected, logits = self.eval()(images).logits[index], network.eval()(images)
+        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-12):
+            raise NetworkError(
+                f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
+                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME (okdc inspect lists every cut)."
+            )
+        return network
 
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
         return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -122,3 +123,23 @@ def born(network: nn.Module, pretrained: bool) -> None:
                     parameter.add_(noise * PERTURBATION)
                 else:
                     parameter.copy_(noise + parameter.mean())
+
+
+def reborn(network: nn.Module) -> nn.Module:
+    """A copy with the weights of an untrained network, of one whose maker is not known.
+
+    Every layer draws its own, then the network as a whole where it has `init_weights()`; what neither sets is drawn
+    with the mean and spread that it has.
+    """
+    network = copy.deepcopy(network)
+    born(network, pretrained=False)
+    for module in network.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    initialise = getattr(network, "init_weights", None)
+    if callable(initialise) and all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(initialise).parameters.values()
+    ):
+        initialise()
+    return network

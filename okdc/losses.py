@@ -37,6 +37,26 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
+def hint(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of feature maps (B, D, H, W), the teacher's a constant (FitNets, Romero et al. 2015)."""
+    return F.mse_loss(_full(student), _full(teacher.detach()))
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same of where two maps (B, D_i, H, W) are active: mean squares over D_i, of length 1 (Zagoruyko 2017)."""
+    student, teacher = (F.normalize(_full(x).square().mean(1).flatten(1)) for x in (student, teacher.detach()))
+    return F.mse_loss(student, teacher)
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """||G_s - G_t||^2 / B^2, G the rows, of length 1, of the images' inner products (Tung and Mori 2019).
+
+    Maps (B, D_i, H, W) of any size; the teacher's is a constant.
+    """
+    student, teacher = (_full(x).flatten(1) for x in (student, teacher.detach()))
+    return F.mse_loss(F.normalize(student @ student.T), F.normalize(teacher @ teacher.T))
+
+
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
     """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1."""
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import MIN_TAIL, Anatomy
 from okdc.errors import CutError
-from okdc.replay import Proof, Replay, Tape, random_state, set_random_state
+from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 
@@ -62,6 +63,21 @@ def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape, cut: s
         for key, child in module._modules.items():
             if child in doomed:
                 module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]], cut)
+
+
+def on_its_own(member: nn.Module) -> nn.Module:
+    """A copy of a member that owes nothing to its cohort: trunk modules where it had replays, no hooks, no tape."""
+    network = copy.deepcopy(member)  # a replay's copy has brought a copy of the module that it stands for
+    for module in list(network.modules()):
+        for key, child in module._modules.items():
+            if isinstance(child, Replay):
+                module._modules[key] = child._original[0]
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
+                del hooks[key]
+    network.zero_grad()
+    return network
 
 
 def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
