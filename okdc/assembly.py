@@ -82,10 +82,22 @@ def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
     return target
 
 
-def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method:
+def teacher(wanted: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
+    """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
+    name = wanted.cohort.teacher
+    if name is None:
+        return None
+    network = _teacher.load(name, data.preprocess["input_size"], len(data.classes), wanted.network.model)
+    if not proved:
+        _teacher.prove(network, name, data, choose_device(wanted.train.device))
+    return network
+
+
+def method(target: nn.Module, wanted: Recipe, data: Data, named: bool, teacher: nn.Module | None = None) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
     `named`: the recipe's name makes such a network, so that branches may be newly made rather than redrawn copies.
+    `teacher`: for a method that needs one.
     """
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
@@ -93,8 +105,8 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     given: dict[str, Any] = {}
-    if kind.needs_teacher and cohort.teacher:
-        given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
+    if teacher is not None:
+        given["teacher"] = teacher.to(first.device)
     if "train_labels" in python_inspect.signature(kind.__init__).parameters:
         given["train_labels"] = data.train_labels
     plan = kind.plan(

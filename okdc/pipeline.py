@@ -74,7 +74,8 @@ def compress(
         seed_everything(wanted.train.seed)
         target, data = assembly.network_and_data(model, loader, validation, wanted)
         with assembly.at_home(target):
-            learner = assembly.method(target, wanted, data, named=not isinstance(model, nn.Module))
+            teacher = assembly.teacher(wanted, data, proved=last is not None)
+            learner = assembly.method(target, wanted, data, not isinstance(model, nn.Module), teacher)
             facts = _student_facts(arch, isinstance(model, nn.Module), data)
             try:
                 state = train.fit(
@@ -248,7 +249,7 @@ def _facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> di
             "settings": {k: v for k, v in wanted.method.items() if k != "name"},
         },
         "members": members,
-        "trained_params": sum(p.numel() for p in learner.parameters()),
+        "trained_params": sum(p.numel() for p in learner.parameters() if p.requires_grad),
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],

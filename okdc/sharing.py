@@ -74,8 +74,8 @@ def on_its_own(member: nn.Module) -> nn.Module:
                 module._modules[key] = child._original[0]
     for module in network.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
-                del hooks[key]
+            for number in [n for n, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
+                del hooks[number]
     network.zero_grad()
     return network
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
     "needs": set(),
-    "methods": {"anatomy", "cohort", "errors", "losses", "methods", "needs"},
+    "methods": {"anatomy", "cohort", "errors", "growth", "losses", "methods", "needs"},
     # data and training
     "data": {"data", "needs"} | RECIPE,
     "checkpoint": {"errors"},
@@ -45,7 +45,7 @@ ALLOWED = {
     "exporting": {"", "_bundle", "_card", "_portable", "_shipped", "verify"} | RECIPE,
     "report": {"_plots"},
     # the steps, and the command line over them
-    "_teacher": {"checkpoint", "networks"} | RECIPE,
+    "_teacher": {"_machine", "checkpoint", "data", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
     "assembly": {"_machine", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"} | RECIPE,
     "_byproducts": {"calls", "checkpoint", "data", "exporting", "methods"} | RECIPE,

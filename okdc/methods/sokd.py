@@ -121,9 +121,7 @@ class Sokd(Method):
         return super().strip()
 
 
-def _bridge(
-    teacher: nn.Module, input_size: tuple[int, ...], depth: int, anew: bool, taps: tuple[str, ...]
-) -> Cohort:
+def _bridge(teacher: nn.Module, input_size: tuple[int, ...], depth: int, anew: bool, taps: tuple[str, ...]) -> Cohort:
     """The teacher, frozen, with one branch of its last `depth` stages, which learns; nothing else of it does."""
     first = next(teacher.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
