@@ -15,7 +15,7 @@ from okdc.losses import rampup
 from okdc.methods._parts import on_one_grid
 from okdc.methods.ffl import Ffl, Fusion
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
+from tests.networks import Depthwise, Tiny, Tokens
 
 
 def method(members: int = 2, **settings: object) -> Ffl:
@@ -144,7 +144,7 @@ def test_tokens_are_laid_out_as_the_grid_of_patches() -> None:
         assert all(on_one_grid([torch.randn(1, 2, n, 1)], aspect)[0].numel() for n in range(1, 20))
 
 
-@pytest.mark.parametrize("peers", [[], [Tokens()]], ids=["branch", "peer"])
+@pytest.mark.parametrize("peers", [[], [Depthwise()]], ids=["branch", "peer"])
 def test_the_fused_classifier_is_a_network_that_can_be_exported(peers: list, tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(5, 3, 32, 32)
