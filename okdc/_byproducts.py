@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ def export(
 ) -> list[dict[str, Any]]:
     """Write a bundle of each to `folder`/byproducts/NAME; what each is and how it did, as the report shows it.
 
-    One that cannot be exported, or fails a gate, is said so in its row and costs the others nothing.
+    One that cannot be exported, or fails a gate, is said so in its row and costs the others nothing. Each is written
+    as a torch program, too: it has no name by which it could be built again.
     """
-    rows = []
+    settings, rows = replace(settings, torch=True), []
     for name, network in networks.items():
         row = {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None}
         try:

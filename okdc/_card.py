@@ -9,8 +9,11 @@ from typing import Any
 from okdc._bundle import CONFIG, WEIGHTS
 from okdc._portable import portable
 
+PROGRAM = "model.pt2"
+
 _FILES = {
     WEIGHTS: "the weights",
+    PROGRAM: "the network as a program that torch alone can run",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
@@ -66,12 +69,14 @@ def _run(folder: Path, arch: str, config: dict) -> str:
     lines = ["## How to run it", ""]
     if (folder / "predict.py").is_file():
         lines += ["```bash", "pip install -r requirements.txt", "python predict.py IMAGE [IMAGE ...]", "```", ""]
-    return "\n".join([*lines, "```python", *_loading(portable(arch), config), "```"])
+    return "\n".join([*lines, "```python", *_loading(portable(arch), config, (folder / PROGRAM).is_file()), "```"])
 
 
-def _loading(arch: str, config: dict) -> list[str]:
-    """The lines of Python that load the weights."""
+def _loading(arch: str, config: dict, has_program: bool) -> list[str]:
+    """The lines of Python that load the weights, or the whole program where nobody else can build the network."""
     loader, name, classes = config["okdc"]["loader"], config["architecture"], config["num_classes"]
+    if has_program and loader not in ("timm", "torchvision") and ":" not in name:
+        return ["import torch", "", f'network = torch.export.load("{PROGRAM}").module()']
     if loader == "timm":
         registering = [] if _is_timms_own(name) else ["import okdc.networks  # registers the architecture with timm"]
         create = 'network = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'
