@@ -30,7 +30,7 @@ ALLOWED = {
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
     "needs": set(),
-    "methods": {"anatomy", "cohort", "errors", "losses", "methods", "needs"},
+    "methods": {"anatomy", "cohort", "errors", "losses", "methods", "needs", "replay"},
     # data and training
     "data": {"data", "needs"} | RECIPE,
     "checkpoint": {"errors"},

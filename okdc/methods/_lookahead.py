@@ -1,0 +1,69 @@
+"""What a few steps of SGD with momentum lead to, differentiated by what the steps were told (Yang et al., TPAMI 2023).
+
+Everything here is functional: parameters come and go as lists of tensors, and no module or optimizer is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from okdc.replay import random_state, set_random_state
+
+Objective = Callable[[list[Tensor], list[Tensor]], Tensor]  # of what is stepped (theta), and of what is asked for (phi)
+
+
+def hypergradient(
+    steps: Sequence[Objective],
+    final: Objective,
+    theta: list[Tensor],
+    phi: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> list[Tensor]:
+    """d final / d phi, each like its phi, after one step of SGD from `theta` on each of the objectives in `steps`.
+
+    The buffers of the momentum start at zero. It is the exact gradient, by the reverse recursion: the way there is gone
+    again backwards, so that the graph of one step at a time is in memory, not of all. Random numbers are replayed.
+    """
+    begin, states, velocity = theta, [], [torch.zeros_like(t) for t in theta]
+    visited = []
+    for objective in steps:
+        visited.append(begin)
+        states.append(random_state())
+        gradient = _gradient(objective, begin, phi)
+        velocity = [momentum * v + g + weight_decay * t for v, g, t in zip(velocity, gradient, begin, strict=True)]
+        begin = [t - lr * v for t, v in zip(begin, velocity, strict=True)]
+    towards = _gradient(final, begin, phi)  # d final / d parameters after the step that is being undone
+    carried = [torch.zeros_like(t) for t in theta]  # d final / d velocity after it, by way of later steps
+    found = [torch.zeros_like(p) for p in phi]
+    for objective, point, state in zip(reversed(steps), reversed(visited), reversed(states), strict=True):
+        set_random_state(state)
+        inflow = [b - lr * a for a, b in zip(towards, carried, strict=True)]  # d final / d gradient of the step
+        to_theta, to_phi = _vector_hessian(objective, point, phi, inflow)
+        found = [h + d for h, d in zip(found, to_phi, strict=True)]
+        towards = [a + weight_decay * u + d for a, u, d in zip(towards, inflow, to_theta, strict=True)]
+        carried = [momentum * u for u in inflow]
+    return found
+
+
+def _gradient(objective: Objective, theta: list[Tensor], phi: list[Tensor]) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in theta]
+    return list(torch.autograd.grad(objective(leaves, phi), leaves, allow_unused=True, materialize_grads=True))
+
+
+def _vector_hessian(
+    objective: Objective, theta: list[Tensor], phi: list[Tensor], vector: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of <d objective / d theta, vector> by theta and by phi."""
+    leaves = [t.detach().requires_grad_() for t in (*theta, *phi)]
+    inputs, told = leaves[: len(theta)], leaves[len(theta) :]
+    gradient = torch.autograd.grad(objective(inputs, told), inputs, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+    return list(found[: len(theta)]), list(found[len(theta) :])
