@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.cohort import Branch, Cohort
+from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import CutError
 from okdc.methods._contrastive import EmbeddingHead
 
@@ -34,31 +34,26 @@ class Towers(nn.Module):
     def __init__(self, networks: Sequence[nn.Module], input_size: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.cohorts = nn.ModuleList()
+        self.widths: list[tuple[int, ...]] = []  # of every network's taps, early to late
         try:
             for network in networks:
-                self.cohorts.append(_tower(network, input_size))
+                tower = _tower(network, input_size)
+                self.cohorts.append(tower)
+                self.widths.append(_taps_last(tower.embedding_widths))
         except BaseException:
             self.strip()
             raise
-        self.heads = nn.ModuleList(
-            nn.ModuleList(EmbeddingHead(inputs, width) for inputs in _taps_last(cohort.embedding_widths))
-            for cohort in self.cohorts
-        )
-
-    @property
-    def widths(self) -> list[tuple[int, ...]]:
-        """The widths D of every network's taps, early to late."""
-        return [_taps_last(cohort.embedding_widths) for cohort in self.cohorts]
+        self.heads = nn.ModuleList(nn.ModuleList(EmbeddingHead(d, width) for d in taps) for taps in self.widths)
 
     def forward(self, images: Tensor) -> list[Taps]:
         """Images (B, C, H, W) to the taps of every network."""
-        found = []
-        for cohort, heads in zip(self.cohorts, self.heads, strict=True):
-            out = cohort(images)
-            logits, features = _taps_last(out.logits), _taps_last(out.embeddings)
-            embeddings = [head(x) for head, x in zip(heads, features, strict=True)]  # type: ignore[arg-type]
-            found.append(Taps(torch.stack(logits), torch.stack(features), torch.stack(embeddings)))
-        return found
+        return [self._taps(cohort(images), heads) for cohort, heads in zip(self.cohorts, self.heads, strict=True)]
+
+    @staticmethod
+    def _taps(out: CohortOutput, heads: Any) -> Taps:
+        logits, features = _taps_last(out.logits), _taps_last(out.embeddings)
+        embeddings = [head(x) for head, x in zip(heads, features, strict=True)]
+        return Taps(torch.stack(logits), torch.stack(features), torch.stack(embeddings))
 
     def strip(self) -> None:
         for cohort in self.cohorts:

@@ -35,12 +35,11 @@ def hypergradient(
     for objective in steps:
         visited.append(begin)
         states.append(random_state())
-        gradient = _gradient(objective, begin, phi)
+        gradient, _ = _gradients(objective, begin, phi)
         velocity = [momentum * v + g + weight_decay * t for v, g, t in zip(velocity, gradient, begin, strict=True)]
         begin = [t - lr * v for t, v in zip(begin, velocity, strict=True)]
-    towards = _gradient(final, begin, phi)  # d final / d parameters after the step that is being undone
+    towards, found = _gradients(final, begin, phi)  # towards: d final / d parameters after the step being undone
     carried = [torch.zeros_like(t) for t in theta]  # d final / d velocity after it, by way of later steps
-    found = [torch.zeros_like(p) for p in phi]
     for objective, point, state in zip(reversed(steps), reversed(visited), reversed(states), strict=True):
         set_random_state(state)
         inflow = [b - lr * a for a, b in zip(towards, carried, strict=True)]  # d final / d gradient of the step
@@ -51,19 +50,20 @@ def hypergradient(
     return found
 
 
-def _gradient(objective: Objective, theta: list[Tensor], phi: list[Tensor]) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in theta]
-    return list(torch.autograd.grad(objective(leaves, phi), leaves, allow_unused=True, materialize_grads=True))
+def _gradients(objective: Objective, theta: list[Tensor], phi: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = [t.detach().requires_grad_() for t in (*theta, *phi)]
+    value = objective(leaves[: len(theta)], leaves[len(theta) :])
+    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return list(found[: len(theta)]), list(found[len(theta) :])
 
 
 def _vector_hessian(
     objective: Objective, theta: list[Tensor], phi: list[Tensor], vector: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of <d objective / d theta, vector> by theta and by phi."""
-    leaves = [t.detach().requires_grad_() for t in (*theta, *phi)]
-    inputs, told = leaves[: len(theta)], leaves[len(theta) :]
-    gradient = torch.autograd.grad(objective(inputs, told), inputs, create_graph=True, allow_unused=True)
-    pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
-    outputs, cotangents = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
-    return list(found[: len(theta)]), list(found[len(theta) :])
+
+    def product(inputs: list[Tensor], told: list[Tensor]) -> Tensor:
+        gradient = torch.autograd.grad(objective(inputs, told), inputs, create_graph=True, allow_unused=True)
+        return torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True) if g is not None]).sum()
+
+    return _gradients(product, theta, phi)
