@@ -40,7 +40,8 @@ class Branch:
     """The plan of one auxiliary member.
 
     `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
-    are appended to each stage that it has for itself, early to late, `network` another architecture for a peer.
+    are appended to each stage that it has for itself, early to late (or, negative, taken away), `network` another
+    architecture for a peer.
     """
 
     cut: str | None = None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc.anatomy import Anatomy, inspect
+from okdc.anatomy import Anatomy, Stage, inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import CutError
 from okdc.methods._contrastive import EmbeddingHead
@@ -28,16 +28,17 @@ class Taps(NamedTuple):
 class Towers(nn.Module):
     """Whole networks, each the trunk of a cohort with a branch after every stage but the last; strip takes them off.
 
-    CutError where a network cannot have such branches; all of them are then as they were.
+    Branches have all blocks of the later stages, or the first of each where they are `short`. CutError where a network
+    cannot have such branches; all of them are then as they were.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], input_size: tuple[int, ...], width: int) -> None:
+    def __init__(self, networks: Sequence[nn.Module], input_size: tuple[int, ...], width: int, short: bool) -> None:
         super().__init__()
         self.cohorts = nn.ModuleList()
         self.widths: list[tuple[int, ...]] = []  # of every network's taps, early to late
         try:
             for network in networks:
-                tower = _tower(network, input_size)
+                tower = _tower(network, input_size, short)
                 self.cohorts.append(tower)
                 self.widths.append(_taps_last(tower.embedding_widths))
         except BaseException:
@@ -65,16 +66,19 @@ def _taps_last(of_members: Sequence) -> tuple:
     return (*of_members[1:], of_members[0])
 
 
-def _tower(network: nn.Module, input_size: tuple[int, ...]) -> Cohort:
+def _tower(network: nn.Module, input_size: tuple[int, ...], short: bool) -> Cohort:
     first = next(network.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    places = tap_places(inspect(network, example))
+    anatomy = inspect(network, example)
+    places = tap_places(anatomy)
+    plans = [Branch(p, tuple(-_spare(network, s, p) for s in anatomy.stages_after(p)) if short else ()) for p in places]
     try:
-        return Cohort(network, example, [Branch(place) for place in places], taps=("embedding",))
+        return Cohort(network, example, plans, taps=("embedding",))
     except CutError as error:
+        reason = str(error).partition(" Cut elsewhere")[0]  # here the user has no say in where
         raise CutError(
-            f"lmcl gives every network a branch after each of {', '.join(places)}. {error} Or choose --method mcl, "
-            "which looks at the last embedding alone."
+            f"lmcl gives every network a branch after each of {', '.join(places)}, but {reason} "
+            "Choose --method mcl, which looks at the last embedding alone."
         ) from error
 
 
@@ -87,6 +91,18 @@ def tap_places(anatomy: Anatomy) -> list[str]:
     if len(blocks) >= 3:
         return [blocks[math.ceil(len(blocks) * third / 3) - 1][-1] for third in (1, 2)]
     return [anatomy.cut()]
+
+
+def _spare(network: nn.Module, stage: Stage, place: str) -> int:
+    """How many of a stage's blocks a branch that parts after `place` can do without; its first block stays."""
+    if not stage.blocks:
+        return 0
+    parent, _, first = stage.blocks[0][0].rpartition(".")
+    names = [name for name, _ in network.get_submodule(parent).named_children()]
+    ahead = names[: names.index(first)]
+    # A ResNet's first block is the strided one, which is not counted among those that keep their input's shape.
+    opens = not ahead or place == f"{parent}.{ahead[-1]}"
+    return len(stage.blocks) - opens
 
 
 class Aggregator(nn.Module):

@@ -13,7 +13,7 @@ Costs: one whole network more, and for each a branch after every stage but the l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Lmcl(Method):
         self,
         cohort: Cohort,
         *,
+        branch_depth: Literal["full", "first_block"] = "full",
         memory: bool = False,
         vcl: float = 0.1,
         soft_vcl: float = 1.0,
@@ -71,7 +72,7 @@ class Lmcl(Method):
         self.meta_momentum = meta_momentum
         self.meta_weight_decay = meta_weight_decay
         self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
-        self.towers = Towers(cohort.members, cohort.anatomy.input_size, width)
+        self.towers = Towers(cohort.members, cohort.anatomy.input_size, width, branch_depth == "first_block")
         self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
         self.matching = Matching(self.towers.widths).requires_grad_(False)  # the optimizer of the networks lets it be
         self.register_buffer("matching_momentum", torch.zeros_like(parameters_to_vector(self.matching.parameters())))

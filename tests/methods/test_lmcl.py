@@ -6,16 +6,18 @@ import copy
 import random
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
-from okdc.methods._layerwise import Aggregator, Matching, Taps, tap_places
+from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers, tap_places
 from okdc.methods._lookahead import Objective, hypergradient
 from okdc.methods.lmcl import Lmcl
 from okdc.needs import Needs
@@ -439,6 +441,25 @@ def test_where_networks_are_tapped() -> None:
     assert places == {"Tiny": ["early"], "Depthwise": ["early"], "Tokens": ["blocks.1", "blocks.3"]}
 
 
+def test_branches_are_as_large_as_the_spec_counts_them() -> None:
+    small = timm.create_model("resnet32_cifar", num_classes=100)
+    lmcl = method(small, (timm.create_model("resnet32_cifar", num_classes=100),))
+    assert round(sum(c.own_params for tower in lmcl.towers.cohorts for c in tower.costs) / 1e6, 2) == 2.56
+    towers = Towers([timm.create_model("resnet18")], (3, 32, 32), 128, short=True)
+    assert round(sum(c.own_params for c in towers.cohorts[0].costs[1:]) / 1e6, 1) == 14.6
+    towers.strip()
+    assert [c.grown for c in towers.cohorts[0].costs][-1] == "1 fewer in layer4"
+
+
+def test_short_branches_of_a_transformer_keep_one_block() -> None:
+    lmcl = method(Tokens(), branch_depth="first_block")
+    branches = lmcl.towers.cohorts[0].branches
+    assert [sum(isinstance(block, nn.TransformerEncoderLayer) for block in b.blocks) for b in branches] == [1, 1]
+    parts = lmcl.train()(IMAGES, LABELS)
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in lmcl.parameters() if p.requires_grad)
+
+
 def test_peers_of_other_widths_and_numbers_of_stages_with_banks() -> None:
     lmcl = method(Tiny(), (Tokens(), Depthwise()), memory=True, negatives=16, meta_every=1).train()
     assert [len(w) for w in lmcl.towers.widths] == [2, 3, 2]
@@ -455,12 +476,12 @@ def test_peers_of_other_widths_and_numbers_of_stages_with_banks() -> None:
 
 
 class DifferentiableOnce(Tiny):
-    """torch has no second derivative of a resampled map."""
+    """torch has no second derivative of its fused attention, which this network asks for by name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.late(self.early(self.stem(x)))
-        grid = nn.functional.affine_grid(torch.eye(2, 3).expand(len(x), -1, -1), list(x.shape), align_corners=False)
-        return self.head(nn.functional.grid_sample(x, grid, align_corners=False).mean((2, 3)))
+        x = self.late(self.early(self.stem(x))).flatten(2).mT[:, None].contiguous()
+        x = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0]
+        return self.head(x.mean((1, 2)))
 
 
 class NothingToPartAfter(nn.Module):
@@ -481,7 +502,7 @@ def hooks(network: nn.Module) -> int:
 @pytest.mark.parametrize(
     ("peer", "error", "said"),
     [
-        (DifferentiableOnce, NetworkError, "grid_sampler.*--method mcl"),
+        (DifferentiableOnce, NetworkError, "flash_attention.*--method mcl"),
         (NothingToPartAfter, NetworkError, "no stages that okdc can see"),
     ],
 )
