@@ -1,6 +1,6 @@
 """What a few steps of SGD with momentum lead to, differentiated by what the steps were told (Yang et al., TPAMI 2023).
 
-Everything here is functional: parameters come and go as lists of tensors, and no module or optimizer is changed.
+The look-ahead is functional: parameters come and go as lists of tensors, and no module or optimizer is changed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from okdc.replay import random_state, set_random_state
 
@@ -67,3 +68,19 @@ def _vector_hessian(
         return torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True) if g is not None]).sum()
 
     return _gradients(product, theta, phi)
+
+
+@torch.no_grad()
+def descend(
+    parameters: list[Tensor], gradient: list[Tensor], velocity: Tensor, lr: Tensor, *, momentum: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """One step of SGD with Nesterov's momentum, in place; none where the gradient is not finite.
+
+    `velocity` (P,) is that of all parameters in a row: a buffer of the method, so that it is saved and put back.
+    """
+    here, slope = parameters_to_vector(parameters), parameters_to_vector(gradient)
+    if slope.isfinite().all():
+        slope = slope + weight_decay * here
+        velocity.mul_(momentum).add_(slope)
+        vector_to_parameters(here - lr * (slope + momentum * velocity), parameters)

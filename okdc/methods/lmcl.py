@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from okdc.cohort import Cohort
 from okdc.errors import NetworkError, RecipeError
@@ -27,7 +27,7 @@ from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
 from okdc.methods._contrastive import Bank, mutual_contrast
 from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers
-from okdc.methods._lookahead import hypergradient
+from okdc.methods._lookahead import descend, hypergradient
 from okdc.needs import Needs
 from okdc.replay import random_state, set_random_state
 
@@ -58,6 +58,7 @@ class Lmcl(Method):
         meta_steps: int = 2,
         meta_momentum: float = 0.9,
         meta_weight_decay: float = 5e-4,
+        detach_weight_inputs: bool = False,
         train_labels: Tensor | None = None,
     ) -> None:
         super().__init__(cohort)
@@ -69,8 +70,8 @@ class Lmcl(Method):
         self.temperature = temperature
         self.meta_every = meta_every
         self.meta_steps = meta_steps
-        self.meta_momentum = meta_momentum
-        self.meta_weight_decay = meta_weight_decay
+        self.meta_sgd = {"momentum": meta_momentum, "weight_decay": meta_weight_decay}
+        self.detach_weight_inputs = detach_weight_inputs
         self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
         self.towers = Towers(cohort.members, cohort.anatomy.input_size, width, branch_depth == "first_block")
         self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
@@ -128,11 +129,9 @@ class Lmcl(Method):
                 self._counted = int(self.epoch), 0
         epoch, step = self._counted
         self._counted = epoch, step + 1
-        if step % self.meta_every:
-            return
-        found = self.meta_gradient(images, labels, indices)
-        if get_total_norm(found).isfinite():
-            self._step_matching(found)
+        if step % self.meta_every == 0:
+            found = self.meta_gradient(images, labels, indices)
+            descend(list(self.matching.parameters()), found, self.matching_momentum, self.lr, **self.meta_sgd)
 
     def meta_gradient(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> list[Tensor]:
         """What the labels say of the matching: d CE / d each of its parameters, a few steps ahead of here.
@@ -150,8 +149,8 @@ class Lmcl(Method):
 
         def contrast(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
             seen = taps(theta)
-            phi_by_name = dict(zip(asked, phi, strict=True))
-            matched = functional_call(self.matching, phi_by_name, ([network.features for network in seen],))
+            features = [x.features.detach() if self.detach_weight_inputs else x.features for x in seen]
+            matched = functional_call(self.matching, dict(zip(asked, phi, strict=True)), (features,))
             return torch.stack(list(self._contrast(seen, labels, rows, matched).values())).sum()
 
         def labelled(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
@@ -163,19 +162,10 @@ class Lmcl(Method):
             with sdpa_kernel(SDPBackend.MATH), torch.autocast(images.device.type, enabled=False), torch.enable_grad():
                 return hypergradient(
                     [contrast] * self.meta_steps + [labelled], labelled, list(moving.values()), list(asked.values()),
-                    lr=float(self.lr), momentum=self.meta_momentum, weight_decay=self.meta_weight_decay,
+                    lr=float(self.lr), **self.meta_sgd,
                 )  # fmt: skip
         finally:
             set_random_state(state)
-
-    @torch.no_grad()
-    def _step_matching(self, gradient: list[Tensor]) -> None:
-        """One step of SGD with Nesterov's momentum, at the learning rate of the networks."""
-        parameters = list(self.matching.parameters())
-        here = parameters_to_vector(parameters)
-        slope = parameters_to_vector(gradient) + self.meta_weight_decay * here
-        self.matching_momentum.mul_(self.meta_momentum).add_(slope)
-        vector_to_parameters(here - self.lr * (slope + self.meta_momentum * self.matching_momentum), parameters)
 
     def _try_meta_step(self) -> None:
         """NetworkError, before training, where a network's operations cannot be differentiated twice."""
@@ -189,8 +179,8 @@ class Lmcl(Method):
             if not isinstance(error, RuntimeError):
                 raise
             raise NetworkError(
-                f"lmcl differentiates the training of its networks, and one of them cannot be: "
-                f"{str(error).splitlines()[0]} Choose --method mcl, which does not."
+                f"lmcl differentiates the gradients of its networks, and one of them has some that cannot be: "
+                f"{str(error).partition(chr(10))[0]} Choose --method mcl, which does not."
             ) from error
 
     def strip(self) -> nn.Module:

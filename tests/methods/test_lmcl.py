@@ -18,7 +18,7 @@ from okdc.data._pairs import images_per_class, paired_order
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
 from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers, tap_places
-from okdc.methods._lookahead import Objective, hypergradient
+from okdc.methods._lookahead import Objective, descend, hypergradient
 from okdc.methods.lmcl import Lmcl
 from okdc.needs import Needs
 from tests.methods.golden import assert_same, load
@@ -291,7 +291,7 @@ def test_meta_step() -> None:
         expected_h = t[f"hypergrad_exact.wnet{i}_{k}.{kind}"]
         assert (h - expected_h).abs().max() <= 1e-6 * everything
         assert_same(h / everything, expected_h / everything)
-    lmcl._step_matching(list(found.values()))
+    descend(list(lmcl.matching.parameters()), list(found.values()), lmcl.matching_momentum, lmcl.lr, **lmcl.meta_sgd)
     for i in range(2):
         for k in range(2):
             assert_same(lmcl.matching.projections[i][k].weight, t[f"wnet_after{i}_{k}.weight"])
@@ -434,6 +434,22 @@ def test_a_batch_without_any_pair_is_finite_and_so_is_its_meta_step() -> None:
     assert parts["vcl"] == 0 and parts["icl"] == 0 and torch.isfinite(sum(parts.values()))
     found = lmcl.meta_gradient(images, labels)
     assert all(torch.isfinite(h).all() for h in found) and any(h.abs().max() > 0 for h in found)
+
+
+def test_a_hypergradient_that_is_not_finite_moves_nothing() -> None:
+    weight, velocity = nn.Parameter(torch.ones(2)), torch.ones(2)
+    descend([weight], [torch.tensor([1.0, torch.inf])], velocity, torch.ones(()), momentum=0.9, weight_decay=0.1)
+    assert torch.equal(weight, torch.ones(2)) and torch.equal(velocity, torch.ones(2))
+
+
+def test_inputs_of_the_matching_may_be_constants() -> None:
+    torch.manual_seed(0)
+    lmcl = method(meta_every=1).double()
+    lmcl.lr.fill_(0.1)
+    images = IMAGES.double()
+    through = lmcl.meta_gradient(images, LABELS)
+    lmcl.detach_weight_inputs = True
+    assert any(not torch.allclose(x, y, rtol=1e-6) for x, y in zip(through, lmcl.meta_gradient(images, LABELS)))
 
 
 def test_where_networks_are_tapped() -> None:
