@@ -9,9 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from okdc import methods
+
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy, Cut
+    from okdc.cohort import Cost
+    from okdc.estimate import Estimate
     from okdc.pipeline import Result
+    from okdc.recipe import Recipe
 
 
 def show_result(result: Result) -> None:
@@ -64,6 +69,18 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
         _next(next_command)
 
 
+def show_methods() -> None:
+    """One row per method: what it is, what one training step costs, what it needs."""
+    table = _table("method", "what it is", "a step runs", "needs")
+    for column, width in zip(table.columns[1:], (None, 16, 15), strict=True):
+        column.no_wrap, column.max_width = False, width
+    for name in methods.names():
+        kind, card = methods.get(name), methods.card(name)
+        table.add_row(f"[bold]{name}[/]", escape(card.splitlines()[0]), kind.cost(), ", ".join(kind.asks()))
+    _console().print(table)
+    _next("okdc methods NAME")
+
+
 def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
     """Stages and cuts of a network; `cut` or else the default is marked, and its tail's share of the cost given."""
     console = _console()
@@ -88,6 +105,55 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
         cuts.add_row(each.name, _shape(each.shape), f"{each.flops_after:.0%}", f"{each.params_after:.0%}", mark)
     console.print(cuts)
     _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
+
+
+def show_estimate(wanted: Recipe, found: Estimate) -> None:
+    """What a method would build around a network, and what training it takes: parameters, FLOPs, memory."""
+    console, name, model = _console(), wanted.method["name"], wanted.network.model
+    console.print(
+        f"[bold]{name}[/] around [bold]{model}[/], {_shape(found.input_size)}, {found.classes} classes: "
+        f"{len(found.networks)} network{'s' * (len(found.networks) > 1)}\n"
+    )
+    table = _table("", "what it is", "parts after", "parameters", "its own", "MFLOPs/image")
+    table.columns[1].no_wrap = False
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for index, each in enumerate(found.networks):
+        table.add_row(
+            each.name,
+            _role(index, each),
+            each.cut or "",
+            f"{each.params:,}",
+            f"{each.own_params:,}",
+            _millions(each.flops),
+        )
+    rest = found.flops - sum(each.flops for each in found.networks)
+    table.add_row(f"{name} itself", "", "", f"{found.own_params:,}", f"{found.own_params:,}", _millions(max(0, rest)))
+    console.print(table)
+    if found.teacher_stands_in:
+        console.print(f"\nNo teacher was given: a new {model} stands in for it. Give yours with --teacher.")
+    batch = wanted.train.batch_size
+    console.print(
+        f"\n{found.trained_params:,} parameters learn, at {found.relative:.2f} times the FLOPs of the target alone "
+        "(forward)."
+    )
+    console.print(
+        f"Memory in float32, estimated: {_megabytes(found.fixed)} of weights, gradients and momentum, and "
+        f"{_megabytes(found.activations)} per image that is kept for the backward pass: "
+        f"{_megabytes(found.fixed + batch * found.activations)} for a batch of {batch}. Mixed precision halves most of "
+        "what is kept; what the libraries take for themselves comes on top."
+    )
+    _next(f"okdc methods {name}")
+
+
+def _role(index: int, each: Cost) -> str:
+    if index == 0:
+        return "the target, ships"
+    if each.frozen:
+        return f"{each.grown}, not trained"
+    if each.cut is None:
+        return f"peer network{': ' * bool(each.grown)}{each.grown}"
+    return each.grown or "the same tail again"
 
 
 def _worth_showing(anatomy: Anatomy, chosen: str) -> list[Cut]:
@@ -128,6 +194,14 @@ def _latency(measured: list[dict[str, Any]]) -> str:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

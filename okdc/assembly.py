@@ -19,7 +19,7 @@ from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
-from okdc.recipe import NetworkSettings, Recipe
+from okdc.recipe import CohortSettings, NetworkSettings, Recipe
 
 
 def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
@@ -44,8 +44,8 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
 
 
 def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
-    needs, _ = _needs(wanted)
-    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=needs)
+    asked, _ = needs(wanted)
+    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=asked)
     return _target(model, wanted, data.classes), data
 
 
@@ -65,11 +65,11 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
         interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
     )  # fmt: skip
     networks.check_input(target, config["input_size"])
-    needs, views = _needs(wanted)
+    asked, views = needs(wanted)
     return target, load(
         source, wanted.data, config, batch_size=wanted.train.batch_size,
         validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
-        device=choose_device(wanted.train.device), needs=needs, views=views,
+        device=choose_device(wanted.train.device), needs=asked, views=views,
     )  # fmt: skip
 
 
@@ -82,25 +82,39 @@ def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
     return target
 
 
-def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method:
+def method(
+    target: nn.Module,
+    wanted: Recipe,
+    input_size: tuple[int, int, int],
+    classes: int,
+    named: bool,
+    teacher: nn.Module | None = None,
+    train_labels: Tensor | None = None,
+) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
-    `named`: the recipe's name makes such a network, so that branches may be newly made rather than redrawn copies.
+    `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
+    branches may be newly made rather than redrawn copies. `teacher` takes the place of the one that the recipe names.
+    `train_labels` (N,) are those of the training images, where they are known.
     """
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
-    input_size, classes = data.preprocess["input_size"], len(data.classes)
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
+    _refuse_contradictions(cohort)
     given: dict[str, Any] = {}
-    if kind.needs_teacher and cohort.teacher:
-        given["teacher"] = _teacher.load(cohort.teacher, input_size, classes)
+    if teacher is None and kind.needs_teacher and cohort.teacher:
+        teacher = _teacher.load(cohort.teacher, input_size, classes)
+    if teacher is not None:
+        given["teacher"] = teacher
     if "train_labels" in python_inspect.signature(kind.__init__).parameters:
-        given["train_labels"] = data.train_labels
+        given["train_labels"] = train_labels
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     plan = kind.plan(
         inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+        **{key: value for key, value in _settings(wanted).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
@@ -115,16 +129,31 @@ def method(target: nn.Module, wanted: Recipe, data: Data, named: bool) -> Method
         raise
 
 
+def _refuse_contradictions(cohort: CohortSettings) -> None:
+    """RecipeError where a setting of branches is given to members that share nothing."""
+    if cohort.peers and cohort.members not in (None, 1 + len(cohort.peers)):
+        raise RecipeError(
+            f"--members {cohort.members} and {len(cohort.peers)} --peers do not agree: with the target these are "
+            f"{1 + len(cohort.peers)}. Leave out --members."
+        )
+    apart = "--peers" if cohort.peers else "--share none" if cohort.share == "none" else None
+    names = ["cut", "private_stages", *(["extra_blocks"] if cohort.peers else [])]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(cohort, name) is not None]
+    if apart and given:
+        words = " and ".join(given)
+        raise RecipeError(f"{words} cannot apply with {apart}, whose networks share nothing: leave it out.")
+
+
 def _settings(wanted: Recipe) -> dict[str, Any]:
     return {key: value for key, value in wanted.method.items() if key != "name"}
 
 
-def _needs(wanted: Recipe) -> tuple[Needs, int]:
+def needs(wanted: Recipe) -> tuple[Needs, int]:
     """What the method needs of the data, and how many views of each image."""
     kind = methods.get(wanted.method["name"])
-    needs = kind.needs(**_settings(wanted))
+    asked = kind.needs(**_settings(wanted))
     members = 1 + len(wanted.cohort.peers) if wanted.cohort.peers else wanted.cohort.members or kind.members
-    return needs, members if needs.views else 1
+    return asked, members if asked.views else 1
 
 
 def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:

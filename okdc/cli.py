@@ -152,23 +152,38 @@ def verify(bundle: str, **_: Any) -> None:
         raise GateError(exporting.failures(verification))
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of.")
+@main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
 @click.argument("model", metavar="MODEL")
-@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs", "cohort.cut")
-def inspect(model: str, **_: Any) -> None:
+@click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
+@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs", "cohort")
+@_flags.settings("train.batch_size")
+def inspect(model: str, method: str | None, method_kwargs: tuple[tuple[str, Any], ...], **_: Any) -> None:
     """Show what a network is made of: its stages, and where branches can part from it.
+
+    With --method: the members that this method would build around it, their parameters and FLOPs, and an estimate of
+    the memory that training takes. Nothing is trained and no data is read.
 
     \b
     okdc inspect resnet18
     okdc inspect torchvision/shufflenet_v2_x1_0 --img-size 64
+    okdc inspect resnet32_cifar --method ahbf --members 3 --num-classes 100
     """
-    from okdc import _summary, anatomy, networks
+    from okdc import _summary, anatomy, estimate, methods, networks
 
-    typed = _flags.given()
+    typed = _flags.given() | {"model": model}
+    if method:
+        typed |= {"method": method, "method_kwargs": dict(method_kwargs)}
+        wanted = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
+        _summary.show_estimate(wanted, estimate.estimate(wanted))
+        return
+    settings = ("model", "img_size", "in_chans", "num_classes", "model_kwargs", "cut")
+    if method_kwargs or typed.keys() - set(settings):
+        raise RecipeError("these settings say what a method builds: add --method NAME (okdc methods lists them).")
     cut = typed.pop("cut", None)
-    settings = recipe.override(recipe.Recipe(), {**typed, "model": model}).network
-    network = networks.load(settings)
-    input_size = networks.data_config(network, settings)["input_size"]
+    network_settings = recipe.override(recipe.Recipe(), typed).network
+    network = networks.load(network_settings)
+    input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
     _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
 
@@ -189,14 +204,13 @@ def methods(name: str | None) -> None:
     okdc methods
     okdc methods ahbf
     """
+    from okdc import _summary
     from okdc import methods as known
 
     if name:
         click.echo(known.card(name).strip())
-        return
-    width = max(map(len, known.names()))
-    for each in known.names():
-        click.echo(f"{each:{width}}  {_first_line(known.card(each))}")
+    else:
+        _summary.show_methods()
 
 
 @main.command()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc.anatomy import inspect
+from okdc.anatomy import Anatomy, inspect
 from okdc.calls import at_rest, layout
 from okdc.errors import CutError, NetworkError
-from okdc.growth import born, grow
+from okdc.growth import born, grow, narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import TOLERANCE, before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CohortOutput:
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
     shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
     teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
+    stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,28 @@ class Branch:
 
     `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
     are appended to each stage that it has for itself, early to late (or, negative, taken away), `network` another
-    architecture for a peer.
+    architecture for a peer, `width` the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]),
+    `parent` the member from which it parts, an earlier one: another than the target makes a tree.
     """
 
     cut: str | None = None
     extra_blocks: tuple[int, ...] = ()
     network: nn.Module | None = None
+    width: float = 1.0
+    parent: int = 0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one member costs: its parameters, those of them that are its own, and the FLOPs that it adds per image."""
+    """What one network costs: its parameters, those of them that are its own, and the FLOPs that it adds per image."""
 
     name: str
     params: int
     own_params: int
     flops: int
-    grown: str
+    grown: str  # what it has that the target has not, or what it is
+    cut: str | None = None  # where it parts, in words
+    frozen: bool = False  # run, not trained
 
 
 class Cohort(nn.Module):
@@ -84,31 +90,40 @@ class Cohort(nn.Module):
         self.target = target
         self.anatomy = inspect(target, example)
         self.taps = tuple(taps)
+        self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
-        cuts = {b.cut: before(target, self.anatomy, b.cut) for b in branches if b.cut}
+        places = sorted({b.cut for b in branches if b.cut}, key=lambda cut: self.anatomy.find_cut(cut).flops_after)
+        cuts = {cut: before(target, self.anatomy, cut) for cut in places}  # late ones first
         proofs = {cut: _copy(target) for cut in cuts}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         try:
-            self._record({name: module for found in cuts.values() for name, module in found.items()})
+            self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
+                if trunk_gradient == "mean":  # what was found until now is of this cut, and of later ones alone
+                    refuse_other_ways(network, self.anatomy, cut, self.tape, [cut])
             for cut, network in proofs.items() if len(proofs) > 1 else ():
                 prove(target, network, self.anatomy, cut, self.tape, example)  # with what the other cuts need, too
-            for cut, network in proofs.items():
                 if trunk_gradient == "mean":
-                    refuse_other_ways(network, self.anatomy, cut, self.tape)
-                    self.tape.divisor[cut] = 1 + sum(b.cut == cut for b in branches)
+                    refuse_other_ways(network, self.anatomy, cut, self.tape, places)
+            parents = {0, *(b.parent for b in branches)}
+            tapes = {parent: self.tape.below() if parent else self.tape for parent in parents}
+            for plan in branches if trunk_gradient == "mean" else ():
+                if plan.cut:
+                    children = sum((b.parent, b.cut) == (plan.parent, plan.cut) for b in branches)
+                    tapes[plan.parent].divisor[plan.cut] = 1 + children
+            family = [target, *siblings]
             self.grown = [
-                self._finish(network, plan, cuts, redraw, pretrained, example)
-                for network, plan, redraw in zip(siblings, branches, redrawn, strict=True)
+                self._finish(i, branches, family, tapes, cuts, redraw, pretrained, example)
+                for i, redraw in enumerate(redrawn, 1)
             ]
             self.branches = nn.ModuleList(siblings)
             self._tap(branches, example)
-            self.costs = self._measure(example)
+            self.costs = self._measure(example, [None, *(_parting(b) for b in branches)])
             self._try_training(example)
         except BaseException:
             self.strip()
@@ -132,15 +147,16 @@ class Cohort(nn.Module):
         """
         tape, views = self.tape, images.dim() == 5
         tape.start(alone=views)
-        logits = []
-        for i, member in enumerate(self.members):
-            tape.rewind()
-            logits.append(member(images[i] if views else images))
-        maps = self._tapped("feature_map")
-        embeddings = self._tapped("embedding")
-        shared = None if views else self._shared()
-        tape.clear()
-        return CohortOutput(tuple(logits), maps, embeddings, shared)
+        try:
+            logits = []
+            for i, member in enumerate(self.members):
+                tape.rewind()
+                logits.append(member(images[i] if views else images))
+            maps, embeddings = self._tapped("feature_map"), self._tapped("embedding")
+            shared = None if views else self._shared()
+            return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._stage_maps())
+        finally:
+            tape.clear()
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""
@@ -149,20 +165,45 @@ class Cohort(nn.Module):
         self._hooks.clear()
         return self.target
 
+    def extract(self, index: int) -> nn.Module:
+        """Member `index` (0 is the target) as a network of its own: a copy that owes nothing to the cohort.
+
+        To be called before `strip`. NetworkError if it gives other logits than in the cohort, because weights of its
+        own also serve before the cut.
+        """
+        network = on_its_own(self.members[index])
+        noise = torch.randn(2, *self.anatomy.input_size, generator=torch.Generator().manual_seed(0))
+        images = noise.to(next(network.parameters()))
+        with unchanged(self), unchanged(network), torch.no_grad():
+            expected, logits = self.eval()(images).logits[index], network.eval()(images)
+        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-12):
+            raise NetworkError(
+                f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
+                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME (okdc inspect lists every cut)."
+            )
+        return network
+
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
         return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
+
+    def _stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(
+            tuple(self.tape.tapped[f"stage{s}", i] for s in range(n)) for i, n in enumerate(self._stages_tapped)
+        )
 
     def _shared(self) -> Tensor | None:
         return as_map(self.tape.outputs[self.cut][0], self._shared_layout) if self.cut and self._shared_layout else None
 
-    def _record(self, trunk: dict[str, nn.Module]) -> None:
+    def _record(self, trunk: dict[str, nn.Module], tape: Tape) -> None:
         for name, module in trunk.items():
-            self.tape.handling[name] = Handling()
-            self._hooks.append(module.register_forward_hook(Record(self.tape, name)))
+            tape.handling.setdefault(name, Handling())
+            self._hooks.append(module.register_forward_hook(Record(tape, name)))
 
     def _tap(self, branches: Sequence[Branch], example: Tensor) -> None:
         self._shared_layout = self._layout_at_cut() if "shared" in self.taps else None
+        self._stages_tapped: list[int] = []
         foreign = [False, *(plan.network is not None for plan in branches)]
+        cuts = [self.cut, *(plan.cut for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
             anatomy = inspect(member, example) if foreign[i] else self.anatomy
             if "feature_map" in self.taps:
@@ -171,6 +212,12 @@ class Cohort(nn.Module):
             if "embedding" in self.taps:
                 tap = Tap(self.tape, "embedding", i, anatomy.layout)
                 self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+            if "stages" in self.taps:
+                outputs = _stage_outputs(anatomy, cuts[i])
+                self._stages_tapped.append(len(outputs))
+                for s, (name, where) in enumerate(outputs):
+                    tap = Tap(self.tape, f"stage{s}", i, where)
+                    self._hooks.append(member.get_submodule(name).register_forward_hook(tap))
 
     def _layout_at_cut(self) -> str:
         """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
@@ -189,14 +236,17 @@ class Cohort(nn.Module):
 
     def _finish(
         self,
-        network: nn.Module,
-        plan: Branch,
+        member: int,
+        branches: Sequence[Branch],
+        family: Sequence[nn.Module],
+        tapes: dict[int, Tape],
         cuts: dict[str, dict[str, nn.Module]],
         redraw: bool,
         pretrained: bool,
         example: Tensor,
     ) -> str:
-        """Make a sibling of the target the branch that was planned; what was appended to it, in words."""
+        """Make a sibling of the target the branch that was planned; how it differs from the target, in words."""
+        network, plan = family[member], branches[member - 1]
         if plan.network is not None:
             return type(network).__name__
         stages = self.anatomy.stages_after(plan.cut) if plan.cut else self.anatomy.stages
@@ -204,12 +254,18 @@ class Cohort(nn.Module):
             born(network, pretrained)
         # Appended blocks first: they may stand after modules that are about to be replaced.
         grown = [grow(network, self.anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
+        if plan.width < 1:
+            trunk = cuts[plan.cut] if plan.cut else {}
+            grown.append(narrow(network, self.anatomy, plan.cut, trunk, plan.width, example))
         if plan.cut:
-            stand_in(network, cuts[plan.cut], self.tape, plan.cut)
-            tie_unused(network, self.target, self.tape, example)
+            trunk = {name: family[plan.parent].get_submodule(name) for name in cuts[plan.cut]}
+            if plan.parent:
+                self._record(trunk, tapes[plan.parent])
+            stand_in(network, trunk, tapes[plan.parent], plan.cut)
+            tie_unused(network, _lineage(plan, branches, family), self.tape, example)
         return ", ".join(grown)
 
-    def _measure(self, example: Tensor) -> tuple[Cost, ...]:
+    def _measure(self, example: Tensor, cuts: Sequence[str | None]) -> tuple[Cost, ...]:
         """Run every member once; the FLOPs of a branch are those of its own tail."""
         costs, seen, flops = [], set[int](), []
         with unchanged(self), at_rest(self), torch.no_grad():
@@ -221,13 +277,15 @@ class Cohort(nn.Module):
                 flops.append(counter.get_total_flops() // len(example))
             self.feature_widths = tuple(x.shape[1] for x in self._tapped("feature_map"))
             self.embedding_widths = tuple(x.shape[1] for x in self._tapped("embedding"))
+            self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in self._stage_maps())
             shared = self._shared()
             self.shared_width = 0 if shared is None else shared.shape[1]
             self.tape.clear()
-        for name, member, spent, grown in zip(self.names, self.members, flops, ["", *self.grown], strict=True):
+        grown = ["", *self.grown]
+        for name, member, spent, has, cut in zip(self.names, self.members, flops, grown, cuts, strict=True):
             own = sum(p.numel() for p in member.parameters() if id(p) not in seen)
             seen |= {id(p) for p in member.parameters()}
-            costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, grown))
+            costs.append(Cost(name, sum(p.numel() for p in member.parameters()), own, spent, has, cut))
         return tuple(costs)
 
     def _try_training(self, example: Tensor) -> None:
@@ -240,6 +298,26 @@ class Cohort(nn.Module):
                     f"the {name}, {type(member).__name__}, returns a {type(logits).__name__} in training mode; "
                     "expected one tensor of logits (batch, classes). Turn its auxiliary outputs off, or wrap it."
                 )
+
+
+def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
+    """The module that each stage after the cut ends with, and the layout of its output, early to late."""
+    shapes = {c.name: c.output for c in anatomy.calls}
+    aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
+    ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
+    return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
+
+
+def _parting(plan: Branch) -> str | None:
+    return f"{plan.cut} of branch{plan.parent}" if plan.parent else plan.cut
+
+
+def _lineage(plan: Branch, branches: Sequence[Branch], family: Sequence[nn.Module]) -> list[nn.Module]:
+    """The members that run before a branch because it parts from them, the target first."""
+    found = [plan.parent]
+    while found[0]:
+        found.insert(0, branches[found[0] - 1].parent)
+    return [family[member] for member in found]
 
 
 def _copy(target: nn.Module) -> nn.Module:

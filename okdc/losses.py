@@ -5,6 +5,8 @@ Every loss is a mean over the batch in nats per example, computed in at least fl
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,34 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     """Cross entropy of softened logits (B, C) with the teacher's softened ones: `kl` plus entropy, without the T^2."""
     student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
+
+
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over all elements of (student - teacher)^2, two maps (B, D, H, W); the teacher is a constant."""
+    return F.mse_loss(_full(student), _full(teacher.detach()))
+
+
+def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
+    """Logarithms (B, 1 + K) of how alike embeddings (B, D) and rows of a memory (B, 1 + K, D) are: e^(cosine / T) / Z.
+
+    The constant Z makes the mean over the whole batch 1 (MCL-OKD, Yang et al. 2020, whose scores are these / N).
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):  # exponents of ten and more need the precision
+        similarity = torch.einsum("bkd,bd->bk", _full(memory), _full(embeddings)) / temperature
+    return similarity - (torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())).detach()
+
+
+def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
+    """Noise contrastive estimation: the first of log scores (B, 1 + K) is of the data, K are noise, of a population.
+
+    The loss of MCL-OKD (Yang et al. 2020) and CRD (Tian et al. 2020): -log h_0 - sum_k log (1 - h_k), with
+    h = g / (g + K / population + eps) and g = score / population; eps is the authors'.
+    """
+    log_g = _full(log_scores) - math.log(population)
+    noise = (log_scores.shape[1] - 1) / population
+    all_told = log_g.exp() + noise + eps
+    truth = log_g[:, 0] - all_told[:, 0].log()
+    return -(truth + (noise / all_told[:, 1:]).log().sum(dim=1)).mean()
 
 
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:

@@ -74,7 +74,11 @@ def compress(
         seed_everything(wanted.train.seed)
         target, data = assembly.network_and_data(model, loader, validation, wanted)
         with assembly.at_home(target):
-            learner = assembly.method(target, wanted, data, named=not isinstance(model, nn.Module))
+            input_size, classes = data.preprocess["input_size"], len(data.classes)
+            named = not isinstance(model, nn.Module)
+            learner = assembly.method(
+                target, wanted, input_size, classes, named, train_labels=data.train_labels
+            )  # fmt: skip
             facts = _student_facts(arch, isinstance(model, nn.Module), data)
             try:
                 state = train.fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,24 +60,36 @@ class Tape:
         self.handling: dict[str, Handling] = {}
         self.divisor: dict[str, int] = {}  # of the gradients that members send into a trunk, by its cut; absent: 1
         self.proof: Proof | None = None
+        self.inner: list[Tape] = []  # of branches from which others part: they start, rewind and end with this one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
         fresh = Tape()
         fresh.handling, fresh.divisor = self.handling, self.divisor
         memo[id(self)] = fresh
+        fresh.inner = copy.deepcopy(self.inner, memo)
         return fresh
+
+    def below(self) -> Tape:
+        """A tape for a branch from which others part; what the proofs found of the target holds for its copies."""
+        tape = Tape()
+        tape.handling = self.handling
+        self.inner.append(tape)
+        return tape
 
     def start(self, alone: bool = False) -> None:
         self.clear()
-        self.recording, self.alone = True, alone
+        for tape in (self, *self.inner):
+            tape.recording, tape.alone = True, alone
 
     def rewind(self) -> None:
         """Begin the next branch: every module's first call is answered by its first output again."""
-        self.position = {}
+        for tape in (self, *self.inner):
+            tape.position = {}
 
     def clear(self) -> None:
-        self.recording = False
-        self.outputs, self.position, self.tapped = {}, {}, {}
+        for tape in (self, *self.inner):
+            tape.recording = False
+            tape.outputs, tape.position, tape.tapped = {}, {}, {}
 
 
 class _Divided(torch.autograd.Function):

@@ -46,7 +46,9 @@ class CohortSettings:
         None, "blocks that each branch has more than the one before it (AHBF's a)", at_least=0
     )
     private_stages: int | None = _setting(None, "number of last stages that each branch has for itself", at_least=1)
-    cut: str | None = _setting(None, "name of the module after which branches part (okdc inspect lists them)")
+    cut: str | None = _setting(
+        None, "module after which branches part (okdc inspect lists them); EARLY,LATE: in a tree, two ways at each"
+    )
     share: str | None = _setting(
         None, "trunk: branches share the layers before the cut; none: whole peer networks", choices=("trunk", "none")
     )

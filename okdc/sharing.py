@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import MIN_TAIL, Anatomy
 from okdc.errors import CutError
-from okdc.replay import Proof, Replay, Tape, random_state, set_random_state
+from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 
@@ -64,17 +65,40 @@ def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape, cut: s
                 module._modules[key] = Replay(tape, doomed[child], trunk[doomed[child]], cut)
 
 
-def tie_unused(network: nn.Module, target: nn.Module, tape: Tape, example: Tensor) -> None:
-    """Point what a branch still has but never uses (position embeddings before the cut) to the target's parameters."""
-    with unchanged(target), unchanged(network), torch.enable_grad():
-        target.eval(), network.eval()
+def on_its_own(member: nn.Module) -> nn.Module:
+    """A copy of a member that owes nothing to its cohort: trunk modules where it had replays, no hooks, no tape."""
+    network = copy.deepcopy(member)  # a replay's copy has brought a copy of the module that it stands for
+    while any(isinstance(module, Replay) for module in network.modules()):  # a parent's trunk is replayed, too
+        for module in list(network.modules()):
+            for key, child in module._modules.items():
+                if isinstance(child, Replay):
+                    module._modules[key] = child._original[0]
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for handle in [handle for handle, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
+                del hooks[handle]
+    network.zero_grad()
+    return network
+
+
+def tie_unused(network: nn.Module, lineage: Sequence[nn.Module], tape: Tape, example: Tensor) -> None:
+    """Point what a branch still has but never uses (position embeddings before the cut) to the target's parameters.
+
+    `lineage` is what runs before the branch: the target, then the branches from which it parts.
+    """
+    with ExitStack() as trial, torch.enable_grad():
+        for each in (*lineage, network):
+            trial.enter_context(unchanged(each))
+            each.eval()
         tape.start()
-        target(example)
+        for each in lineage:
+            each(example)
+            tape.rewind()
         logits = network(example)
         tape.clear()
         named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True) if named else ()
-    own = dict(target.named_parameters())
+    own = dict(lineage[0].named_parameters())
     for (name, _), grad in zip(named, grads, strict=True):
         if grad is None and name in own:
             parent, _, leaf = name.rpartition(".")
@@ -107,13 +131,13 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
 _RAISED_BY_NETWORKS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
 
 
-def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape) -> None:
-    """CutError if a proved branch uses anything of the trunk but the cut's output: its gradient cannot be divided.
+def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, cuts: Collection[str]) -> None:
+    """CutError if a proved branch uses anything of the trunk but the outputs of `cuts`: gradients cannot be divided.
 
     What the target's own tail takes from earlier in the trunk is also what the trunk itself goes on with.
     """
     replayed = {m.name for m in network.modules() if isinstance(m, Replay)}
-    others = [name for name in sorted(replayed - {cut}) if tape.handling[name].live]
+    others = [name for name in sorted(replayed - set(cuts)) if tape.handling[name].live]
     if others:
         ways = f"the mean of its members' gradients needs one way into the trunk, and {', '.join(others)} are others"
         raise CutError(_refusal(anatomy, cut, ways))

@@ -82,7 +82,7 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
     buffers = _Buffers(method)
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
-        _begin_epoch(state, data, run.machine)
+        _begin_epoch(state, data, run)
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         clock = time.perf_counter()
@@ -112,15 +112,15 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
 
 
 @torch.no_grad()
-def _begin_epoch(state: TrainState, data: Data, machine: Machine) -> None:
+def _begin_epoch(state: TrainState, data: Data, run: Run) -> None:
     """Show the method the images that were set aside for it, in eval mode; not again when an epoch is resumed."""
     if data.held_out is None or state.step:
         return
     state.method.eval()
-    with machine.autocast():
-        state.method.before_epoch(
-            (machine.move(images)[0], machine.move(labels)[0]) for images, labels in data.held_out
-        )
+    seed_everything(run.settings.seed, state.epoch)
+    batches = (run.machine.move(*batch) for batch in data.held_out)
+    with run.machine.autocast():
+        state.method.before_epoch((images, labels) for images, labels in batches)
 
 
 def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run) -> dict[str, float]:

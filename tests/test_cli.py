@@ -220,8 +220,13 @@ def test_recipes_are_listed_printed_and_copied(tmp_path: Path) -> None:
 def test_methods_are_listed_and_shown() -> None:
     from okdc import methods
 
-    listed = okdc("methods").output.splitlines()
-    assert [line.split()[0] for line in listed] == methods.names()
+    title, *listed = okdc("methods").output.splitlines()
+    assert title.split() == ["method", "what", "it", "is", "a", "step", "runs", "needs"]
+    assert [line.split()[0] for line in listed if line[:1] > " "] == [*methods.names(), "Next:"]
+    assert max(map(len, listed)) <= 80
+    place = title.index("a step"), title.index("needs")
+    row = next(line for line in listed if line.startswith("kd "))
+    assert row[place[0] :].startswith("1 network") and row[place[1] :].strip() == "trained teacher"
     assert okdc("methods", "ahbf").output.strip() == methods.card("ahbf").strip()
     assert "Did you mean ahbf" in " ".join(okdc("methods", "ahbff").stderr.split())
 
@@ -237,3 +242,21 @@ def test_inspect_shows_stages_and_cuts() -> None:
     assert wrong.exit_code == 2 and "stages.0" in wrong.stderr
     unknown = okdc("inspect", "resnet20_cifra")
     assert unknown.exit_code == 2 and "resnet20_cifar" in unknown.stderr
+
+
+def test_inspect_shows_what_a_method_would_build() -> None:
+    def told(result: Result) -> str:
+        return " ".join(result.output.split())
+
+    words = ("inspect", "resnet20_cifar", "--num-classes", "10", "--method")
+    shown = told(okdc(*words, "ahbf", "--members", "3", "-b", "64", "--method-kwargs", "attention=se"))
+    for said in ("ahbf around resnet20_cifar, 3x32x32, 10 classes: 3 networks", "ships", "8 x BasicBlock", "stages.1"):
+        assert said in shown
+    assert "times the FLOPs of the target alone" in shown and "for a batch of 64" in shown and "branch3" not in shown
+    peers = told(okdc(*words, "dml", "--peers", "resnet32_cifar"))
+    assert "peer network" in peers and "466,906" in peers
+    assert "stands in for it" in told(okdc(*words, "kd"))
+    refused = okdc(*words, "one", "--share", "none")
+    assert refused.exit_code == 2 and "nothing is shared" in told(refused)
+    alone = okdc("inspect", "resnet20_cifar", "--members", "3")
+    assert alone.exit_code == 2 and "add --method NAME" in told(alone)

@@ -26,7 +26,7 @@ ALLOWED = {
     "networks": {"_cifar", "_torchvision", "_weights", "checkpoint"} | RECIPE,
     "calls": {"errors"},
     "anatomy": {"calls", "errors"},
-    "growth": {"anatomy"},
+    "growth": {"anatomy", "errors"},
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
     "needs": set(),
@@ -63,9 +63,12 @@ ALLOWED = {
     }
     | {"report", "runs", "train"}
     | RECIPE,
+    "estimate": {"_machine", "_teacher", "assembly", "calls", "cohort", "methods", "needs", "networks", "sharing"}
+    | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},
-    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline", "runs"} | RECIPE,
+    "cli": {"", "_flags", "_summary", "anatomy", "estimate", "exporting", "methods", "networks", "pipeline", "runs"}
+    | RECIPE,
     "__main__": {"cli"},
 }
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
+from okdc.data._images import Images
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.errors import DataError
 from okdc.needs import Needs
@@ -33,7 +35,9 @@ def digits(needs: Needs, views: int = 1, batch_size: int = 40, **changes: object
 
 def same(left: Data, right: Data, epoch: int = 1, start: int = 0) -> bool:
     mine, theirs = list(left.train.batches(epoch))[start:], list(right.train.batches(epoch, start))
-    return len(mine) == len(theirs) and all(torch.equal(a, b) for x, y in zip(mine, theirs) for a, b in zip(x, y))
+    return len(mine) == len(theirs) and all(
+        torch.equal(a, b) for x, y in zip(mine, theirs) for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_views_are_independent_augmentations_of_the_same_images() -> None:
@@ -69,13 +73,8 @@ def test_indices_say_which_image_it_is() -> None:
         assert torch.equal(data.train_labels[indices], labels)
         seen += indices.tolist()
     assert len(set(seen)) == len(seen) and len(data.train_labels) == data.sizes[0]
-    one, other = ({i: x for x, _, ii in [b] for i, x in zip(ii.tolist(), x)} for b in _first_two_epochs(data))
-    both = set(one) & set(other)
-    assert both and all(torch.equal(one[i], other[i]) for i in both)
-
-
-def _first_two_epochs(data: Data) -> list[tuple[torch.Tensor, ...]]:
-    return [next(data.train.batches(epoch)) for epoch in (0, 1)]
+    one, other = ({i: x for xs, _, ii in data.train.batches(e) for i, x in zip(ii.tolist(), xs)} for e in (0, 1))
+    assert all(torch.equal(one[i], other[i]) for i in set(one) & set(other)) and len(set(one) & set(other)) > 1000
 
 
 @pytest.mark.parametrize(("classes", "batch_size", "expected"), [(100, 128, 2), (10, 128, 16), (10, 40, 4), (2, 6, 3)])
@@ -91,6 +90,25 @@ def test_every_class_of_a_batch_has_a_pair(classes: int, batch_size: int, expect
         assert len(batch.unique()) == batch_size
 
 
+@pytest.mark.parametrize("needs", [Needs(pairs=True, indices=True), Needs(indices=True)], ids=["pairs", "any"])
+def test_an_unreadable_image_is_stood_in_for(needs: Needs, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = set(range(0, 1437, 7))
+    read = Images.__getitem__
+
+    def sometimes(self: Images, position: int) -> tuple[Image.Image, int]:
+        if position in broken and len(self) == 1437:
+            raise OSError("broken")
+        return read(self, position)
+
+    monkeypatch.setattr(Images, "__getitem__", sometimes)
+    data = digits(needs, max_bad_images=300)
+    assert data.sizes[0] == 1437
+    for _, labels, indices in data.train.batches(0):
+        assert torch.equal(data.train_labels[indices], labels) and not broken & set(indices.tolist())
+        if needs.pairs:  # of its own class, and not an image that is there already... unless two miss their neighbours
+            assert labels.bincount(minlength=10).tolist().count(0) == 0 and len(indices.unique()) >= 38
+
+
 def test_pairs_that_cannot_be_had_are_refused() -> None:
     with pytest.raises(DataError, match="2 classes cannot fill a batch of 7 evenly"):
         images_per_class(torch.arange(20) % 2, 7)
@@ -104,12 +122,17 @@ def test_images_set_aside_are_not_trained_on() -> None:
     whole = digits(Needs())
     assert aside > 50 and aside + data.sizes[0] == whole.sizes[0] and data.sizes[1] == whole.sizes[1]
     assert len(data.train_labels) == data.sizes[0]
+    rare = Images([], torch.tensor([0] + [1] * 30 + [2] * 30), "rare")
+    training, aside = rare.split(20)
+    assert 0 in training.labels and 0 not in aside.labels  # the only image of a class stays
 
 
 def test_a_loader_of_ones_own_cannot_say_which_image_is_which(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 2), batch_size=4)
     with pytest.raises(DataError, match="data=FOLDER"):
         wrap(loader, needs=Needs(indices=True))
+    with pytest.raises(DataError, match="set aside"):
+        wrap(loader, needs=Needs(held_out=True))
     assert wrap(loader, needs=Needs(views=True, pairs=True)).train_labels is None
 
 

@@ -43,11 +43,15 @@ class Images(Dataset):
         return path or f"image {index} of {self.origin}"
 
     def split(self, every: int) -> tuple[Images, Images]:
-        """(training, validation): each `every`-th image of each class validates, the same ones on any machine."""
+        """(training, validation): each `every`-th image of each class validates, the same ones on any machine.
+
+        The only image of a class is for training.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         order = order[self.labels[order].argsort(stable=True)]
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[order[::every]] = True
+        chosen &= self.labels.bincount()[self.labels] > 1
         return self._part(~chosen), self._part(chosen)
 
     def _part(self, mask: Tensor) -> Images:

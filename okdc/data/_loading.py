@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,12 +57,12 @@ def load(
     if isinstance(source.train, Stream):
         _refuse_stream(settings, needs)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
-    if len(source.train) < batch_size:
-        raise DataError(
-            f"{source.name} has {len(source.train)} training images, fewer than one batch of {batch_size}; expected "
-            f"a batch that they fill: -b {min(len(source.train), 32)}"
-        )
     images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
+    if len(images) < batch_size:
+        raise DataError(
+            f"{source.name} has {len(images)} training images, fewer than one batch of {batch_size}; expected "
+            f"a batch that they fill: -b {min(len(images), 32)}"
+        )
     order = Order(images.labels, seed, batch_size if needs.pairs else None)
     attempts = min(settings.max_bad_images + 1, len(images))
     train = TrainImages(images, order, image_transform(settings, config, True), config, attempts, seed, views)
@@ -135,12 +136,24 @@ class Order:
             return paired_order(self.labels, self.pairs_in, self.per_class, generator)
         return torch.randperm(len(self.labels), generator=generator)
 
+    def candidates(self, positions: Tensor, place: int) -> Iterator[int]:
+        """The image whose place it is, then those that may stand in for it: the next ones, or others of its class."""
+        own = int(positions[place])
+        yield own
+        if self.pairs_in:
+            first = place - place % self.pairs_in
+            present = set(positions[first : first + self.pairs_in].tolist())
+            alike = (self.labels == self.labels[own]).nonzero().flatten().roll(-own).tolist()
+            yield from (position for position in alike if position not in present)
+        for further in range(1, len(positions)):
+            yield int(positions[(place + further) % len(positions)])
+
 
 class TrainImages(Dataset):
     """Loads whole batches by (epoch, position in the epoch's order), each image as `views` augmentations of it.
 
-    An unreadable image gives its place to the next readable one of the permutation; after `attempts` in a row its place
-    stays empty, which whoever counts the bad images turns into an error.
+    An unreadable image gives its place to another (`Order.candidates`); after `attempts` in a row its place stays
+    empty, which whoever counts the bad images turns into an error.
     """
 
     def __init__(
@@ -162,8 +175,7 @@ class TrainImages(Dataset):
     def _sample(self, epoch: int, place: int, bad: list[BadImage]) -> tuple[list[Tensor], int, int] | None:
         if epoch != self.epoch:
             self.epoch, self.positions = epoch, self.order.of(epoch)
-        for attempt in range(self.attempts):
-            position = int(self.positions[(place + attempt) % len(self.positions)])
+        for position in islice(self.order.candidates(self.positions, place), self.attempts):
             if sample := _read(self.images, position, self.mode, bad):
                 image, label = sample
                 return [self._view(image, epoch, place, view) for view in range(self.views)], label, position

@@ -20,7 +20,7 @@ def images_per_class(labels: Tensor, batch_size: int) -> int:
     raise DataError(
         f"this method needs pairs of one class beside images of others, and {classes} classes cannot fill a batch of "
         f"{batch_size} evenly with two or more images each. Choose an even --batch-size, such as -b "
-        f"{max(4, batch_size // 2 * 2 - 2)}."
+        f"{max(4, batch_size - batch_size % 2)}."
     )
 
 

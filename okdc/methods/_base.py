@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
 from okdc.needs import Needs
 
@@ -23,7 +23,7 @@ class Method(nn.Module):
     members: ClassVar[int] = 2  # default size of the cohort, the target included
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding" and "shared"
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
 
@@ -43,8 +43,8 @@ class Method(nn.Module):
         """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes).
 
         A method that needs views gets (members, B, C, H, W) or, where the data have none, (B, C, H, W). One that needs
-        indices writes its own forward with a third argument, and so for `after_step`: indices (B,), as `train_labels`
-        (N,), a keyword that its constructor then has (None where the data do not say).
+        indices (B,) writes its own forward with that third argument, and may take a keyword `train_labels` (N,) in its
+        constructor, the labels of all training images (None where the data do not say).
         """
         return self.losses(self.cohort(images), labels)
 
@@ -60,7 +60,7 @@ class Method(nn.Module):
         """Parameters and their learning rates; by default everything at `lr`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
+    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Called after each optimizer step: moving averages and the like; by default nothing."""
 
     def before_epoch(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -87,6 +87,34 @@ class Method(nn.Module):
         """What the method asks of the training data when it is given these settings; by default nothing special."""
         return Needs()
 
+    def costs(self) -> tuple[Cost, ...]:
+        """What each network costs that a step runs: the members, then those that the method has beside them."""
+        return self.cohort.costs
+
+    @classmethod
+    def cost(cls) -> str:
+        """What one training step runs, in words; `okdc inspect MODEL --method NAME` measures it."""
+        alone = cls.members == 1 or cls.share == "none"
+        networks = f"{cls.members} network{'s' * (cls.members > 1)}" if alone else f"1 trunk, {cls.members} tails"
+        return networks + ", ever deeper" * (cls.extra_blocks > 0) + ", 1 teacher" * cls.needs_teacher
+
+    @classmethod
+    def asks(cls) -> list[str]:
+        """What it needs beside a network and labelled images, in words."""
+        needs = cls.needs()
+        words = {
+            "trained teacher": cls.needs_teacher,
+            "peer networks": cls.share == "none" and cls.members > 1,
+            "embeddings": "embedding" in cls.taps,
+            "feature maps": "feature_map" in cls.taps or "stages" in cls.taps,
+            "map at the cut": "shared" in cls.taps,
+            "a view per member": needs.views,
+            "class-balanced batches": needs.pairs,
+            "numbered images": needs.indices,
+            "images set aside": needs.held_out,
+        }
+        return [word for word, needed in words.items() if needed]
+
     @classmethod
     def plan(
         cls,
@@ -99,7 +127,10 @@ class Method(nn.Module):
         share: str | None = None,
         peers: Sequence[nn.Module] = (),
     ) -> list[Branch]:
-        """The auxiliary members to build beside a target; what is None is the method's own default."""
+        """The auxiliary members to build beside a target; what is None is the method's own default.
+
+        A method whose plan depends on settings of its own takes them here too, as keywords of the same names.
+        """
         if peers:
             return [Branch(network=peer) for peer in peers]
         members = cls.members if members is None else members
@@ -108,11 +139,19 @@ class Method(nn.Module):
         if members < 2:
             return []
         extra = cls.extra_blocks if extra_blocks is None else extra_blocks
-        place = None
+        cuts: list[str | None] = [None]
         if (share or cls.share) == "trunk":
-            place = cut or anatomy.cut(private_stages or cls.private_stages(anatomy))
-        stages = anatomy.stages_after(place) if place else anatomy.stages
-        return [Branch(place, cls.depth(i, len(stages), extra)) for i in range(1, members)]
+            names = (cut or anatomy.cut(private_stages or cls.private_stages(anatomy))).split(",")
+            cuts = [each.name for each in sorted(map(anatomy.find_cut, names), key=lambda each: -each.flops_after)]
+        return [cls._branch(i, cuts, anatomy, extra) for i in range(1, members)]
+
+    @classmethod
+    def _branch(cls, i: int, cuts: Sequence[str | None], anatomy: Anatomy, extra: int) -> Branch:
+        """Member `i` of a tree that splits in two at each of `cuts`, early to late; at one cut all part at once."""
+        level = max(0, len(cuts) - (i & -i).bit_length())
+        cut = cuts[level]
+        stages = anatomy.stages_after(cut) if cut else anatomy.stages
+        return Branch(cut, cls.depth(i, len(stages), extra), parent=i & (i - 1) if level else 0)
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:

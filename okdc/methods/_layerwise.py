@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, Stage, inspect
-from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import CutError
 from okdc.methods._contrastive import EmbeddingHead
 
@@ -55,6 +56,13 @@ class Towers(nn.Module):
         logits, features = _taps_last(out.logits), _taps_last(out.embeddings)
         embeddings = [head(x) for head, x in zip(heads, features, strict=True)]
         return Taps(torch.stack(logits), torch.stack(features), torch.stack(embeddings))
+
+    def costs(self, names: Sequence[str]) -> tuple[Cost, ...]:
+        """What the branches cost of networks that are called so."""
+        towers: Any = zip(names, self.cohorts, strict=True)
+        return tuple(
+            replace(cost, name=f"{name}_tap{k + 1}") for name, tower in towers for k, cost in enumerate(tower.costs[1:])
+        )
 
     def strip(self) -> None:
         for cohort in self.cohorts:

@@ -6,6 +6,7 @@ Code: none was published; the layouts of critics and transfer layers are okdc's 
 Differs: one backward pass and one optimizer give all three gradients, where the paper alternates SGD and Adam (2e-5):
     critics see constant maps, networks see constant critics. Instead of Adam's small rate the adversarial loss has a
     weight and the critics a rate of their own, critic_lr times the networks'. The predictions of a peer are constants.
+    Where critics win outright (critic losses near 0), spectral_norm=True or a lower critic_lr holds them back.
 Costs: one whole network per peer; per network a critic (a 3x3 convolution on the last map), which runs three times.
 """
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
@@ -27,7 +29,7 @@ from okdc.methods._parts import on_one_grid
 class Critic(nn.Module):
     """Tells a teacher's map (1) from its own network's (0): maps (B, D, H, W) to scores (B,) in 0..1."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, spectral_norm: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, hidden, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(hidden)
@@ -35,6 +37,8 @@ class Critic(nn.Module):
         nn.init.normal_(self.conv1.weight, std=0.02)
         nn.init.normal_(self.conv2.weight, std=0.02)
         nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        for conv in (self.conv1, self.conv2) if spectral_norm else ():
+            parametrizations.spectral_norm(conv)
 
     def forward(self, maps: Tensor) -> Tensor:
         with torch.autocast(maps.device.type, enabled=False):  # small differences near 0 and 1 decide
@@ -70,6 +74,7 @@ class Afd(Method):
         kd_weight: float = 1.0,
         adversarial_weight: float = 1.0,
         critic_lr: float = 0.1,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__(cohort)
         self.temperature = temperature
@@ -80,7 +85,7 @@ class Afd(Method):
         self.transfers = nn.ModuleList(
             nn.Identity() if w == width else Transfer(w, width) for w in cohort.feature_widths
         )
-        self.critics = nn.ModuleList(Critic(width, width) for _ in cohort.feature_widths)
+        self.critics = nn.ModuleList(Critic(width, width, spectral_norm) for _ in cohort.feature_widths)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         parts, maps = {}, self.common_maps(out)

@@ -4,7 +4,8 @@ Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Dis
     doi 10.1609/aaai.v37i6.25937.
 Code: linruigong965/AHBF (read, not copied: no licence): the fusion classes, the loss loop of train_ahbf.py, its ramp.
 Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's: it ends
-    with the run and peaks at 1. The later code has kd_weight=0.75, rampup_epochs=240 and extra_blocks=2.
+    with the run and peaks at 1. preset=head is today's code: kd_weight 0.75 and a ramp of 240 epochs; its default of
+    two extra blocks is --extra-blocks 2.
     Every branch of a MobileNet gets its own blocks (the code reuses branch 0's). As in the code, gradients also flow
     into the teaching side (detach_teacher changes that), and a third direction, assistant to its own branch, is used.
 Costs: the tail once more per branch, with up to (M - 1) x extra blocks, and one 1x1 convolution per fusion.
@@ -26,8 +27,13 @@ from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, rampup
 from okdc.methods._base import Method
+from okdc.methods._parts import on_one_grid
 
 Attention = Literal["none", "se", "cbam"]
+PRESETS = {
+    "release": (1.0, None),
+    "head": (0.75, 240),
+}  # kd_weight and rampup_epochs of the authors' code, then and now
 
 
 class SpatialAttention(nn.Module):
@@ -57,8 +63,12 @@ class Fusion(nn.Module):
     def forward(self, assistant: tuple[Tensor, Tensor], branch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Feature map (B, D, H, W) and logits (B, C) of both, in that order; the same of the new assistant."""
         feature = self.attention(self.bn(self.conv(torch.cat([assistant[0], branch[0]], 1))))
-        gate = F.softmax(F.relu(self.gate_bn(self.gate_fc(feature.mean((2, 3))))), dim=1)
+        gate = self.gate(feature)
         return feature, gate[:, :1] * assistant[1] + gate[:, 1:] * branch[1]
+
+    def gate(self, feature: Tensor) -> Tensor:
+        """Weights (B, 2) of the assistant's and the branch's logits, from the merged map (B, D, H, W)."""
+        return F.softmax(F.relu(self.gate_bn(self.gate_fc(feature.mean((2, 3))))), dim=1)
 
 
 def _attention(kind: Attention, width: int) -> nn.Module:
@@ -80,10 +90,11 @@ class Ahbf(Method):
         self,
         cohort: Cohort,
         *,
+        preset: Literal["release", "head"] = "release",
         temperature: float = 3.0,
         lambda_assistant: float = 2.0,
         lambda_branch: float = 4.0,
-        kd_weight: float = 1.0,
+        kd_weight: float | None = None,
         rampup_epochs: int | None = None,
         eps: float = 1e-7,
         detach_teacher: bool = False,
@@ -93,8 +104,9 @@ class Ahbf(Method):
         self.temperature = temperature
         self.lambda_assistant = lambda_assistant
         self.lambda_branch = lambda_branch
-        self.kd_weight = kd_weight
-        self.rampup_epochs = rampup_epochs
+        weight, ramp = PRESETS[preset]
+        self.kd_weight = weight if kd_weight is None else kd_weight
+        self.rampup_epochs = ramp if rampup_epochs is None else rampup_epochs
         self.eps = eps
         self.detach_teacher = detach_teacher
         widths = cohort.feature_widths
@@ -120,10 +132,14 @@ class Ahbf(Method):
 
     def assistants(self, out: CohortOutput) -> list[Tensor]:
         """Logits (B, C) of the M teaching assistants; the first is the target itself, the last the whole cohort's."""
-        assistant = (out.feature_maps[0], out.logits[0])
+        maps: Sequence[Tensor] = out.feature_maps
+        if len({x.shape[2:] for x in maps}) > 1:  # of peer networks; the paper's branches end at one size
+            height, width = self.cohort.anatomy.input_size[1:]
+            maps = on_one_grid(maps, height / width)
+        assistant = (maps[0], out.logits[0])
         logits = [out.logits[0]]
         for i, fusion in enumerate(self.fusions):
-            assistant = fusion(assistant, (out.feature_maps[i + 1], out.logits[i + 1]))
+            assistant = fusion(assistant, (maps[i + 1], out.logits[i + 1]))
             logits.append(assistant[1])
         return logits
 

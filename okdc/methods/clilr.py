@@ -3,9 +3,11 @@
 Paper: G. Song, W. Chai, Collaborative Learning for Deep Neural Networks (CL), NeurIPS 2018, arXiv 1805.11761; with
     shared layers and rescaled back-propagation it is called CL-ILR.
 Code: none by the authors; the re-implementations in MCL-OKD, in OKDDip and for tensorpack (read, not copied).
-Differs: one flat split instead of a binary tree. The variants weigh and measure the soft loss differently: `paper`
-    (tensorpack's: half cross entropy, no T^2), `paper_t2` (times T^2), `half_kl` (MCL-OKD's), `ramped_kl` (OKDDip's:
-    weight 1 and a ramp of 80 epochs; there gradients also flow into the teaching side, detach_teacher=False).
+Differs: one flat split; --cut EARLY,LATE makes the binary tree (two ways from the early cut, two from each of the late
+    ones, with 4 members), gradients divided at every split. The variants weigh and measure the soft loss differently:
+    `paper` (tensorpack's: half cross entropy, no T^2), `paper_t2` (times T^2), `half_kl` (MCL-OKD's), `ramped_kl`
+    (OKDDip's: weight 1 and a ramp of 80 epochs; there gradients also flow into the teaching side,
+    detach_teacher=False).
 Costs: the tail once more per branch, nothing else.
 """
 

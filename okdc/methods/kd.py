@@ -15,7 +15,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from okdc.cohort import Cohort, CohortOutput
+from okdc.anatomy import inspect
+from okdc.cohort import Cohort, CohortOutput, Cost
 from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
 
@@ -53,6 +54,11 @@ class Kd(Method):
             "ce/target": self.ce_weight * cross_entropy(out.logits[0], labels),
             "kd/target": self.kd_weight * kl(out.logits[0], out.teacher, self.temperature),
         }
+
+    def costs(self) -> tuple[Cost, ...]:
+        teacher = inspect(self._teacher[0], self.cohort.anatomy.input_size)
+        own = Cost("teacher", teacher.params, teacher.params, teacher.flops, teacher.name, frozen=True)
+        return (*self.cohort.costs, own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What moves the method to a device or a memory layout moves the teacher too."""

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
-from okdc.cohort import Cohort
+from okdc.cohort import Cohort, Cost
 from okdc.errors import NetworkError, RecipeError
 from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
@@ -182,6 +182,13 @@ class Lmcl(Method):
                 f"lmcl differentiates the gradients of its networks, and one of them has some that cannot be: "
                 f"{str(error).partition(chr(10))[0]} Choose --method mcl, which does not."
             ) from error
+
+    def costs(self) -> tuple[Cost, ...]:
+        return (*self.cohort.costs, *self.towers.costs(self.cohort.names))
+
+    @classmethod
+    def cost(cls) -> str:
+        return f"{super().cost()}, a branch after each stage"
 
     def strip(self) -> nn.Module:
         self.towers.strip()

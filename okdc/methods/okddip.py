@@ -6,7 +6,8 @@ Code: DefangChen/OKDDip-AAAI2020 (read, not copied): branch networks, attention,
 Differs: the leader is the target, member 0 (the code's is the last branch). The ramp is the code's share of the run, 80
     of 300 epochs (rampup_epochs fixes it). As in the code, gradients also flow into what teaches; the attention learns
     in no other way. detach=logits keeps them from the logits that are mixed, and leaves the attention its own. The code
-    mixes logits, the paper softened probabilities (mix=prob). Every DenseNet branch has a tail of its own.
+    mixes logits, the paper softened probabilities (mix=prob); loss=ce is the code's other loss, without the 1e-7.
+    Every DenseNet branch has a tail of its own.
 Costs: the tail (or a whole network) once more per peer; the attention is 2 x D x D / 8 parameters.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.errors import RecipeError
-from okdc.losses import cross_entropy, kl, rampup
+from okdc.losses import cross_entropy, kl, rampup, soft_cross_entropy
 from okdc.methods._base import Method
 
 
@@ -55,6 +56,7 @@ class Okddip(Method):
         factor: int = 8,
         mix: Literal["logits", "prob"] = "logits",
         detach: Literal["none", "logits"] = "none",
+        loss: Literal["kl", "ce"] = "kl",
         eps: float = 1e-7,
     ) -> None:
         super().__init__(cohort)
@@ -63,6 +65,7 @@ class Okddip(Method):
         self.rampup_epochs = rampup_epochs
         self.mix = mix
         self.detach = detach
+        self.loss = loss
         self.eps = eps
         self.attention = Attention(_common_width(cohort), factor)
 
@@ -93,8 +96,13 @@ class Okddip(Method):
         teachers = (leader_target, *targets.unbind(1))
         parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, students, strict=True)}
         for name, student, teacher in zip(names, students, teachers, strict=True):
-            parts[f"kd/{name}"] = weight * kl(student, teacher, self.temperature, eps=self.eps, detach=False)
+            parts[f"kd/{name}"] = weight * self._kd(student, teacher)
         return parts
+
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.loss == "ce":
+            return self.temperature**2 * soft_cross_entropy(student, teacher, self.temperature, detach=False)
+        return kl(student, teacher, self.temperature, eps=self.eps, detach=False)
 
     def ensemble(self, out: CohortOutput) -> Tensor:
         return torch.stack(out.logits[1:]).mean(0)

@@ -48,6 +48,7 @@ def test_every_loss(name: str) -> None:
     for k, member in enumerate(afd.cohort.names):
         assert_same(parts[f"ce/{member}"], expected[f"ce{k}"])
         assert_same(parts[f"kd/{member}"], expected[f"kl{k}_from{meta['teacher_of'][k]}"])
+        assert_same(parts[f"ce/{member}"] + parts[f"kd/{member}"], expected[f"logit{k}"])
         assert_same(parts[f"critic/{member}"], expected[f"D{k}"])
         assert_same(parts[f"adversarial/{member}"], expected[f"G{k}"])
     for total, kinds in (("logit", ("ce", "kd")), ("D", ("critic",)), ("G", ("adversarial",))):
@@ -118,3 +119,18 @@ def test_an_adversarial_loss_teaches_no_critic_and_a_critic_no_network() -> None
         grads = torch.autograd.grad(loss, [*learners, *others], retain_graph=True, allow_unused=True)
         assert any(g is not None for g in grads[: len(learners)])
         assert all(g is None for g in grads[len(learners) :])
+
+
+def test_a_critic_whose_weights_are_held_at_norm_one() -> None:
+    torch.manual_seed(0)
+    afd = Afd(Cohort(Tiny(), IMAGES, [Branch()], taps=Afd.taps), spectral_norm=True)
+    parts = afd(IMAGES, torch.arange(4))
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in afd.parameters()) and len(parts) == 8
+    critic = afd.critics[0]
+    for _ in range(30):  # each training call refines the estimate of the norm
+        critic(torch.randn(4, 32, 4, 4))
+    assert abs(torch.linalg.matrix_norm(critic.conv1.weight.flatten(1), 2) - 1) < 0.05
+    before = {key: b.clone() for key, b in critic.named_buffers()}
+    critic.as_constant(torch.randn(4, 32, 4, 4))
+    assert all(torch.equal(b, before[key]) for key, b in critic.named_buffers())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -13,7 +15,7 @@ from okdc.losses import kl, rampup
 from okdc.methods import get
 from okdc.methods.ahbf import Ahbf, Fusion
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
+from tests.networks import Depthwise, Tiny
 
 NAMES = {"conv": "fusion.conv", "bn": "fusion.bn", "gate_fc": "gate.fc", "gate_bn": "gate.bn"}
 
@@ -49,6 +51,10 @@ def test_losses_and_gradients(row: int, mode: str) -> None:
     assert_same(parts["kd/branch"], expected[f"r{row}.dkd"])
     total = sum(parts.values())
     assert_same(total, expected[f"r{row}.total"])
+    for key, got in {"ce": ce, "ekd": parts["kd/assistant"], "dkd": parts["kd/branch"], "total": total}.items():
+        assert_same(got, t[f"expected.loss.r{row}.{key}"])
+    assert_same(ahbf.epoch, t["ramp.epoch"][row])
+    assert_same(rampup(ahbf.epoch, 300), t["ramp.weight"][row])
     total.backward()
     for i, leaf in enumerate(branches):
         assert_same(leaf.grad, t[f"expected.grad.r{row}.{mode}.logits.{i}"])
@@ -60,9 +66,14 @@ def test_exact_divergence_and_single_terms() -> None:
     t, meta = load("ahbf_losses")
     branches, fused = [t[f"logits.{i}"] for i in range(4)], [t[f"fused.{i}"] for i in range(3)]
     ahbf = method(4, rampup_epochs=300, eps=0.0)
-    ahbf.epoch.fill_(meta["hyper"]["epochs"][0])
-    parts = ahbf.chain_losses(branches, [branches[0], *fused], t["labels"])
-    assert_same(sum(parts.values()), meta["expected"]["r0.eps0.total"])
+    for row, epoch in enumerate(meta["hyper"]["epochs"]):
+        ahbf.epoch.fill_(epoch)
+        parts = ahbf.chain_losses(branches, [branches[0], *fused], t["labels"])
+        got = {"ekd": parts["kd/assistant"], "dkd": parts["kd/branch"], "total": sum(parts.values())}
+        got["ce"] = sum(v for k, v in parts.items() if k.startswith("ce/"))
+        for key, value in got.items():
+            assert_same(value, meta["expected"][f"r{row}.eps0.{key}"])
+            assert_same(value, t[f"expected.loss.r{row}.eps0.{key}"])
     for i in range(4):
         assert_same(parts[f"ce/{ahbf.cohort.names[i]}"], t["expected.ce.branch"][i])
     for i in range(3):
@@ -74,13 +85,15 @@ def test_exact_divergence_and_single_terms() -> None:
 
 
 def test_fusion_module() -> None:
-    t, _ = load("ahbf_fusion")
+    t, meta = load("ahbf_fusion")
     fusion = fill(Fusion(8, 8).double(), t, "").train()
     inputs = [t[k].requires_grad_() for k in ("feat_ta", "logits_ta", "feat_branch", "logits_branch")]
     feature, logits = fusion((inputs[0], inputs[1]), (inputs[2], inputs[3]))
     assert_same(feature, t["expected.train.feat"])
     assert_same(logits, t["expected.train.logits"])
-    ((logits * t["cot.logits"]).sum() + (feature * t["cot.feat"]).sum()).backward()
+    total = (logits * t["cot.logits"]).sum() + (feature * t["cot.feat"]).sum()
+    assert_same(total, meta["expected"]["cotangent_sum"])
+    total.backward()
     for key, leaf in zip(("feat_ta", "logits_ta", "feat_branch", "logits_branch"), inputs, strict=True):
         assert_same(leaf.grad, t[f"expected.grad.{key}"])
     for own, golden in NAMES.items():
@@ -91,10 +104,13 @@ def test_fusion_module() -> None:
                 assert grad.abs().max() < 1e-12 and expected.abs().max() < 1e-12
             else:
                 assert_same(grad, expected.reshape(grad.shape))
-    assert_same(fusion.bn.running_var, t["expected.buffers.fusion.bn.running_var"])
-    assert_same(fusion.gate_bn.running_mean, t["expected.buffers.gate.bn.running_mean"])
+    for kind in ("mean", "var"):
+        assert_same(fusion.bn.get_buffer(f"running_{kind}"), t[f"expected.buffers.fusion.bn.running_{kind}"])
+        assert_same(fusion.gate_bn.get_buffer(f"running_{kind}"), t[f"expected.buffers.gate.bn.running_{kind}"])
+    assert_same(copy.deepcopy(fusion).gate(feature), t["expected.train.gate"])
     fusion.eval()
     feature, logits = fusion((inputs[0], inputs[1]), (inputs[2], inputs[3]))
+    assert_same(fusion.gate(feature), t["expected.eval.gate"])
     assert_same(feature, t["expected.eval.feat"])
     assert_same(logits, t["expected.eval.logits"])
 
@@ -103,6 +119,7 @@ def test_fusion_of_unequal_widths() -> None:
     t, _ = load("ahbf_fusion_asym")
     fusion = fill(Fusion(8, 14).double(), t, "").train()
     feature, logits = fusion((t["feat_ta"], t["logits_ta"]), (t["feat_branch"], t["logits_branch"]))
+    assert_same(fusion.gate(feature), t["expected.train.gate"])
     assert_same(feature, t["expected.train.feat"])
     assert_same(logits, t["expected.train.logits"])
 
@@ -142,11 +159,15 @@ def test_chain_end_to_end() -> None:
         z.retain_grad()
     out = CohortOutput(tuple(logits), tuple(maps))
     assistants = ahbf.assistants(out)
+    for z in assistants[1:]:
+        z.retain_grad()
     for i in range(4):
         assert_same(logits[i], t[f"expected.logits.{i}"])
     for i in range(3):
         assert_same(assistants[i + 1], t[f"expected.fused.{i}"])
     parts = ahbf.chain_losses(logits, assistants, t["labels"])
+    assert_same(sum(v for k, v in parts.items() if k.startswith("ce/")), expected["ce"])
+    assert_same(rampup(ahbf.epoch, 300), expected["ramp_weight"])
     assert_same(parts["kd/assistant"], expected["ekd"])
     assert_same(parts["kd/branch"], expected["dkd"])
     total = sum(parts.values())
@@ -156,6 +177,9 @@ def test_chain_end_to_end() -> None:
         assert_same(maps[i].grad, t[f"expected.grad.feat.{i}"])
         assert_same(logits[i].grad, t[f"expected.grad.logits.{i}"])
     for i in range(3):
+        assert_same(assistants[i + 1].grad, t[f"expected.grad.fused.{i}"])
+        bias = ahbf.fusions[i].gate_fc.bias.grad, t[f"expected.grad.fusion.{i}.gate.fc.bias"]
+        assert max(x.abs().max() for x in bias) < 1e-12  # before a batch norm: exactly zero up to rounding
         assert_same(ahbf.fusions[i].gate_fc.weight.grad, t[f"expected.grad.fusion.{i}.gate.fc.weight"])
         assert_same(ahbf.fusions[i].gate_bn.weight.grad, t[f"expected.grad.fusion.{i}.gate.bn.weight"])
         assert_same(ahbf.fusions[i].gate_bn.bias.grad, t[f"expected.grad.fusion.{i}.gate.bn.bias"])
@@ -166,12 +190,21 @@ def test_rampup() -> None:
     for tag, length, scale in meta["hyper"]["schedules"]:
         got = torch.stack([scale * rampup(e.double(), length) for e in t[f"{tag}.epoch"]])
         assert_same(got, t[f"{tag}.weight"])
+    # Today's code: half the ramp of 240 epochs, times a weight of 1.5; its settings can still be given one by one.
+    head = method(2, preset="head")
+    got = torch.stack([head.kd_weight * rampup(e.double(), head.rampup_epochs) for e in t["head_len240_half.epoch"]])
+    assert_same(got, 1.5 * t["head_len240_half.weight"])
+    assert method(2, preset="head", kd_weight=1.0).kd_weight == 1.0 and method(2).kd_weight == 1.0
+    assert method(2).rampup_epochs is None and method(2, preset="head", rampup_epochs=9).rampup_epochs == 9
 
 
 def test_depth_rule_on_every_architecture_of_the_paper() -> None:
-    _, meta = load("ahbf_structure")
+    t, meta = load("ahbf_structure")
     assert len(meta["expected"]) == 10
     for key, expected in meta["expected"].items():
+        for kind in ("blocks", "branch_params", "fusion_params"):
+            assert t[f"{key}.{kind}"].tolist() == expected[kind]
+        assert t[f"{key}.totals"].tolist() == [expected[kind] for kind in ("train_total", "trunk", "deployed")]
         extra = int(key.split("_a")[-1].split("_")[0])
         base = expected["blocks"][0]
         for i, blocks in enumerate(expected["blocks"]):
@@ -188,6 +221,7 @@ def test_depth_rule_on_every_architecture_of_the_paper() -> None:
         ("resnet50_M2_a1_K1000", "resnet50", 64, 2, 1, 1000),
         ("cifar_resnet32_M4_a4_K100", "resnet32_cifar", 32, 4, 4, 100),
         ("cifar_resnet32_M4_a2_K10", "resnet32_cifar", 32, 4, 2, 10),
+        ("cifar_resnet110_M4_a4_K100", "resnet110_bottleneck_cifar", 32, 4, 4, 100),
     ],
 )
 def test_parameters_of_what_is_built(key: str, name: str, size: int, members: int, extra: int, classes: int) -> None:
@@ -201,5 +235,14 @@ def test_parameters_of_what_is_built(key: str, name: str, size: int, members: in
     ahbf = get("ahbf")(cohort)
     assert [c.own_params for c in cohort.costs[1:]] == expected["branch_params"][1:]
     assert [sum(p.numel() for p in f.parameters()) for f in ahbf.fusions] == expected["fusion_params"]
-    assert cohort.costs[0].params == expected["deployed"]
+    assert cohort.costs[0].params == expected["deployed"] == expected["trunk"] + expected["branch_params"][0]
     assert sum(p.numel() for p in ahbf.parameters()) == expected["train_total"]
+
+
+def test_peers_whose_maps_are_of_other_sizes_are_fused_on_the_smallest() -> None:
+    torch.manual_seed(0)
+    peers = [Branch(network=Tiny()), Branch(network=Depthwise())]
+    ahbf = get("ahbf")(Cohort(Tiny(), torch.randn(2, 3, 32, 32), peers, taps=Ahbf.taps))
+    parts = ahbf(torch.randn(4, 3, 32, 32), torch.arange(4))
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in ahbf.parameters())

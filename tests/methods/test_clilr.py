@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
 from okdc.methods.clilr import Clilr
-from okdc.replay import divide_gradient
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
+from tests.networks import Tiny, Tokens
 
 How = Literal["sum", "mean"]
 
@@ -107,15 +108,48 @@ def test_okddips_own_code(how: How, key: str) -> None:
     assert_same(target.tail.weight.grad, t[f"expected.grad.{key}.branch.0.conv1x1.weight"])
 
 
+class Levels(nn.Module):
+    """Two 1x1 convolutions with tanh, the mean over the pixels and a linear classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root, self.middle = (nn.Sequential(nn.Conv2d(5, 5, 1, bias=False), nn.Tanh()) for _ in range(2))
+        self.head = nn.Linear(5, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.root(x)).mean((2, 3)))
+
+
 def test_a_tree_of_two_splits() -> None:
-    """Cohorts are flat; what a tree would need of them, dividing at each split, is exact."""
     t, meta = load("cl_ilr")
-    weights = {name: t[f"tree_{name}"].requires_grad_() for name in ("A", "B0", "B1", *(f"head{h}" for h in range(4)))}
-    root = divide_gradient(torch.tanh(t["ilr_x"] @ weights["A"].T), 2)
-    middle = [divide_gradient(torch.tanh(root @ weights[f"B{j}"].T), 2) for j in range(2)]
-    logits = tuple(middle[h // 2] @ weights[f"head{h}"].T for h in range(4))
-    parts = method().losses(CohortOutput(logits), t["labels"])
-    assert_same(sum(parts.values()), meta["tree"]["total"])
-    sum(parts.values()).backward()
+    images = t["ilr_x"].reshape(6, 5, 1, 1).expand(6, 5, 2, 2)
+    plan = Clilr.plan(inspect(Levels().double(), images), cut="middle,root")
+    assert [(b.cut, b.parent) for b in plan] == [("middle", 0), ("root", 0), ("middle", 2)]
+    cohort = Cohort(Levels().double(), images, plan, trunk_gradient="mean")
+    assert cohort.costs[1].flops == cohort.costs[3].flops < cohort.costs[2].flops < cohort.costs[0].flops
+    weights = {f"head{h}": member.head.weight for h, member in enumerate(cohort.members)}
+    weights |= {"A": cohort.target.root[0].weight, "B0": cohort.target.middle[0].weight}
+    weights["B1"] = cohort.branches[1].middle[0].weight
     for name, weight in weights.items():
-        assert_same(weight.grad, t[f"tree_d_{name}"])
+        weight.data = t[f"tree_{name}"].reshape(weight.shape).clone()
+    assert sum(p.numel() for p in cohort.parameters()) == sum(w.numel() for w in weights.values())
+    for again in (cohort, copy.deepcopy(cohort)):
+        parts = Clilr(again)(images, t["labels"])
+        assert_same(sum(parts.values()), meta["tree"]["total"])
+    sum(Clilr(cohort)(images, t["labels"]).values()).backward()
+    for name, weight in weights.items():
+        assert_same(weight.grad.reshape(t[f"tree_d_{name}"].shape), t[f"tree_d_{name}"])
+
+
+@pytest.mark.parametrize("network", [Tiny, Tokens])
+def test_a_tree_shares_what_it_should(network: type[nn.Module]) -> None:
+    images, cuts = torch.randn(4, 3, 32, 32), {Tiny: "stem,early", Tokens: "blocks.1,blocks.3"}[network]
+    target = network()
+    cohort = Cohort(target, images, Clilr.plan(inspect(target, images), cut=cuts), trunk_gradient="mean").eval()
+    own, other = target.state_dict(), cohort.branches[1].state_dict()
+    cohort.branches[0].load_state_dict({k: own[k] for k in cohort.branches[0].state_dict()})
+    cohort.branches[2].load_state_dict({k: other[k] for k in cohort.branches[2].state_dict()})
+    z = cohort(images).logits
+    assert torch.equal(z[0], z[1]) and torch.equal(z[2], z[3]) and not torch.allclose(z[0], z[2])
+    inside = z[0]
+    assert cohort.strip() is target and torch.equal(target(images), inside)

@@ -15,7 +15,7 @@ import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data._pairs import images_per_class, paired_order
-from okdc.errors import DataError, NetworkError, RecipeError
+from okdc.errors import CutError, DataError, NetworkError, RecipeError
 from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
 from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers, tap_places
 from okdc.methods._lookahead import Objective, descend, hypergradient
@@ -460,7 +460,9 @@ def test_where_networks_are_tapped() -> None:
 def test_branches_are_as_large_as_the_spec_counts_them() -> None:
     small = timm.create_model("resnet32_cifar", num_classes=100)
     lmcl = method(small, (timm.create_model("resnet32_cifar", num_classes=100),))
-    assert round(sum(c.own_params for tower in lmcl.towers.cohorts for c in tower.costs) / 1e6, 2) == 2.56
+    assert round(sum(c.own_params for c in lmcl.costs()) / 1e6, 2) == 2.56
+    taps = [f"{name}_tap{k}" for name in ("target", "branch1") for k in (1, 2)]
+    assert [c.name for c in lmcl.costs()] == ["target", "branch1", *taps]
     towers = Towers([timm.create_model("resnet18")], (3, 32, 32), 128, short=True)
     assert round(sum(c.own_params for c in towers.cohorts[0].costs[1:]) / 1e6, 1) == 14.6
     towers.strip()
@@ -500,6 +502,16 @@ class DifferentiableOnce(Tiny):
         return self.head(x.mean((1, 2)))
 
 
+class Moody(Tiny):
+    """What it does depends on how often it has run, so that no branch can be proved."""
+
+    runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Moody.runs += 1
+        return super().forward(x) * Moody.runs
+
+
 class NothingToPartAfter(nn.Module):
     """A network whose whole work is its classifier."""
 
@@ -519,6 +531,11 @@ def hooks(network: nn.Module) -> int:
     ("peer", "error", "said"),
     [
         (DifferentiableOnce, NetworkError, "flash_attention.*--method mcl"),
+        (
+            Moody,
+            CutError,
+            r"a branch after each of early, but Moody .* gives other logits \(by .*\) Choose --method mcl",
+        ),
         (NothingToPartAfter, NetworkError, "no stages that okdc can see"),
     ],
 )

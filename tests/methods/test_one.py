@@ -64,6 +64,7 @@ def test_gate_and_gradients_through_it() -> None:
     t, meta = load("one_gate")
     one = with_golden_gate(method(3), t)
     one.epoch.fill_(meta["hyper"]["epoch"])
+    assert_same(rampup(one.epoch, one.rampup_epochs), meta["expected"]["ramp_weight"])
     out, pooled = inputs(t, 3)
     weights = one.gate(out.shared)
     assert_same(weights, t["expected.train.gate"])

@@ -1,0 +1,121 @@
+"""What training with a method would build and take, found by building it and running it once; nothing is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from okdc import _teacher, assembly, methods, networks
+from okdc._machine import own_randomness, seed_everything
+from okdc.calls import at_rest
+from okdc.cohort import Cost
+from okdc.methods import Method
+from okdc.needs import NOTHING, Needs
+from okdc.recipe import Recipe
+from okdc.sharing import unchanged
+
+IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What would be built, what one forward pass costs per image, and the memory that training takes, in float32."""
+
+    input_size: tuple[int, ...]
+    classes: int
+    networks: tuple[Cost, ...]  # the members, then what else the method runs
+    own_params: int  # trained parameters of the method's own modules
+    trained_params: int
+    flops: int  # of everything that a step runs, forward, per image
+    weights: int  # bytes of parameters and buffers, trained or not
+    activations: int  # bytes per image that are kept for the backward pass
+    teacher_stands_in: bool
+
+    @property
+    def relative(self) -> float:
+        """FLOPs over those of the target trained alone."""
+        return self.flops / self.networks[0].flops
+
+    @property
+    def fixed(self) -> int:
+        """Bytes whatever the batch: weights, and a gradient and a momentum of 4 bytes for each trained parameter."""
+        return self.weights + 8 * self.trained_params
+
+
+def estimate(wanted: Recipe) -> Estimate:
+    """Build the recipe's network and method on the CPU and measure; OkdcError where the one cannot serve the other.
+
+    A method that needs a teacher gets the recipe's, or else a new network like the target that stands in for one.
+    """
+    kind, name = methods.get(wanted.method["name"]), wanted.method["name"]
+    stands_in = kind.needs_teacher and wanted.cohort.teacher is None
+    _teacher.check(wanted.cohort, name, needed=kind.needs_teacher and not stands_in)
+    with own_randomness():
+        seed_everything(wanted.train.seed)
+        target = networks.load(wanted.network)
+        input_size = networks.data_config(target, wanted.network)["input_size"]
+        classes = networks.check_input(target, input_size).shape[1]
+        like = replace(wanted.network, pretrained=False, checkpoint=None)
+        teacher = networks.load(like, classes) if stands_in else None
+        # What is remembered of the training images is not counted: how many there are is not known here.
+        labels = torch.arange(IMAGES * classes) % classes
+        learner = assembly.method(
+            target, wanted, input_size, classes, named=True, teacher=teacher, train_labels=labels
+        )  # fmt: skip
+        return measure(learner, assembly.needs(wanted)[0], stands_in)
+
+
+def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = False) -> Estimate:
+    """Run one forward pass for its FLOPs and one for what it keeps; the method is left as it was."""
+    anatomy, costs = method.cohort.anatomy, method.costs()
+    batch = _batch(method, needs)
+    with unchanged(method), at_rest(method), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        method(*batch)
+    members = {id(p) for p in method.cohort.parameters()}
+    others = sum(p.numel() for p in method.parameters() if p.requires_grad and id(p) not in members)
+    further = costs[len(method.cohort) :]
+    frozen = sum(4 * each.own_params for each in further if each.frozen)
+    held = sum(p.nbytes for p in method.parameters() if p.requires_grad or id(p) in members)
+    return Estimate(
+        input_size=anatomy.input_size,
+        classes=anatomy.num_classes,
+        networks=costs,
+        own_params=others - sum(each.own_params for each in further if not each.frozen),
+        trained_params=sum(p.numel() for p in method.parameters() if p.requires_grad),
+        flops=counter.get_total_flops() // IMAGES,
+        weights=held + frozen + sum(b.nbytes for b in method.buffers()),
+        activations=_kept(method, batch) // IMAGES,
+        teacher_stands_in=teacher_stands_in,
+    )
+
+
+def _batch(method: Method, needs: Needs) -> tuple[Tensor, ...]:
+    """Noise and labels as the method asks for them."""
+    anatomy, first = method.cohort.anatomy, next(method.parameters())
+    views = (len(method.cohort),) if needs.views else ()
+    images = torch.randn(*views, IMAGES, *anatomy.input_size, device=first.device, dtype=first.dtype)
+    indices = torch.arange(IMAGES, device=first.device)
+    labels = indices // 2 % anatomy.num_classes
+    return (images, labels, indices) if needs.indices else (images, labels)
+
+
+def _kept(method: Method, batch: tuple[Tensor, ...]) -> int:
+    """Bytes that one training pass keeps for its gradients beyond the weights themselves; shared memory counts once."""
+    weights = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with unchanged(method), saved_tensors_hooks(keep, lambda tensor: tensor):
+        parts = method.train()(*batch)  # held until the end: memory that is freed could be counted twice
+        total = sum(kept.values())
+    del parts
+    return total

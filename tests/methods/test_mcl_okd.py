@@ -1,0 +1,195 @@
+"""MCL-OKD against the numbers of the authors' own code (tests/golden/mcl_okd_*), in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.losses import memory_scores, nce
+from okdc.methods.mcl_okd import MclOkd
+from okdc.networks import load as load_network
+from okdc.settings import NetworkSettings
+from tests.methods.golden import assert_same, load
+from tests.networks import Tiny, Tokens
+
+LABELS = torch.tensor([0, 1, 2, 3, 1, 2, 3, 3, 2, 3] * 4)  # classes of 4, 8, 12 and 16 images
+ORDER = [2, 0, 1]  # members 0, 1, 2 are the authors' peers 2, 0, 1: their student is the last, okdc's is the target
+
+
+def method(members: int = 3, labels: Tensor = LABELS, **settings: object) -> MclOkd:
+    images = torch.randn(2, 3, 32, 32)
+    cohort = Cohort(Tiny(), images, [Branch("early") for _ in range(members - 1)], taps=MclOkd.taps)
+    return MclOkd(cohort, train_labels=labels, **{"negatives": 16, **settings})
+
+
+def golden_method(t: dict[str, Tensor], hyper: dict) -> MclOkd:
+    settings = {"negatives": hyper["K"], "tau": hyper["tau"], "momentum": hyper["memory_momentum"]}
+    made = method(hyper["M"], width=hyper["feat_dim"], **settings).double()
+    made.heads = nn.ModuleList(nn.Linear(t["features"].shape[2], hyper["feat_dim"]) for _ in ORDER).double()
+    for head, peer in zip(made.heads, ORDER):
+        head.load_state_dict({"weight": t[f"embed{peer}.weight"], "bias": t[f"embed{peer}.bias"]})
+    made.banks.copy_(torch.stack([t[f"memory{peer}"] for peer in ORDER]))
+    return made
+
+
+def embed(made: MclOkd, features: Tensor) -> list[Tensor]:
+    peers = tuple(features[peer] for peer in ORDER)
+    return made.embed(CohortOutput(logits=peers, embeddings=peers))
+
+
+def check_gradients(made: MclOkd, t: dict[str, Tensor], features: Tensor) -> None:
+    assert_same(features.grad, t["grad_features"])
+    for head, peer in zip(made.heads, ORDER):
+        assert_same(head.weight.grad, t[f"grad_embed{peer}.weight"])
+        if f"grad_embed{peer}.bias" in t:
+            assert_same(head.bias.grad, t[f"grad_embed{peer}.bias"])
+
+
+def test_contrast_and_memory() -> None:
+    t, meta = load("mcl_okd_nce")
+    hyper, expected = meta["hyper"], meta["expected"]
+    made, features = golden_method(t, hyper), t["features"].requires_grad_()
+    embeddings = embed(made, features)
+    for embedding, peer in zip(embeddings, ORDER):
+        assert_same(embedding, t["embeddings"][peer])
+    total = torch.zeros((), dtype=torch.float64)
+    for n, pair in enumerate(expected["pairs"]):
+        bank = made.banks[ORDER.index(pair["memory_of"])]
+        scores = memory_scores(
+            bank[t["contrast_index"]], embeddings[ORDER.index(pair["embedding_of"])], hyper["tau"]
+        )  # fmt: skip
+        if n == 0:
+            assert_same(scores.exp() / hyper["n_data"], t["scores_pair0"])
+        loss = nce(scores, hyper["n_data"], eps=hyper["eps"])
+        assert_same(loss, pair["loss"])
+        total = total + loss
+    assert len(expected["pairs"]) == 6
+    assert_same(total, expected["nce_total"])
+    total.backward()
+    check_gradients(made, t, features)
+    made.remember(embeddings, t["sample_index"])
+    for bank, peer in zip(made.banks, ORDER):
+        assert_same(bank, t[f"memory{peer}_after"])
+
+
+def test_whole_loss() -> None:
+    t, meta = load("mcl_okd_total")
+    hyper, expected = meta["hyper"], meta["expected"]
+    made = golden_method(t, hyper)
+    assert (made.temperature, made.gamma, made.alpha, made.beta) == tuple(
+        hyper[key] for key in ("kd_T", "gamma_ce", "alpha_kl", "beta_nce")
+    )
+    features, logits = t["features"].requires_grad_(), t["logits"].requires_grad_()
+    parts = made.contrastive_losses(
+        [logits[peer] for peer in ORDER], embed(made, features), t["labels"], t["contrast_index"]
+    )
+    for name, peer in zip(made.cohort.names, ORDER, strict=True):
+        assert_same(parts[f"ce/{name}"], expected["ce_per_branch"][peer])
+    assert_same(parts["kd/target"], expected["kl_last_from_mean"])
+    nces = [value for key, value in parts.items() if key.startswith("nce/")]
+    assert_same(sum(nces) / made.beta, expected["nce"])
+    assert len(parts) == 3 + 1 + 3
+    assert_same(sum(parts.values()), expected["loss"])
+    sum(parts.values()).backward()
+    assert_same(logits.grad, t["grad_logits"])
+    check_gradients(made, t, features)
+
+
+@pytest.mark.parametrize(("settings", "distinct"), [({}, True), ({"replacement": True}, False), ({"negatives": 30}, 0)])
+def test_negatives_are_drawn_evenly_from_the_other_classes(settings: dict, distinct: bool) -> None:
+    made, indices = method(2, **settings), torch.arange(len(LABELS)).repeat(100)
+    torch.manual_seed(0)
+    rows = made.draw(indices)
+    positives, negatives = rows[:, 0], rows[:, 1:]
+    assert torch.equal(positives, indices) and negatives.shape[1] == made.negatives
+    assert (LABELS[negatives] != LABELS[indices, None]).all()
+    assert all(len(row.unique()) == made.negatives for row in negatives) == distinct
+    drawn = negatives[LABELS[indices] == 1].flatten().bincount(minlength=len(LABELS)).float()
+    mean = drawn.sum() / (LABELS != 1).sum()
+    assert (drawn[LABELS != 1] - mean).abs().max() < 5 * mean.sqrt()
+    assert not torch.equal(made.draw(indices), rows)
+    torch.manual_seed(0)
+    assert torch.equal(made.draw(indices), rows)  # a step that is done again draws the same
+
+
+def test_a_relaxed_positive_is_any_image_of_the_class() -> None:
+    made = method(2, positive="relax")
+    for image in range(10):
+        positives = made.draw(torch.full((400,), image))[:, 0]
+        assert torch.equal(positives.unique(), (LABELS[image] == LABELS).nonzero()[:, 0])
+
+
+def test_only_the_target_learns_from_the_mean_unless_all_shall() -> None:
+    images, labels, indices = torch.randn(8, 3, 32, 32), LABELS[:8], torch.arange(8)
+    keys = [key for key in method()(images, labels, indices) if key.startswith("kd/")]
+    assert keys == ["kd/target"]
+    keys = [key for key in method(distill_all=True)(images, labels, indices) if key.startswith("kd/")]
+    assert keys == ["kd/target", "kd/branch1", "kd/branch2"]
+
+
+def test_contrast_teaches_the_embedding_and_not_the_memory_it_is_held_against() -> None:
+    made, images, indices = method(2), torch.randn(8, 3, 32, 32), torch.arange(8)
+    made(images, LABELS[:8], indices)["nce/branch1"].backward()
+    assert made.heads[1].weight.grad.abs().sum() > 0 and made.heads[0].weight.grad is None
+    assert next(made.cohort.branches[0].late.parameters()).grad is not None
+    assert next(made.cohort.target.late.parameters()).grad is None and not made.banks.requires_grad
+
+
+def test_banks_remember_the_images_of_a_training_batch_alone() -> None:
+    torch.manual_seed(0)
+    made, images, indices = method(), torch.randn(4, 3, 32, 32), torch.tensor([3, 9, 20, 7])
+    before = made.banks.clone()
+    assert before.norm(dim=2).mean() == pytest.approx(1, abs=0.01)
+    made.eval()(images, LABELS[indices], indices)
+    assert torch.equal(made.banks, before)
+    made.train()(images, LABELS[indices], indices)
+    changed = (made.banks != before).any(2)
+    assert torch.equal(changed.nonzero()[:, 1].reshape(3, 4), indices.sort().values.expand(3, 4))
+    torch.testing.assert_close(made.banks[:, indices].norm(dim=2), torch.ones(3, 4))
+    assert "banks" in made.state_dict() and "order" not in made.state_dict()
+
+
+def test_an_image_that_is_twice_in_a_batch_leaves_its_last_embedding() -> None:
+    made, embeddings = method(2, momentum=0.0), nn.functional.normalize(torch.randn(2, 3, 128), dim=2)
+    made.remember(list(embeddings), torch.tensor([5, 6, 5]))
+    torch.testing.assert_close(made.banks[:, 5], embeddings[:, 2])
+    torch.testing.assert_close(made.banks[:, 6], embeddings[:, 1])
+
+
+def test_banks_are_as_large_as_the_card_says() -> None:
+    cohort = Cohort(Tiny(100), torch.randn(2, 3, 32, 32), [Branch("early")] * 3, taps=MclOkd.taps)
+    made = MclOkd(cohort, train_labels=torch.arange(50_000) % 100)
+    assert made.banks.nbytes == 4 * 50_000 * 128 * 4 and not made.replacement
+    assert MclOkd(cohort, train_labels=torch.arange(50_000) % 100, negatives=49_501).replacement
+
+
+def test_scores_of_a_low_temperature_stay_finite() -> None:
+    memory = nn.functional.normalize(torch.randn(4, 9, 16), dim=2)
+    embedding = memory[:, 0].clone().requires_grad_()
+    nce(memory_scores(memory, embedding, 0.005), 1_000_000).backward()
+    assert embedding.grad.isfinite().all()
+
+
+def test_networks_of_unequal_width() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    plan = MclOkd.plan(inspect(Tiny(), images), peers=[Tiny(width=5), Tokens()])
+    made = MclOkd(Cohort(Tiny(), images, plan, taps=MclOkd.taps), train_labels=LABELS, negatives=8)
+    sum(made(images, LABELS[:4], torch.arange(4)).values()).backward()
+    assert [head.in_features for head in made.heads] == [32, 20, 16]
+    assert all(p.grad is not None for p in made.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "cut", "params"), [("resnet32_cifar", "stages.0", 1.82e6), ("resnet34", "layer2", None)]
+)
+def test_branches_have_the_last_two_stages_for_themselves(model: str, cut: str, params: float | None) -> None:
+    side = 64 if model == "resnet34" else 32
+    target = load_network(NetworkSettings(model=model), 100)
+    plan = MclOkd.plan(inspect(target, torch.randn(2, 3, side, side)))
+    assert len(plan) == 3 and {branch.cut for branch in plan} == {cut}
+    if params:
+        cohort = Cohort(target, torch.randn(2, 3, side, side), plan, taps=MclOkd.taps)
+        assert sum(p.numel() for p in cohort.parameters()) == pytest.approx(params, abs=0.01e6)
