@@ -109,11 +109,9 @@ class Lmcl(Method):
         self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None, matched: dict[tuple[int, int], Tensor]
     ) -> dict[str, Tensor]:
         """The weighted terms; the sum over ordered pairs of networks has each pair twice, with the same weight."""
-        terms = mutual_contrast(
-            [network.embeddings for network in taps], labels, rows, {pair: 2 * w for pair, w in matched.items()},
-            tau=self.tau, temperature=self.temperature,
-        )._asdict()  # fmt: skip
-        return {name: weight * terms[name] for name, weight in self.weights.items()}
+        embeddings, twice = [network.embeddings for network in taps], {pair: 2 * w for pair, w in matched.items()}
+        terms = mutual_contrast(embeddings, labels, rows, twice, tau=self.tau, temperature=self.temperature)
+        return {name: weight * getattr(terms, name) for name, weight in self.weights.items()}
 
     def _rows(self, indices: Tensor | None) -> list[Tensor] | None:
         if self.bank is None:
@@ -169,19 +167,16 @@ class Lmcl(Method):
 
     def _try_meta_step(self) -> None:
         """NetworkError, before training, where a network's operations cannot be differentiated twice."""
-        first = next(self.cohort.target.parameters())
-        images = torch.randn(2, *self.cohort.anatomy.input_size, device=first.device, dtype=first.dtype)
-        pair = torch.zeros(2, dtype=torch.long, device=first.device)
+        images = torch.randn(2, *self.cohort.anatomy.input_size).to(next(self.cohort.target.parameters()))
+        pair = torch.zeros(2, dtype=torch.long, device=images.device)
         try:
             self.meta_gradient(images, pair, pair)
         except BaseException as error:
             self.strip()
             if not isinstance(error, RuntimeError):
                 raise
-            raise NetworkError(
-                f"lmcl differentiates the gradients of its networks, and one of them has some that cannot be: "
-                f"{str(error).partition(chr(10))[0]} Choose --method mcl, which does not."
-            ) from error
+            refused = f"lmcl needs second derivatives of its networks: {str(error).partition(chr(10))[0]}"
+            raise NetworkError(f"{refused} Choose --method mcl, which does not.") from error
 
     def costs(self) -> tuple[Cost, ...]:
         return (*self.cohort.costs, *self.towers.costs(self.cohort.names))

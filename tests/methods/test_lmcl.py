@@ -531,11 +531,7 @@ def hooks(network: nn.Module) -> int:
     ("peer", "error", "said"),
     [
         (DifferentiableOnce, NetworkError, "flash_attention.*--method mcl"),
-        (
-            Moody,
-            CutError,
-            r"a branch after each of early, but Moody .* gives other logits \(by .*\) Choose --method mcl",
-        ),
+        (Moody, CutError, r"after each of early, but Moody .* gives other logits \(by .*\)\. Choose --method mcl"),
         (NothingToPartAfter, NetworkError, "no stages that okdc can see"),
     ],
 )
