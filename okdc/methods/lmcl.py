@@ -8,7 +8,7 @@ Differs: the hyper-gradient is exact, where the code's recursion has lost a fact
     code takes the first's for both. The target's own end is judged and ships, never a branch. A network of one stage
     (a ViT) is tapped after each third of its blocks. Peers may differ in widths and in their number of stages.
 Costs: one whole network more, and for each a branch after every stage but the last: about twice its FLOPs on CIFAR.
-    Every 50th step takes the time of ten or more and about three times the memory of others.
+    Every 50th step takes the time of thirteen others and three times their memory (measured, ResNet-20).
 """
 
 from __future__ import annotations
