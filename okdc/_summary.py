@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,6 +31,7 @@ def show_result(result: Result) -> None:
         ("Training time", _time(metrics.get("seconds"))),
         ("Report", str(folder / "report.html")),
         ("Bundle", str(folder / "export") if result.verification else None),
+        *((f"Also trained: {name}", _whereabouts(folder / "byproducts" / name)) for name in result.byproducts),
     ]:
         if value is not None:
             table.add_row(label, value)
@@ -38,6 +40,11 @@ def show_result(result: Result) -> None:
         show_verification(result.verification, f"python {folder / 'export' / 'predict.py'} IMAGE")
     else:
         _next(f"okdc export {folder} --onnx")
+
+
+def _whereabouts(bundle: Path) -> str:
+    """Where a further network of the training is, or that the report says why it is not there."""
+    return str(bundle) if bundle.is_dir() else "not exported; the report says more"
 
 
 def show_verification(verification: dict[str, Any], next_command: str | None = None) -> None:

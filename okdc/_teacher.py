@@ -1,14 +1,21 @@
-"""The trained network that an offline method copies: found by its name, taken only if it knows the data's classes."""
+"""The trained network that a method copies: found by its name, taken only if it knows the data's classes."""
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from okdc import checkpoint, networks
+from okdc._machine import own_randomness
+from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
+
+ENOUGH = 2000  # validation images to see whether a teacher knows anything
 
 
 def check(cohort: CohortSettings, method: str, needed: bool) -> None:
@@ -19,12 +26,17 @@ def check(cohort: CohortSettings, method: str, needed: bool) -> None:
             "checkpoint that names its network, or the name of a network with pre-trained weights."
         )
     if cohort.teacher is not None and not needed:
-        raise RecipeError(f"{method} takes no teacher. Leave out --teacher {cohort.teacher}, or use --method kd.")
+        raise RecipeError(
+            f"{method} takes no teacher. Leave out --teacher {cohort.teacher}, or use --method kd or sokd."
+        )
 
 
-def load(name: str, input_size: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network called `name`, with its own trained classifier; NetworkError unless that has `classes` outputs."""
-    network = networks.load(_settings(name, input_size[0]), classes if runs_code(name) else None)
+def load(name: str, input_size: tuple[int, int, int], classes: int, model: str | None = None) -> nn.Module:
+    """The network called `name`, with its own trained classifier; NetworkError unless that has `classes` outputs.
+
+    `model` is what the user named as the target: a run whose network is that package.module:function may be a teacher.
+    """
+    network = networks.load(_settings(name, input_size[0]), classes if runs_code(name) else None, typed=[model])
     outputs = networks.check_input(network, input_size).shape[1]
     if outputs != classes:
         raise NetworkError(
@@ -32,6 +44,31 @@ def load(name: str, input_size: tuple[int, int, int], classes: int) -> nn.Module
             f"images first (okdc compress --method baseline --model NAME), then --teacher runs/NAME."
         )
     return network
+
+
+def prove(teacher: nn.Module, name: str, data: Data, device: torch.device) -> None:
+    """Say how the teacher does on the first validation images; NetworkError if that is no more than guessing.
+
+    Classes in another order, or images prepared in another way, have no other sign than a student that learns nothing.
+    """
+    right = seen = 0
+    teacher.eval().to(device)
+    with own_randomness(), torch.no_grad():
+        for images, labels in data.validation or ():
+            right += int((teacher(images.to(device)).argmax(1) == labels.to(device)).sum())
+            seen += len(labels)
+            if seen >= ENOUGH:
+                break
+    if not seen:
+        return
+    share, chance = right / seen, 1 / len(data.classes)
+    if share <= chance + 2 * math.sqrt(chance * (1 - chance) / seen):
+        raise NetworkError(
+            f"the teacher {name} is right on {share:.1%} of {seen:,} validation images, and guessing would be on "
+            f"{chance:.1%}: it knows other classes, or the same in another order, or images prepared in another way. "
+            "Train it on these images first (okdc compress --method baseline --model NAME), then --teacher runs/NAME."
+        )
+    print(f"Teacher {name}: top-1 {share:.2%} of {seen:,} validation images.", file=sys.stderr, flush=True)
 
 
 def _settings(name: str, in_chans: int) -> NetworkSettings:

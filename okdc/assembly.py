@@ -82,6 +82,17 @@ def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
     return target
 
 
+def teacher(wanted: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
+    """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
+    name = wanted.cohort.teacher
+    if name is None:
+        return None
+    network = _teacher.load(name, data.preprocess["input_size"], len(data.classes), wanted.network.model)
+    if not proved:
+        _teacher.prove(network, name, data, choose_device(wanted.train.device))
+    return network
+
+
 def method(
     target: nn.Module,
     wanted: Recipe,
@@ -94,8 +105,8 @@ def method(
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
     `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
-    branches may be newly made rather than redrawn copies. `teacher` takes the place of the one that the recipe names.
-    `train_labels` (N,) are those of the training images, where they are known.
+    branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
+    are those of the training images, where they are known.
     """
     kind = methods.get(wanted.method["name"])
     cohort, network = wanted.cohort, wanted.network
@@ -103,10 +114,8 @@ def method(
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     _refuse_contradictions(cohort)
     given: dict[str, Any] = {}
-    if teacher is None and kind.needs_teacher and cohort.teacher:
-        teacher = _teacher.load(cohort.teacher, input_size, classes)
     if teacher is not None:
-        given["teacher"] = teacher
+        given["teacher"] = teacher.to(first.device)
     if "train_labels" in python_inspect.signature(kind.__init__).parameters:
         given["train_labels"] = train_labels
     planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too

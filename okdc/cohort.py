@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from okdc.anatomy import Anatomy, inspect
 from okdc.calls import at_rest, layout
 from okdc.errors import CutError, NetworkError
-from okdc.growth import born, grow, narrow
+from okdc.growth import born, grow
+from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
 from okdc.sharing import TOLERANCE, before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 

@@ -61,6 +61,8 @@ def estimate(wanted: Recipe) -> Estimate:
         classes = networks.check_input(target, input_size).shape[1]
         like = replace(wanted.network, pretrained=False, checkpoint=None)
         teacher = networks.load(like, classes) if stands_in else None
+        if wanted.cohort.teacher:
+            teacher = _teacher.load(wanted.cohort.teacher, input_size, classes, wanted.network.model)
         # What is remembered of the training images is not counted: how many there are is not known here.
         labels = torch.arange(IMAGES * classes) % classes
         learner = assembly.method(

@@ -39,11 +39,6 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
-def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over all elements of (student - teacher)^2, two maps (B, D, H, W); the teacher is a constant."""
-    return F.mse_loss(_full(student), _full(teacher.detach()))
-
-
 def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
     """Logarithms (B, 1 + K) of how alike embeddings (B, D) and rows of a memory (B, 1 + K, D) are: e^(cosine / T) / Z.
 
@@ -65,6 +60,26 @@ def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
     all_told = log_g.exp() + noise + eps
     truth = log_g[:, 0] - all_told[:, 0].log()
     return -(truth + (noise / all_told[:, 1:]).log().sum(dim=1)).mean()
+
+
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of feature maps (B, D, H, W), the teacher's a constant (FitNets, Romero et al. 2015)."""
+    return F.mse_loss(_full(student), _full(teacher.detach()))
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """The same of where two maps (B, D_i, H, W) are active: mean squares over D_i, of length 1 (Zagoruyko 2017)."""
+    student, teacher = (F.normalize(_full(x).square().mean(1).flatten(1)) for x in (student, teacher.detach()))
+    return F.mse_loss(student, teacher)
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """||G_s - G_t||^2 / B^2, G the rows, of length 1, of the images' inner products (Tung and Mori 2019).
+
+    Maps (B, D_i, H, W) of any size; the teacher's is a constant.
+    """
+    student, teacher = (_full(x).flatten(1) for x in (student, teacher.detach()))
+    return F.mse_loss(F.normalize(student @ student.T), F.normalize(teacher @ teacher.T))
 
 
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:

@@ -230,7 +230,8 @@ def _saved(folder: Path, asked: NetworkSettings, typed: Collection[str | None]) 
     if runs_code(saved.model) and saved.model not in typed:
         raise NetworkError(
             f"{folder} holds the network of {saved.model}, which is Python code that is not run unasked. "
-            f"If you trust it, type --model {saved.model}."
+            f"If you trust it, type --model {saved.model}, or give a function of yours that loads it, as "
+            "package.module:function."
         )
     return saved
 

@@ -76,9 +76,8 @@ def compress(
         with assembly.at_home(target):
             input_size, classes = data.preprocess["input_size"], len(data.classes)
             named = not isinstance(model, nn.Module)
-            learner = assembly.method(
-                target, wanted, input_size, classes, named, train_labels=data.train_labels
-            )  # fmt: skip
+            teacher = assembly.teacher(wanted, data, proved=last is not None)
+            learner = assembly.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
             facts = _student_facts(arch, isinstance(model, nn.Module), data)
             try:
                 state = train.fit(
@@ -252,7 +251,7 @@ def _facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> di
             "settings": {k: v for k, v in wanted.method.items() if k != "name"},
         },
         "members": members,
-        "trained_params": sum(p.numel() for p in learner.parameters()),
+        "trained_params": sum(p.numel() for p in learner.parameters() if p.requires_grad),
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],

@@ -53,7 +53,7 @@ class CohortSettings:
         None, "trunk: branches share the layers before the cut; none: whole peer networks", choices=("trunk", "none")
     )
     peers: list[str] = _setting([], "networks that learn beside the target (comma separated names)")
-    teacher: str | None = _setting(None, "trained network to copy: its name, a run folder or a checkpoint (kd only)")
+    teacher: str | None = _setting(None, "trained network to copy: its name, a run folder or a checkpoint (kd, sokd)")
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def on_its_own(member: nn.Module) -> nn.Module:
                     module._modules[key] = child._original[0]
     for module in network.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for handle in [handle for handle, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
-                del hooks[handle]
+            for number in [n for n, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
+                del hooks[number]
     network.zero_grad()
     return network
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from math import isqrt
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from okdc.methods._base import Method
+
+
+class Ensemble(nn.Module):
+    """All that a method trains as one network: a copy of it, images (B, C, H, W) to what its ensemble says (B, C)."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = copy.deepcopy(method)
+        self.method.zero_grad()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.method.ensemble(self.method.cohort(images))
 
 
 def on_one_grid(maps: Sequence[Tensor], aspect: float) -> list[Tensor]:

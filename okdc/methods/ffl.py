@@ -7,6 +7,7 @@ Differs: the divergence is exact (the code adds 1e-7 to every target probability
     the run, 80 of 300 epochs (rampup_epochs fixes it), one optimizer trains everything, the fusion module at its own
     weight decay. Maps of unequal networks are pooled to the smallest grid; the paper allows them, no code shows them.
 Costs: the tail (or a whole network) once more per branch, and one depthwise and one 1x1 convolution on the last maps.
+    The fused classifier, with all sub-networks, is a by-product.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, rampup
 from okdc.methods._base import Method
-from okdc.methods._parts import on_one_grid
+from okdc.methods._parts import Ensemble, on_one_grid
 
 
 class Fusion(nn.Module):
@@ -84,6 +85,10 @@ class Ffl(Method):
     def ensemble(self, out: CohortOutput) -> Tensor:
         height, width = self.cohort.anatomy.input_size[1:]
         return self.fusion(on_one_grid(out.feature_maps, height / width))
+
+    def byproducts(self) -> dict[str, nn.Module]:
+        """The fused classifier with all sub-networks (the paper's FFL)."""
+        return {"fused": Ensemble(self)}
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         fusion = list(self.fusion.parameters())

@@ -106,7 +106,7 @@ class Pcl(Method):
         return self.head(out.embeddings)
 
     @torch.no_grad()
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
+    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Move the averages towards the cohort: a running mean at first, later one that forgets."""
         self.steps += 1
         weight = max(1 / self.steps, 1 - self.decay)

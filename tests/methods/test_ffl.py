@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from okdc import _shipped
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import rampup
 from okdc.methods._parts import on_one_grid
 from okdc.methods.ffl import Ffl, Fusion
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
+from tests.networks import Depthwise, Tiny, Tokens
 
 
 def method(members: int = 2, **settings: object) -> Ffl:
@@ -139,3 +142,27 @@ def test_tokens_are_laid_out_as_the_grid_of_patches() -> None:
     assert torch.equal(same, small) and pooled[0, 0, 0, 0] == grid[0, 0, :2, :2].mean()
     for aspect in (0.05, 0.3, 1.0, 20.0):
         assert all(on_one_grid([torch.randn(1, 2, n, 1)], aspect)[0].numel() for n in range(1, 20))
+
+
+@pytest.mark.parametrize("peers", [[], [Depthwise()]], ids=["branch", "peer"])
+def test_the_fused_classifier_is_a_network_that_can_be_exported(peers: list, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(5, 3, 32, 32)
+    target = Tiny()
+    ffl = Ffl(Cohort(target, images, Ffl.plan(inspect(target, images), peers=peers), taps=Ffl.taps))
+    sum(ffl(images, torch.arange(5) % 4).values()).backward()
+    expected = ffl.eval().ensemble(ffl.cohort(images)).detach()
+    fused = ffl.byproducts()["fused"].eval()
+    assert not any(p.grad is not None for p in fused.parameters())
+    assert not {id(p) for p in fused.parameters()} & {id(p) for p in ffl.parameters()}
+    ffl.strip()
+    with torch.no_grad():
+        for p in ffl.parameters():
+            p.zero_()
+        torch.testing.assert_close(fused(images), expected)
+    to_onnx = _shipped.target("onnx")
+    facts = to_onnx.write(fused, images, tmp_path / "fused.onnx")
+    assert facts["path"] == "dynamo" and facts["dynamic_batch"]
+    run = to_onnx.runner(tmp_path / "fused.onnx")
+    for size in (1, 2, 5):
+        assert_same(torch.from_numpy(run(images[:size].numpy())), expected[:size], 1e-4)

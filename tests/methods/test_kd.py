@@ -55,7 +55,7 @@ def test_the_teacher_is_never_trained_nor_saved() -> None:
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     own = {id(p) for p in teacher.parameters()}
     assert not own & {id(p) for p in kd.parameters()} and len(kd.cohort.costs) == 1
-    assert sum(v.numel() for v in kd.state_dict().values()) == 2 + sum(
+    assert sum(v.numel() for v in kd.state_dict().values()) == 3 + sum(  # epoch, epochs, lr
         v.numel() for v in kd.cohort.target.state_dict().values()
     )
     taught, out = teacher(images), kd.cohort.eval()(images)
