@@ -42,9 +42,9 @@ class Branch:
     """The plan of one auxiliary member.
 
     `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
-    are appended to each stage that it has for itself, early to late, `network` another architecture for a peer, `width`
-    the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]), `parent` the member from which
-    it parts, an earlier one: another than the target makes a tree.
+    are appended to each stage that it has for itself, early to late (or, negative, taken away), `network` another
+    architecture for a peer, `width` the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]),
+    `parent` the member from which it parts, an earlier one: another than the target makes a tree.
     """
 
     cut: str | None = None

@@ -1,4 +1,4 @@
-"""How a branch comes to differ from the target: deeper by further blocks, and born with weights of its own."""
+"""How a branch comes to differ from the target: deeper or shallower, and born with weights of its own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ class Chain(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("first"), name)
+
+
+class Skipped(nn.Module):
+    """Stands where a shape-keeping block was taken away."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return x
 
 
 class ResidualConv(nn.Module):
@@ -75,7 +82,10 @@ def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrai
     """Append `count` newly born blocks to one stage of a sibling of the target, and say which: its own or okdc's.
 
     The network's own last block is copied (same type, same shapes); where the stage pools, this is before the pooling.
+    A negative `count` takes so many of the stage's last blocks away.
     """
+    if count < 0:
+        return _shorten(network, stage, -count)
     if stage.blocks:
         names = stage.blocks[-1]
         run = [network.get_submodule(name) for name in names]
@@ -91,6 +101,13 @@ def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrai
     place = network.get_submodule(parent)
     place._modules[leaf] = Chain(network.get_submodule(names[-1]), blocks)
     return f"{count} x {kind} after {names[-1]}"
+
+
+def _shorten(network: nn.Module, stage: Stage, count: int) -> str:
+    for name in (name for run in stage.blocks[-count:] for name in run):
+        parent, _, leaf = name.rpartition(".")
+        network.get_submodule(parent)._modules[leaf] = Skipped()
+    return f"{count} fewer in {stage.first}"
 
 
 def _copy_run(run: list[nn.Module]) -> nn.Module:

@@ -31,7 +31,7 @@ ALLOWED = {
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "narrowing", "replay", "sharing"},
     "needs": set(),
-    "methods": {"anatomy", "cohort", "errors", "growth", "losses", "methods", "needs"},
+    "methods": {"anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
     # data and training
     "data": {"data", "needs"} | RECIPE,
     "checkpoint": {"errors"},
@@ -118,7 +118,7 @@ def test_methods_do_not_know_each_other() -> None:
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("okdc.methods")
         }
-        assert modules <= {"okdc.methods._base", "okdc.methods._parts"}, file.name
+        assert all(module.startswith("okdc.methods._") for module in modules), file.name
 
 
 def test_export_targets_know_nothing_of_okdc() -> None:

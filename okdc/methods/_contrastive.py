@@ -1,0 +1,173 @@
+"""Mutual contrastive learning, which MCL and L-MCL share. Also: S taps, d width of embeddings, K candidates, N images.
+
+Anchors are the images of a batch; candidates are the batch itself, or rows of memory banks. See Yang et al., AAAI 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from okdc.errors import DataError
+
+
+class EmbeddingHead(nn.Module):
+    """Linear, ReLU, Linear, and unit length: features (B, D) to embeddings (B, d), in at least float32."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(self.fc2(F.relu(self.fc1(features.to(self.fc1.weight.dtype)))))
+
+
+class Terms(NamedTuple):
+    """Contrast within each network (vcl) and between networks (icl), and the imitation of each other's (soft)."""
+
+    vcl: Tensor
+    soft_vcl: Tensor
+    icl: Tensor
+    soft_icl: Tensor
+
+
+def mutual_contrast(
+    embeddings: Sequence[Tensor],
+    labels: Tensor,
+    rows: Sequence[Tensor] | None = None,
+    weights: Mapping[tuple[int, int], Tensor] | None = None,
+    *,
+    tau: float,
+    temperature: float,
+) -> Terms:
+    """The four terms, summed over all pairs i < j of networks and of their taps, each pair taken both ways.
+
+    Network i gives embeddings (S_i, B, d). Candidates are the batch, labels (B,) or (B, C), or where given `rows`
+    (B, K, d) of each network's bank: own, same class, others. `weights[i, j]` (S_i, S_j, B) are those of the anchors.
+    """
+    pairs = []
+    with torch.autocast(embeddings[0].device.type, enabled=False):
+        for i, j in combinations(range(len(embeddings)), 2):
+            a, b = embeddings[i], embeddings[j]
+            weight = a.new_ones(len(a), len(b), a.shape[1]) if weights is None else weights[i, j]
+            if rows is None:
+                pairs.append(_in_batch(a, b, weight, labels, tau, temperature))
+            else:
+                pairs.append(_in_banks(a, b, weight, rows[i], rows[j], tau, temperature))
+    return Terms(*(torch.stack(values).sum() for values in zip(*pairs, strict=True)))
+
+
+def _in_batch(a: Tensor, b: Tensor, weight: Tensor, labels: Tensor, tau: float, temperature: float) -> Terms:
+    """Anchors (S, B, d) of two networks against the batch; no image is its own candidate, in the other network too."""
+    labels = labels if labels.dim() == 1 else labels.argmax(1)
+    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positives = others & (labels[:, None] == labels)
+    inter = a[:, None] @ b[None].mT / tau
+    vcl = _both_ways((a @ a.mT / tau)[:, None], (b @ b.mT / tau)[None], positives, others, weight, temperature)
+    icl = _both_ways(inter, inter.mT, positives, others, weight, temperature)
+    return Terms(*vcl, *icl)
+
+
+def _in_banks(
+    a: Tensor, b: Tensor, weight: Tensor, rows_a: Tensor, rows_b: Tensor, tau: float, temperature: float
+) -> Terms:
+    """Anchors (S, B, d) against bank rows (B, K, d); the image itself is a positive, in the other network's bank."""
+
+    def logits(anchors: Tensor, rows: Tensor) -> Tensor:
+        return torch.einsum("sbd,bkd->sbk", anchors, rows) / tau
+
+    everything = torch.ones(rows_a.shape[:2], dtype=torch.bool, device=a.device)
+    positives = everything.cumsum(1) <= 2  # own and same class
+    own_a, own_b = logits(a, rows_a[:, 1:])[:, None], logits(b, rows_b[:, 1:])[None]
+    vcl = _both_ways(own_a, own_b, positives[:, 1:], everything[:, 1:], weight, temperature)
+    other_a, other_b = logits(a, rows_b)[:, None], logits(b, rows_a)[None]
+    icl = _both_ways(other_a, other_b, positives, everything, weight, temperature)
+    return Terms(*vcl, *icl)
+
+
+def _both_ways(
+    first: Tensor, second: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    hard = contrast(first, positives, candidates, weight) + contrast(second, positives, candidates, weight)
+    soft = imitation(first, second, weight, temperature) + imitation(second, first, weight, temperature)
+    return hard, soft
+
+
+def contrast(logits: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor) -> Tensor:
+    """InfoNCE of logits (..., B, K) with masks (B, K) and weights (..., B): mean over positives, then over anchors.
+
+    Anchors without a positive are left out of the mean, which is 0 where there is no other.
+    """
+    # A finite floor: a row without a candidate would otherwise have a gradient that is not a number.
+    floor = torch.finfo(logits.dtype).min
+    log_p = logits - logits.masked_fill(~candidates, floor).logsumexp(-1, keepdim=True)
+    count = positives.sum(-1)
+    each = -log_p.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
+    return (weight * each).sum() / (count > 0).sum().clamp_min(1)
+
+
+def imitation(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """`losses.kl` of logits (..., B, K), weights (..., B), summed over what leads; all candidates count, own too."""
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    log_p = F.log_softmax(teacher.detach() / temperature, dim=-1)
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return temperature**2 * (weight * each).mean(-1).sum()
+
+
+class Bank(nn.Module):
+    """The last embedding of every training image in each of M networks, and the images that each is compared with.
+
+    DataError without `labels` (N,), or where they are of one class.
+    """
+
+    rows: Tensor
+    order: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    def __init__(self, labels: Tensor | None, networks: int, width: int, negatives: int, momentum: float) -> None:
+        super().__init__()
+        if labels is None or len(labels.unique()) < 2:
+            given = "none" if labels is None else "one class alone"
+            raise DataError(
+                f"a memory bank compares each image with others of its class and of other classes, and needs the "
+                f"label of every training image; got {given}. Give --data, or --set method.memory=false."
+            )
+        self.negatives, self.momentum = negatives, momentum
+        spread = 1 / sqrt(width / 3)
+        self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
+        counts = labels.bincount()
+        for name, value in {
+            "order": labels.argsort(stable=True), "starts": (counts.cumsum(0) - counts)[labels],
+            "counts": counts[labels],
+        }.items():  # fmt: skip
+            self.register_buffer(name, value, persistent=False)
+
+    def draw(self, indices: Tensor) -> Tensor:
+        """Of each image (B,): itself, one of its class, and `negatives` of other classes, (B, 2 + negatives)."""
+        start, count = self.starts[indices, None], self.counts[indices, None]
+        alike = self.order[start + self._below(count, 1)]
+        place = self._below(len(self.order) - count, self.negatives)
+        return torch.cat([indices[:, None], alike, self.order[place + (place >= start) * count]], 1)
+
+    def gather(self, drawn: Tensor) -> list[Tensor]:
+        """The rows of images (B, K) in each network's bank, M times (B, K, d)."""
+        return [rows[drawn] for rows in self.rows]
+
+    @torch.no_grad()
+    def update(self, indices: Tensor, embeddings: Sequence[Tensor]) -> None:
+        """Move the rows of images (B,) towards what M networks now give for them, (B, d) each, at unit length."""
+        for rows, new in zip(self.rows, embeddings, strict=True):
+            rows[indices] = F.normalize(self.momentum * rows[indices] + (1 - self.momentum) * new)
+
+    @staticmethod
+    def _below(limit: Tensor, draws: int) -> Tensor:
+        return torch.randint(2**31 - 1, (len(limit), draws), device=limit.device) % limit

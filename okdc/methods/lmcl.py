@@ -1,0 +1,200 @@
+"""Networks that contrast and imitate the embeddings of each other's stages, paired by weights that are learned.
+
+Paper: C. Yang, Z. An, H. Zhou, F. Zhuang, Y. Xu, Q. Zhang, Online Knowledge Distillation via Mutual Contrastive
+    Learning for Visual Recognition, TPAMI 2023 (document 10073628), arXiv 2207.11518.
+Code: winycg/L-MCL (read, not copied): its losses, aggregator, weight network and meta-optimizer.
+Differs: the hyper-gradient is exact, where the code's recursion has lost a factor (the weight decay), and batch norm's
+    running statistics do not see the look-ahead. With memory=true each network is contrasted with its own bank; the
+    code takes the first's for both. The target's own end is judged and ships, never a branch. A network of one stage
+    (a ViT) is tapped after each third of its blocks. Peers may differ in widths and in their number of stages.
+Costs: one whole network more, and for each a branch after every stage but the last: about twice its FLOPs on CIFAR.
+    Every 50th step takes the time of thirteen others and three times their memory (measured, ResNet-20).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector
+
+from okdc.cohort import Cohort, Cost
+from okdc.errors import NetworkError, RecipeError
+from okdc.losses import cross_entropy, kl
+from okdc.methods._base import Method
+from okdc.methods._contrastive import Bank, mutual_contrast
+from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers
+from okdc.methods._lookahead import descend, hypergradient
+from okdc.needs import Needs
+from okdc.replay import random_state, set_random_state
+
+
+class Lmcl(Method):
+    """Layer-wise Mutual Contrastive Learning between whole networks; the target, member 0, ships."""
+
+    share = "none"
+
+    matching_momentum: Tensor
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        branch_depth: Literal["full", "first_block"] = "full",
+        memory: bool = False,
+        vcl: float = 0.1,
+        soft_vcl: float = 1.0,
+        icl: float = 0.1,
+        soft_icl: float = 1.0,
+        tau: float = 0.1,
+        temperature: float = 3.0,
+        width: int = 128,
+        negatives: int = 8192,
+        memory_momentum: float = 0.5,
+        meta_every: int = 50,
+        meta_steps: int = 2,
+        meta_momentum: float = 0.9,
+        meta_weight_decay: float = 5e-4,
+        detach_weight_inputs: bool = False,
+        train_labels: Tensor | None = None,
+    ) -> None:
+        super().__init__(cohort)
+        if cohort.cut is not None or meta_every < 1:
+            wrong = f"meta_every={meta_every}" if meta_every < 1 else "members that share a trunk"
+            raise RecipeError(f"lmcl got {wrong}; expected whole networks (--share none) and meta_every of 1 or more.")
+        self.weights = {"vcl": vcl, "soft_vcl": soft_vcl, "icl": icl, "soft_icl": soft_icl}
+        self.tau = tau
+        self.temperature = temperature
+        self.meta_every = meta_every
+        self.meta_steps = meta_steps
+        self.meta_sgd = {"momentum": meta_momentum, "weight_decay": meta_weight_decay}
+        self.detach_weight_inputs = detach_weight_inputs
+        self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
+        self.towers = Towers(cohort.members, cohort.anatomy.input_size, width, branch_depth == "first_block")
+        self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
+        self.matching = Matching(self.towers.widths).requires_grad_(False)  # the optimizer of the networks lets it be
+        self.register_buffer("matching_momentum", torch.zeros_like(parameters_to_vector(self.matching.parameters())))
+        self._counted = (-1, 0)  # the epoch, and the steps that were taken in it
+        self._epoch_version = -1
+        self._try_meta_step()
+
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+        taps, rows = self.towers(images), self._rows(indices)
+        parts = self.layered_losses(taps, labels, rows)
+        if self.bank is not None and self.training:
+            assert indices is not None
+            self.bank.update(indices, [network.embeddings[-1] for network in taps])
+        return parts
+
+    def layered_losses(self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """Spec section 4 on what the networks said; `rows` of the banks as `mutual_contrast` takes them."""
+        parts, names = {}, self.cohort.names
+        aggregated = [a(x.logits, x.features) for a, x in zip(self.aggregators, taps, strict=True)]
+        for name, network, mixed in zip(names, taps, aggregated, strict=True):
+            parts[f"ce/{name}"] = self._labelled(network, labels)
+            parts[f"ce/{name}_mixed"] = cross_entropy(mixed, labels)
+            taught = [kl(network.logits[-1], teacher, self.temperature) for teacher in aggregated]
+            parts[f"kd/{name}"] = torch.stack(taught).sum()
+        with torch.no_grad():
+            matched = self.matching([network.features for network in taps])
+        return parts | self._contrast(taps, labels, rows, matched)
+
+    def _labelled(self, network: Taps, labels: Tensor) -> Tensor:
+        return torch.stack([cross_entropy(z, labels) for z in network.logits]).sum()
+
+    def _contrast(
+        self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None, matched: dict[tuple[int, int], Tensor]
+    ) -> dict[str, Tensor]:
+        """The weighted terms; the sum over ordered pairs of networks has each pair twice, with the same weight."""
+        embeddings, twice = [network.embeddings for network in taps], {pair: 2 * w for pair, w in matched.items()}
+        terms = mutual_contrast(embeddings, labels, rows, twice, tau=self.tau, temperature=self.temperature)
+        return {name: weight * getattr(terms, name) for name, weight in self.weights.items()}
+
+    def _rows(self, indices: Tensor | None) -> list[Tensor] | None:
+        if self.bank is None:
+            return None
+        assert indices is not None  # `needs` asked for them
+        return self.bank.gather(self.bank.draw(indices))
+
+    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        """At steps 0, meta_every, 2 meta_every .. of an epoch, move the matching by this batch's hyper-gradient."""
+        if self.epoch._version != self._epoch_version:  # the device is asked for the epoch only when that was written
+            self._epoch_version = self.epoch._version
+            if self._counted[0] != int(self.epoch):
+                self._counted = int(self.epoch), 0
+        epoch, step = self._counted
+        self._counted = epoch, step + 1
+        if step % self.meta_every == 0:
+            found = self.meta_gradient(images, labels, indices)
+            descend(list(self.matching.parameters()), found, self.matching_momentum, self.lr, **self.meta_sgd)
+
+    def meta_gradient(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+        """What the labels say of the matching: d CE / d each of its parameters, a few steps ahead of here.
+
+        Networks and heads first take `meta_steps` steps on the contrast alone and one on the labels, all on this batch.
+        They do so as tensors on the side: parameters, buffers and random numbers are afterwards what they were.
+        """
+        moving = {name: p.detach() for name, p in self.towers.named_parameters() if p.requires_grad}
+        buffers = {name: b.clone() for name, b in self.towers.named_buffers()}
+        asked = dict(self.matching.named_parameters())
+        state = random_state()
+
+        def taps(theta: list[Tensor]) -> list[Taps]:
+            return functional_call(self.towers, dict(zip(moving, theta, strict=True)) | buffers, (images,))
+
+        def contrast(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
+            seen = taps(theta)
+            features = [x.features.detach() if self.detach_weight_inputs else x.features for x in seen]
+            matched = functional_call(self.matching, dict(zip(asked, phi, strict=True)), (features,))
+            return torch.stack(list(self._contrast(seen, labels, rows, matched).values())).sum()
+
+        def labelled(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
+            return torch.stack([self._labelled(network, labels) for network in taps(theta)]).sum()
+
+        try:
+            rows = self._rows(indices)
+            # Fused attention can be differentiated once, and two derivatives of bfloat16 are noise.
+            with sdpa_kernel(SDPBackend.MATH), torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+                return hypergradient(
+                    [contrast] * self.meta_steps + [labelled], labelled, list(moving.values()), list(asked.values()),
+                    lr=float(self.lr), **self.meta_sgd,
+                )  # fmt: skip
+        finally:
+            set_random_state(state)
+
+    def _try_meta_step(self) -> None:
+        """NetworkError, before training, where a network's operations cannot be differentiated twice."""
+        images = torch.randn(2, *self.cohort.anatomy.input_size).to(next(self.cohort.target.parameters()))
+        pair = torch.zeros(2, dtype=torch.long, device=images.device)
+        try:
+            self.meta_gradient(images, pair, pair)
+        except BaseException as error:
+            self.strip()
+            if not isinstance(error, RuntimeError):
+                raise
+            refused = f"lmcl needs second derivatives of its networks: {str(error).partition(chr(10))[0]}"
+            raise NetworkError(f"{refused} Choose --method mcl, which does not.") from error
+
+    def costs(self) -> tuple[Cost, ...]:
+        return (*self.cohort.costs, *self.towers.costs(self.cohort.names))
+
+    @classmethod
+    def cost(cls) -> str:
+        return f"{super().cost()}, a branch after each stage"
+
+    def strip(self) -> nn.Module:
+        self.towers.strip()
+        return super().strip()
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._counted)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._counted = int(state[0]), int(state[1])
+
+    @classmethod
+    def needs(cls, *, memory: bool = False, **settings: Any) -> Needs:
+        return Needs(indices=True) if memory else Needs(pairs=True)

@@ -1,0 +1,111 @@
+"""Networks that embed images of one class close together, and imitate each other's embeddings.
+
+Paper: C. Yang, Z. An, L. Cai, Y. Xu, Mutual Contrastive Learning for Visual Representation Learning, AAAI 2022,
+    doi 10.1609/aaai.v36i3.20211, arXiv 2104.12565.
+Code: winycg/MCL (read, not copied): its loss, sampler, memory and commands.
+Differs: the target is member 0. With three members or more and logit_kd it is the one that learns from the mean logits
+    (the code's is the last). An image without another of its class in the batch is left out of the contrast, where the
+    code gives NaN. Negatives of the memory are drawn on the device, by the labels, not by the data set.
+Costs: one whole network more (or with members=3 and more, the last two stages each) and a head of two small layers.
+    memory=true keeps an embedding of every training image and network, and reads 8194 of them for each image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okdc.anatomy import Anatomy
+from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.losses import cross_entropy, kl
+from okdc.methods._base import Method
+from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
+from okdc.needs import Needs
+
+
+class Mcl(Method):
+    """Mutual Contrastive Learning on the last embedding: within the batch, or with `memory` against a memory bank."""
+
+    share = "none"
+    taps = ("embedding",)
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        *,
+        memory: bool = False,
+        vcl: float = 0.1,
+        soft_vcl: float = 1.0,
+        icl: float = 0.1,
+        soft_icl: float = 1.0,
+        tau: float = 0.1,
+        temperature: float = 3.0,
+        logit_kd: bool = False,
+        width: int = 128,
+        negatives: int = 8192,
+        memory_momentum: float = 0.5,
+        train_labels: Tensor | None = None,
+    ) -> None:
+        super().__init__(cohort)
+        self.weights = {"vcl": vcl, "soft_vcl": soft_vcl, "icl": icl, "soft_icl": soft_icl}
+        self.tau = tau
+        self.temperature = temperature
+        self.logit_kd = logit_kd
+        self.heads = nn.ModuleList(EmbeddingHead(inputs, width) for inputs in cohort.embedding_widths)
+        self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
+
+    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+        out = self.cohort(images)
+        if self.bank is None:
+            return self.losses(out, labels)
+        assert indices is not None  # `needs` asked for them
+        rows = self.bank.gather(self.bank.draw(indices))
+        embeddings = self.embeddings(out)
+        parts = self.mutual_losses(out.logits, embeddings, labels, rows)
+        if self.training:
+            self.bank.update(indices, embeddings)
+        return parts
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return self.mutual_losses(out.logits, self.embeddings(out), labels)
+
+    def embeddings(self, out: CohortOutput) -> list[Tensor]:
+        """Unit vectors (B, d) of every member."""
+        return [head(x) for head, x in zip(self.heads, out.embeddings, strict=True)]
+
+    def mutual_losses(
+        self,
+        logits: tuple[Tensor, ...],
+        embeddings: list[Tensor],
+        labels: Tensor,
+        rows: list[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Spec section 4 on logits (B, C) and embeddings (B, d) of the members, candidates as in `mutual_contrast`."""
+        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(self.cohort.names, logits, strict=True)}
+        if self.logit_kd:
+            teacher = torch.stack(logits).mean(0)
+            for name, z in list(zip(self.cohort.names, logits))[: 2 if len(logits) == 2 else 1]:
+                parts[f"kd/{name}"] = kl(z, teacher, self.temperature)
+        terms = mutual_contrast(
+            [e[None] for e in embeddings], labels, rows, tau=self.tau, temperature=self.temperature
+        )._asdict()
+        terms["vcl"] = terms["vcl"] / (len(logits) - 1)  # each network's own contrast counts once, not in every pair
+        return parts | {name: weight * terms[name] for name, weight in self.weights.items()}
+
+    @classmethod
+    def needs(cls, *, memory: bool = False, **settings: Any) -> Needs:
+        return Needs(indices=True) if memory else Needs(pairs=True)
+
+    @classmethod
+    def plan(
+        cls, anatomy: Anatomy, *, members: int | None = None, share: str | None = None, **further: Any
+    ) -> list[Branch]:
+        """Two members are whole networks; more share a trunk, as the paper's four do."""
+        share = share or ("trunk" if (members or cls.members) > 2 else "none")
+        return super().plan(anatomy, members=members, share=share, **further)
+
+    @classmethod
+    def private_stages(cls, anatomy: Anatomy) -> int:
+        return 2

@@ -1,0 +1,167 @@
+"""MCL against the numbers of the authors' own code (tests/golden/mcl_batch, mcl_memory), in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.errors import DataError
+from okdc.methods._contrastive import Bank, EmbeddingHead, contrast, mutual_contrast
+from okdc.methods.mcl import Mcl
+from okdc.needs import Needs
+from tests.methods.golden import assert_same, load
+from tests.networks import Tiny, Tokens
+
+IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+TRAIN_LABELS = torch.arange(40) % 4
+
+
+def method(members: int = 2, **settings: object) -> Mcl:
+    plan = Mcl.plan(inspect(Tiny(), IMAGES), members=members)
+    return Mcl(Cohort(Tiny(), IMAGES, plan, taps=Mcl.taps), train_labels=TRAIN_LABELS, **settings)  # type: ignore[arg-type]
+
+
+def with_golden_heads(mcl: Mcl, t: dict[str, Tensor], width: int) -> Mcl:
+    mcl.heads = torch.nn.ModuleList(EmbeddingHead(t[f"features{m}"].shape[1], width) for m in range(2))
+    for m, head in enumerate(mcl.heads):
+        head.load_state_dict({key: t[f"head{m}.{key}"] for key in head.state_dict()})
+    return mcl.double()
+
+
+def settings_of(hyper: dict) -> dict[str, object]:
+    names = {"vcl": "alpha_vcl", "soft_vcl": "gamma_soft_vcl", "icl": "beta_icl", "soft_icl": "lam_soft_icl"}
+    return {key: hyper[name] for key, name in names.items()} | {"tau": hyper["tau"], "temperature": hyper["T"]}
+
+
+def test_batch_losses_and_gradients() -> None:
+    t, meta = load("mcl_batch")
+    hyper, expected = meta["hyper"], meta["expected"]
+    mcl = with_golden_heads(method(logit_kd=True, **settings_of(hyper)), t, hyper["feat_dim"])
+    logits = t["logits"].requires_grad_()
+    features = [t[f"features{m}"].requires_grad_() for m in range(2)]
+    out = CohortOutput(tuple(logits), embeddings=tuple(features))
+    for m, embedding in enumerate(mcl.embeddings(out)):
+        assert_same(embedding, t[f"embeddings{m}"])
+    parts = mcl.losses(out, t["labels"])
+    for name, ce in zip(mcl.cohort.names, expected["ce_per_net"], strict=True):
+        assert_same(parts[f"ce/{name}"], ce)
+    for term, weight in mcl.weights.items():
+        assert_same(parts[term] / weight, expected[term])
+    assert_same(parts["kd/target"] + parts["kd/branch1"], expected["logit_kd"])
+    total = sum(parts.values())
+    assert_same(total, expected["loss"])
+    total.backward()
+    assert_same(logits.grad, t["grad_logits"], 2e-6)
+    for m, head in enumerate(mcl.heads):
+        assert_same(features[m].grad, t[f"grad_features{m}"], 2e-6)
+        for key in ("fc1.weight", "fc2.bias"):
+            assert_same(head.get_parameter(key).grad, t[f"grad_head{m}.{key}"], 2e-6)
+
+
+def test_memory_losses_gradients_and_update() -> None:
+    t, meta = load("mcl_memory")
+    hyper, expected = meta["hyper"], meta["expected"]
+    mcl = with_golden_heads(method(memory=True, **settings_of(hyper)), t, hyper["feat_dim"])
+    bank = mcl.bank = Bank(
+        torch.arange(36) % 6, 2, hyper["feat_dim"], hyper["neg_k"], hyper["memory_momentum"]
+    ).double()
+    bank.rows.copy_(torch.stack([t["memory0"], t["memory1"]]))
+    features = [t[f"features{m}"].requires_grad_() for m in range(2)]
+    embeddings = mcl.embeddings(CohortOutput((), embeddings=tuple(features)))
+    rows = bank.gather(torch.cat([t["pos_index"], t["neg_index"]], 1))
+    labels = torch.zeros(5, dtype=torch.long)
+    parts = mcl.mutual_losses((torch.zeros(5, 3).double(),) * 2, embeddings, labels, rows)
+    for term, weight in mcl.weights.items():
+        assert_same(parts[term] / weight, expected[term])
+    total = sum(parts[term] for term in mcl.weights)
+    assert_same(total, expected["weighted_total"])
+    total.backward()
+    bank.update(t["pos_index"][:, 0], embeddings)
+    for m in range(2):
+        assert_same(features[m].grad, t[f"grad_features{m}"], 2e-6)
+        assert_same(bank.rows[m], t[f"memory{m}_after"])
+
+
+def test_three_networks_share_a_trunk_and_only_the_target_learns_from_the_mean() -> None:
+    assert [b.cut for b in Mcl.plan(inspect(Tokens(), IMAGES), members=2)] == [None]
+    assert method(members=2).cohort.cut is None
+    mcl = method(members=4, logit_kd=True)
+    assert mcl.cohort.cut is not None
+    parts = mcl(IMAGES, LABELS)
+    assert [key for key in parts if key.startswith("kd")] == ["kd/target"]
+    embeddings = [e[None] for e in mcl.eval().embeddings(mcl.cohort(IMAGES))]
+    terms = mutual_contrast(embeddings, LABELS, tau=0.1, temperature=3.0)
+    alone = sum(mutual_contrast([e, e], LABELS, tau=0.1, temperature=3.0).vcl / 2 for e in embeddings)
+    torch.testing.assert_close(terms.vcl / 3, alone)
+
+
+def test_anchors_without_a_pair_are_left_out_and_a_batch_without_any_is_finite() -> None:
+    logits = torch.randn(4, 4).double()
+    others = ~torch.eye(4, dtype=torch.bool)
+    labels = torch.tensor([0, 0, 1, 2])
+    positives = others & (labels[:, None] == labels)
+    everyone = contrast(logits, positives, others, torch.ones(4).double())
+    rows = -logits[:2].masked_fill(~others[:2], -torch.inf).log_softmax(1)
+    torch.testing.assert_close(everyone, (rows[0, 1] + rows[1, 0]) / 2)
+    for size in (4, 1):
+        mcl = method()
+        images = IMAGES[:size]
+        parts = mcl.eval()(images, torch.arange(size))
+        assert parts["vcl"] == 0 and parts["icl"] == 0
+        sum(parts.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in mcl.parameters())
+
+
+def test_what_is_drawn_is_oneself_one_alike_and_others_of_all_other_classes() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([2, 0, 1, 1, 2, 0, 2, 3])
+    bank = Bank(labels, 2, 4, 500, 0.5)
+    indices = torch.arange(8)
+    drawn = bank.draw(indices)
+    assert drawn.shape == (8, 502) and torch.equal(drawn[:, 0], indices)
+    assert torch.equal(labels[drawn[:, 1]], labels)
+    for image in range(8):
+        assert set(drawn[image, 2:].tolist()) == {i for i in range(8) if labels[i] != labels[image]}
+    alike = torch.cat([bank.draw(indices)[:, 1:2] for _ in range(50)], 1)
+    assert set(alike[0].tolist()) == {0, 4, 6} and set(alike[7].tolist()) == {7}
+
+
+def test_needs_follow_the_form_and_a_bank_needs_labels() -> None:
+    assert Mcl.needs() == Needs(pairs=True) and Mcl.needs(memory=True, tau=0.07) == Needs(indices=True)
+    cohort = Cohort(Tiny(), IMAGES, [Branch()], taps=Mcl.taps)
+    with pytest.raises(DataError, match=r"got none.*memory=false"):
+        Mcl(cohort, memory=True)
+    with pytest.raises(DataError, match="one class alone"):
+        Mcl(cohort, memory=True, train_labels=torch.zeros(8, dtype=torch.long))
+
+
+def test_the_bank_learns_in_training_alone_and_resumes_exactly() -> None:
+    torch.manual_seed(0)
+    mcl = method(memory=True, negatives=16)
+    twin = method(memory=True, negatives=16)
+    indices = torch.arange(8)
+    before = mcl.bank.rows.clone()
+    mcl.eval()(IMAGES, LABELS, indices)
+    assert torch.equal(mcl.bank.rows, before)
+    mcl.train()(IMAGES, LABELS, indices)
+    assert not torch.equal(mcl.bank.rows[:, :8], before[:, :8]) and torch.equal(mcl.bank.rows[:, 8:], before[:, 8:])
+    torch.testing.assert_close(mcl.bank.rows[:, :8].norm(dim=2), torch.ones(2, 8))
+    twin.load_state_dict(copy.deepcopy(mcl.state_dict()))
+    for m in (mcl, twin):
+        torch.manual_seed(5)
+        m(IMAGES, LABELS, indices)
+    assert torch.equal(mcl.bank.rows, twin.bank.rows)
+
+
+def test_networks_of_another_architecture() -> None:
+    plan = Mcl.plan(inspect(Tiny(), IMAGES), peers=[Tokens()])
+    mcl = Mcl(Cohort(Tiny(), IMAGES, plan, taps=Mcl.taps))
+    parts = mcl(IMAGES, LABELS)
+    assert set(parts) == {"ce/target", "ce/branch1", "vcl", "soft_vcl", "icl", "soft_icl"}
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in mcl.parameters())
