@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,21 +21,33 @@ from okdc.settings import ExportSettings
 FOLDER = "byproducts"
 
 
-def take(learner: Method, folder: Path) -> dict[str, nn.Module]:
-    """The by-products of a finished run as they were in its best epoch, which the learner goes back to."""
+def take(learner: Method, folder: Path, home: torch.device) -> tuple[dict[str, nn.Module], str | None]:
+    """The by-products of a finished run, on the device `home`, and why there are none where they cannot be had.
+
+    They are those of the best epoch, which the learner goes back to.
+    """
     best = checkpoint.load(folder / checkpoint.BEST)
     if "okdc" in best:
         learner.load_state_dict(best["okdc"]["method"])
-    return {name: network.eval() for name, network in learner.eval().byproducts().items()}
+    try:
+        networks = learner.eval().byproducts()
+    except Exception as error:  # whatever it is, the student is trained and must come out
+        return {}, f"{type(error).__name__}: {error}"
+    return {n: m.eval().to(home).to(memory_format=torch.contiguous_format) for n, m in networks.items()}, None
 
 
 def export(
-    networks: dict[str, nn.Module], data: Data, settings: ExportSettings, folder: Path, info: dict[str, Any]
+    networks: dict[str, nn.Module],
+    lost: str | None,
+    data: Data,
+    settings: ExportSettings,
+    folder: Path,
+    info: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Write a bundle of each to `folder`/byproducts/NAME; what each is and how it did, as the report shows it.
 
-    One that cannot be exported, or fails a gate, is said so in its row and costs the others nothing. Each is written
-    as a torch program, too: it has no name by which it could be built again.
+    `lost` says why there are none. One that cannot be exported, or fails a gate, is said so in its row and costs the
+    others nothing. Each is written as a torch program, too: it has no name by which it could be built again.
     """
     settings, rows = replace(settings, torch=True), []
     for name, network in networks.items():
@@ -49,7 +62,8 @@ def export(
         except OkdcError as error:
             verification, row["reason"] = None, str(error)
         rows.append(row | {"verdict": "fail", "top1": None, "latency": []} | _figures(verification))
-    return rows
+    nothing: dict[str, Any] = {"name": "none", "params": None, "flops": None, "verdict": "fail", "latency": []}
+    return rows + ([nothing | {"reason": lost}] if lost else [])
 
 
 def student_row(name: str, network: nn.Module, data: Data, verification: dict[str, Any] | None) -> dict[str, Any]:
@@ -77,5 +91,11 @@ def _size(network: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
 
 
 def _arch(network: nn.Module) -> str:
-    """The name that timm knows the network by, where it does; its bundle is tried with that name."""
-    return (getattr(network, "pretrained_cfg", None) or {}).get("architecture") or type(network).__name__
+    """The name by which timm builds such a network, or, where that gives other shapes (a narrower one), its type."""
+    name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    if not (name and timm.is_model(name)):
+        return type(network).__name__
+    with torch.device("meta"):
+        like = timm.create_model(name, num_classes=getattr(network, "num_classes", 1000))
+    shapes = ({key: value.shape for key, value in each.state_dict().items()} for each in (network, like))
+    return name if next(shapes) == next(shapes) else type(network).__name__

@@ -127,7 +127,7 @@ def _expected(annotation: Any, value: Any) -> str:
 def raise_mistakes(source: str, mistakes: list[str]) -> None:
     """Raise one RecipeError with all the mistakes, if there are any."""
     if len(mistakes) == 1:
-        raise RecipeError(f"{source}: {mistakes[0]}.")
+        raise RecipeError(f"{source}: {mistakes[0]}{'' if mistakes[0][-1] in '.?' else '.'}")
     if mistakes:
         listed = "".join(f"\n  {mistake}" for mistake in mistakes)
         raise RecipeError(f"{source} has {len(mistakes)} mistakes:{listed}")

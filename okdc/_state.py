@@ -137,7 +137,7 @@ def _facts(state: TrainState, run: Run) -> dict[str, Any]:
     """What a checkpoint and the run that continues it must have in common before weights are even compared."""
     return {
         "network": run.arch,
-        "method": type(state.method).__name__,
+        "method": run.recipe.get("method", {}).get("name") or type(state.method).__name__,
         "optimizer": run.settings.opt,
         "model_ema": state.ema is not None,
     }
@@ -178,7 +178,7 @@ def save(state: TrainState, run: Run, best: bool = False) -> None:
 def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> None:
     """Put the state back to what it was when `path` was saved; RunError when it is of another run."""
     saved = payload["okdc"]
-    ways_out = f"Continue it with the settings in {run.folder / 'recipe.yaml'}, or start anew with --experiment NAME."
+    ways_out = f"Continue it as it was: okdc compress --resume {run.folder}, or start anew with --experiment NAME."
     for name, here in _facts(state, run).items():
         if saved["facts"].get(name) != here:
             raise RunError(f"{path} has {name} {saved['facts'].get(name)!r}, this run {here!r}. {ways_out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,15 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
         console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
     if next_command:
         _next(next_command)
+
+
+def settings_of(name: str) -> str:
+    """The settings of a method with their types and defaults, as text."""
+    from okdc import methods
+
+    parameters = methods.settings(name).parameters.values()
+    lines = [f"    {p.name} = {p.default}  ({inspect.formatannotation(p.annotation)})" for p in parameters]
+    return "\n".join(["Settings (--method-kwargs NAME=VALUE):", *(lines or ["    none"])])
 
 
 def show_methods() -> None:

@@ -36,7 +36,15 @@ def load(name: str, input_size: tuple[int, int, int], classes: int, model: str |
 
     `model` is what the user named as the target: a run whose network is that package.module:function may be a teacher.
     """
-    network = networks.load(_settings(name, input_size[0]), classes if runs_code(name) else None, typed=[model])
+    try:
+        network = networks.load(_settings(name, input_size[0]), classes if runs_code(name) else None, typed=[model])
+    except NetworkError as error:
+        if Path(name).exists() or name not in networks.names():
+            raise
+        raise NetworkError(
+            f"--teacher {name}: no trained weights of that name can be had ({str(error).partition('. ')[0]}). Train it "
+            f"first (okdc compress --method baseline --model {name}), then --teacher runs/NAME."
+        ) from error
     outputs = networks.check_input(network, input_size).shape[1]
     if outputs != classes:
         raise NetworkError(

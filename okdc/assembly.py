@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from okdc import _teacher, methods, networks
 from okdc._machine import choose_device
 from okdc.anatomy import inspect
-from okdc.cohort import Cohort
+from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
@@ -112,7 +112,7 @@ def method(
     cohort, network = wanted.cohort, wanted.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    _refuse_contradictions(cohort)
+    _refuse_contradictions(cohort, kind)
     given: dict[str, Any] = {}
     if teacher is not None:
         given["teacher"] = teacher.to(first.device)
@@ -128,6 +128,7 @@ def method(
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
     started = network.pretrained or network.checkpoint is not None
+    _refuse_ignored(cohort, plan)
     built = Cohort(
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
     )
@@ -138,8 +139,15 @@ def method(
         raise
 
 
-def _refuse_contradictions(cohort: CohortSettings) -> None:
-    """RecipeError where a setting of branches is given to members that share nothing."""
+def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
+    """RecipeError where a setting of branches is given to members that share nothing, or to a target alone."""
+    names = [name for name in ("members", "peers", "cut", "private_stages", "extra_blocks") if getattr(cohort, name)]
+    if kind.members == 1 and names and (cohort.members, names) != (1, ["members"]):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise RecipeError(
+            f"{kind.__name__.lower()} trains the network without other members: leave out {flags}, or choose a method "
+            "that has some (okdc methods)."
+        )
     if cohort.peers and cohort.members not in (None, 1 + len(cohort.peers)):
         raise RecipeError(
             f"--members {cohort.members} and {len(cohort.peers)} --peers do not agree: with the target these are "
@@ -151,6 +159,19 @@ def _refuse_contradictions(cohort: CohortSettings) -> None:
     if apart and given:
         words = " and ".join(given)
         raise RecipeError(f"{words} cannot apply with {apart}, whose networks share nothing: leave it out.")
+
+
+def _refuse_ignored(cohort: CohortSettings, plan: list[Branch]) -> None:
+    """RecipeError where the method planned its branches without a setting that was given."""
+    ignored = []
+    if not any(branch.cut for branch in plan):
+        ignored += [name for name in ("cut", "private_stages") if getattr(cohort, name)]
+    if cohort.extra_blocks and not any(any(branch.extra_blocks) for branch in plan):
+        ignored.append("extra_blocks")
+    if ignored:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        why = "are all as deep as the target" if ignored == ["extra_blocks"] else "share nothing with the target"
+        raise RecipeError(f"{flags} has no effect here: the members of this method {why}. Leave it out.")
 
 
 def _settings(wanted: Recipe) -> dict[str, Any]:

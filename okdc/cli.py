@@ -209,6 +209,7 @@ def methods(name: str | None) -> None:
 
     if name:
         click.echo(known.card(name).strip())
+        click.echo(f"\n{_summary.settings_of(name)}")
     else:
         _summary.show_methods()
 

@@ -22,7 +22,7 @@ from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import TOLERANCE, before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Cohort(nn.Module):
         self.target = target
         self.anatomy = inspect(target, example)
         self.taps = tuple(taps)
+        self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
@@ -147,6 +148,7 @@ class Cohort(nn.Module):
         With views the trunk runs once for each member, so that batch norm sees one view at a time.
         """
         tape, views = self.tape, images.dim() == 5
+        assert not (views and tape.divisor), "the trunk's mean gradient is not made of views: use trunk_gradient sum"
         tape.start(alone=views)
         try:
             logits = []
@@ -177,7 +179,7 @@ class Cohort(nn.Module):
         images = noise.to(next(network.parameters()))
         with unchanged(self), unchanged(network), torch.no_grad():
             expected, logits = self.eval()(images).logits[index], network.eval()(images)
-        if not (logits - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-12):
+        if not (logits - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-12):
             raise NetworkError(
                 f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
                 f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME (okdc inspect lists every cut)."
@@ -260,8 +262,9 @@ class Cohort(nn.Module):
             grown.append(narrow(network, self.anatomy, plan.cut, trunk, plan.width, example))
         if plan.cut:
             trunk = {name: family[plan.parent].get_submodule(name) for name in cuts[plan.cut]}
-            if plan.parent:
-                self._record(trunk, tapes[plan.parent])
+            if plan.parent and all(b.parent != plan.parent for b in branches[: member - 1]):  # for all its children
+                names = {name for b in branches if b.parent == plan.parent and b.cut for name in cuts[b.cut]}
+                self._record({name: family[plan.parent].get_submodule(name) for name in names}, tapes[plan.parent])
             stand_in(network, trunk, tapes[plan.parent], plan.cut)
             tie_unused(network, _lineage(plan, branches, family), self.tape, example)
         return ", ".join(grown)

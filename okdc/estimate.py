@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,8 +62,15 @@ def estimate(wanted: Recipe) -> Estimate:
         classes = networks.check_input(target, input_size).shape[1]
         like = replace(wanted.network, pretrained=False, checkpoint=None)
         teacher = networks.load(like, classes) if stands_in else None
-        if wanted.cohort.teacher:
-            teacher = _teacher.load(wanted.cohort.teacher, input_size, classes, wanted.network.model)
+        if named := wanted.cohort.teacher:
+            # Shapes are enough here, so a name is not downloaded.
+            known = Path(named).exists()
+            alike = replace(like, model=named, img_size=None, num_classes=None, model_kwargs={})
+            teacher = (
+                _teacher.load(named, input_size, classes, wanted.network.model)
+                if known
+                else networks.load(alike, classes)
+            )
         # What is remembered of the training images is not counted: how many there are is not known here.
         labels = torch.arange(IMAGES * classes) % classes
         learner = assembly.method(
@@ -80,8 +88,9 @@ def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = Fa
     members = {id(p) for p in method.cohort.parameters()}
     others = sum(p.numel() for p in method.parameters() if p.requires_grad and id(p) not in members)
     further = costs[len(method.cohort) :]
-    frozen = sum(4 * each.own_params for each in further if each.frozen)
-    held = sum(p.nbytes for p in method.parameters() if p.requires_grad or id(p) in members)
+    frozen = sum(p.numel() for p in method.parameters() if not p.requires_grad and id(p) not in members)
+    outside = max(0, sum(each.own_params for each in further if each.frozen) - frozen)  # a teacher that is not saved
+    held = sum(p.nbytes for p in method.parameters()) + 4 * outside
     return Estimate(
         input_size=anatomy.input_size,
         classes=anatomy.num_classes,
@@ -89,7 +98,7 @@ def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = Fa
         own_params=others - sum(each.own_params for each in further if not each.frozen),
         trained_params=sum(p.numel() for p in method.parameters() if p.requires_grad),
         flops=counter.get_total_flops() // IMAGES,
-        weights=held + frozen + sum(b.nbytes for b in method.buffers()),
+        weights=held + sum(b.nbytes for b in method.buffers()),
         activations=_kept(method, batch) // IMAGES,
         teacher_stands_in=teacher_stands_in,
     )

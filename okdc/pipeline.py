@@ -73,18 +73,20 @@ def compress(
     with own_randomness():
         seed_everything(wanted.train.seed)
         target, data = assembly.network_and_data(model, loader, validation, wanted)
+        home = next(target.parameters()).device
         with assembly.at_home(target):
             input_size, classes = data.preprocess["input_size"], len(data.classes)
             named = not isinstance(model, nn.Module)
             teacher = assembly.teacher(wanted, data, proved=last is not None)
             learner = assembly.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
             facts = _student_facts(arch, isinstance(model, nn.Module), data)
+            print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
             try:
                 state = train.fit(
                     learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
                     begin=lambda: runs.begin(folder, wanted, facts),
                 )  # fmt: skip
-                byproducts = _byproducts.take(learner, folder)
+                byproducts, lost = _byproducts.take(learner, folder, home)
             finally:
                 learner.strip()
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
@@ -94,9 +96,9 @@ def compress(
     try:
         if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
-            if byproducts and wanted.export.byproducts:
+            if (byproducts or lost) and wanted.export.byproducts:
                 further = [_byproducts.student_row(arch, result.student, data, result.verification)]
-                further += _byproducts.export(byproducts, data, wanted.export, folder, _info(wanted, result))
+                further += _byproducts.export(byproducts, lost, data, wanted.export, folder, _info(wanted, result))
     except exporting.UnfitError as error:
         result.verification = error.verification
         raise
@@ -188,6 +190,17 @@ def _export(student: nn.Module, data: Data, wanted: Recipe, folder: Path, result
         student, data, wanted.export, folder / "export", arch=result.arch,
         model_args=dict(wanted.network.model_kwargs), info=_info(wanted, result),
     )  # fmt: skip
+
+
+def _opening(learner: Method, data: Data, wanted: Recipe, folder: Path) -> str:
+    """What is about to be trained, on what, and where it goes."""
+    members = len(learner.cohort)
+    others = f" with {members - 1} other{'s' * (members > 2)}" if members > 1 else ""
+    device = train.choose_device(wanted.train.device)
+    return (
+        f"{wanted.network.model}{others} by {wanted.method['name']} on {data.name}, {data.sizes[0]:,} training and "
+        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {device}, into {folder}"
+    )
 
 
 def _info(wanted: Recipe, result: Result) -> dict[str, Any]:

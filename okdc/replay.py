@@ -138,8 +138,9 @@ class Record:
         divisor = tape.divisor.get(self.name, 1)
         if divisor == 1 or tape.proof is not None:
             return None
-        output = divide_gradient(output, divisor)
-        return output.clone() if handling.clone_recorded else output  # a divided view cannot be changed in place
+        output = tree_map_only(Tensor, lambda t: divide_gradient(t, divisor), output)
+        # A divided view cannot be changed in place.
+        return tree_map_only(Tensor, torch.clone, output) if handling.clone_recorded else output
 
 
 def _shape_only(tensor: Tensor) -> Tensor:

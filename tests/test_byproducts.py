@@ -69,10 +69,22 @@ def test_one_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
     loaders = DataLoaders()
     data = wrap(loaders.train, loaders.validation, num_classes=4)
     networks: dict[str, nn.Module] = {"broken": Unexportable().eval(), "whole": Tiny().eval(), "other": Tiny(3).eval()}
-    rows = _byproducts.export(networks, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"})
+    rows = _byproducts.export(networks, None, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"})
     found = {row["name"]: row for row in rows}
     assert [row["name"] for row in rows] == list(networks)
     assert found["whole"]["verdict"] != "fail" and (tmp_path / "byproducts" / "whole" / "model.onnx").is_file()
     for name, reason in (("broken", "not fit to ship"), ("other", "4 classes")):
         assert found[name]["verdict"] == "fail" and reason in found[name]["reason"]
         assert not (tmp_path / "byproducts" / name).exists()
+
+
+def test_one_that_cannot_be_had_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object) -> dict[str, nn.Module]:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("okdc.methods.ffl.Ffl.byproducts", fails)
+    data = DataLoaders()
+    result = okdc.compress(Tiny(), data.train, data.validation, method="ffl", output=tmp_path, **QUICK)
+    assert result.byproducts == {} and result.verification["verdict"] != "fail"
+    rows = json.loads((result.path / "report.json").read_text())["byproducts"]
+    assert rows[-1]["verdict"] == "fail" and "no such luck" in rows[-1]["reason"]

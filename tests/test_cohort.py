@@ -10,10 +10,11 @@ import torch
 import torchvision
 from torch import nn
 
+from okdc import methods
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
-from okdc.replay import Replay
+from okdc.replay import Record, Replay
 from tests import networks
 
 TRAPS = [
@@ -336,3 +337,13 @@ def test_a_divided_trunk_compiles_to_one_graph() -> None:
         grads.append(target.conv1.weight.grad.clone())
     torch.testing.assert_close(*grads)
     torch._dynamo.reset()
+
+
+def test_a_tree_with_three_cuts_divides_at_each_of_them_once() -> None:
+    torch.manual_seed(0)
+    target = timm.create_model("resnet10t", num_classes=4)
+    images = torch.randn(4, 3, 32, 32)
+    plan = methods.get("clilr").plan(inspect(target, images), members=8, cut="layer1,layer2,layer3")
+    cohort = Cohort(target, images[:2], plan, trunk_gradient="mean").train()
+    for module in cohort.modules():
+        assert sum(isinstance(hook, Record) for hook in module._forward_hooks.values()) <= 1

@@ -13,8 +13,8 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from okdc.data._common import BadImages, Batch, Data, Source, TrainBatch, borrowed_generators, derive_seed, reseed
-from okdc.data._images import Images
+from okdc.data._common import BadImages, Batch, Data, Source, TrainBatch, borrowed_generators, derive_seed, log, reseed
+from okdc.data._images import Images, listed
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.data._streams import Stream, load_stream
 from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
@@ -64,6 +64,8 @@ def load(
             f"a batch that they fill: -b {min(len(images), 32)}"
         )
     order = Order(images.labels, seed, batch_size if needs.pairs else None)
+    if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
+        log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
     train = TrainImages(images, order, image_transform(settings, config, True), config, attempts, seed, views)
 
@@ -88,7 +90,7 @@ def load(
 def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
     if (needs.pairs or needs.indices) and (settings.mixup or settings.cutmix):
         raise DataError(
-            "this method compares images of one class with images of others, and --mixup and --cutmix make images "
+            "the method compares images of one class with images of others, and --mixup and --cutmix make images "
             "that are of two classes. Leave them out, or choose another --method."
         )
 
@@ -100,7 +102,7 @@ def _refuse_stream(settings: DataSettings, needs: Needs) -> None:
     }  # fmt: skip
     if wanted := [words for words, needed in asked.items() if needed]:
         raise DataError(
-            f"this method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
+            f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
             "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
         )
 

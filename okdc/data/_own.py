@@ -37,8 +37,8 @@ def wrap(
     if needs.indices or needs.held_out:
         what = "which training image is which" if needs.indices else "images set aside from training"
         raise DataError(
-            f"this method needs to know {what}, which a loader of your own does not say. Name the data instead "
-            "(data=FOLDER), or choose other settings of the method (okdc methods NAME)."
+            f"the method needs to know {what}, which a loader of your own does not say. Name the data instead "
+            "(data=FOLDER), or choose another method or other settings of it (okdc methods NAME)."
         )
     _check_iterable(train, "training")
     names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]

@@ -18,9 +18,9 @@ def images_per_class(labels: Tensor, batch_size: int) -> int:
         if batch_size % count == 0 and batch_size // count <= classes:
             return count
     raise DataError(
-        f"this method needs pairs of one class beside images of others, and {classes} classes cannot fill a batch of "
-        f"{batch_size} evenly with two or more images each. Choose an even --batch-size, such as -b "
-        f"{max(4, batch_size - batch_size % 2)}."
+        f"the method compares images of one class with images of others, so a batch is divided into two images or more "
+        f"of each of some classes, and {batch_size} images of {classes} classes cannot be. Choose a --batch-size that "
+        f"can, such as -b {max(4, batch_size + batch_size % 2)}."
     )
 
 

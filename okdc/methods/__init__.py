@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
+import sys
 from importlib import import_module
 
 from okdc.errors import RecipeError, nearest
@@ -25,11 +27,16 @@ def get(name: str) -> type[Method]:
             f"there is no method {name!r}.{nearest(name, names())} "
             f"Known: {', '.join(names())}; one of your own is package.module:Class."
         )
+    if class_name and not {"", os.getcwd()} & set(sys.path):  # the okdc script, unlike python -m, does not look here
+        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name if class_name else f"{__name__}.{name}")
         found = getattr(module, class_name) if class_name else _only_method(module.__name__, vars(module))
     except (ImportError, AttributeError) as error:
-        raise RecipeError(f"method {name!r} cannot be imported: {error}. Expected package.module:Class.") from error
+        raise RecipeError(
+            f"method {name!r} cannot be imported: {error}. Expected package.module:Class, of a module that is "
+            "installed or in this folder."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise RecipeError(f"{name!r} is not a method: expected a subclass of okdc.Method, got {found!r}.")
     return found

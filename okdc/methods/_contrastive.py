@@ -165,8 +165,10 @@ class Bank(nn.Module):
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Sequence[Tensor]) -> None:
         """Move the rows of images (B,) towards what M networks now give for them, (B, d) each, at unit length."""
+        # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
+        last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
         for rows, new in zip(self.rows, embeddings, strict=True):
-            rows[indices] = F.normalize(self.momentum * rows[indices] + (1 - self.momentum) * new)
+            rows[indices] = F.normalize(self.momentum * rows[indices] + (1 - self.momentum) * new[last])
 
     @staticmethod
     def _below(limit: Tensor, draws: int) -> Tensor:

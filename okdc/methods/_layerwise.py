@@ -33,13 +33,14 @@ class Towers(nn.Module):
     cannot have such branches; all of them are then as they were.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], input_size: tuple[int, ...], width: int, short: bool) -> None:
+    def __init__(self, networks: Cohort, width: int, short: bool) -> None:
         super().__init__()
         self.cohorts = nn.ModuleList()
         self.widths: list[tuple[int, ...]] = []  # of every network's taps, early to late
         try:
-            for network in networks:
-                tower = _tower(network, input_size, short)
+            for network in networks.members:
+                started = networks.pretrained and network is networks.target
+                tower = _tower(network, networks.anatomy.input_size, short, started)
                 self.cohorts.append(tower)
                 self.widths.append(_taps_last(tower.embedding_widths))
         except BaseException:
@@ -74,14 +75,14 @@ def _taps_last(of_members: Sequence) -> tuple:
     return (*of_members[1:], of_members[0])
 
 
-def _tower(network: nn.Module, input_size: tuple[int, ...], short: bool) -> Cohort:
+def _tower(network: nn.Module, input_size: tuple[int, ...], short: bool, pretrained: bool) -> Cohort:
     first = next(network.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     anatomy = inspect(network, example)
     places = tap_places(anatomy)
     plans = [Branch(p, tuple(-_spare(network, s, p) for s in anatomy.stages_after(p)) if short else ()) for p in places]
     try:
-        return Cohort(network, example, plans, taps=("embedding",))
+        return Cohort(network, example, plans, taps=("embedding",), pretrained=pretrained)
     except CutError as error:
         reason = str(error).partition(" Cut elsewhere")[0]  # here the user has no say in where
         raise CutError(

@@ -38,7 +38,7 @@ class Clilr(Method):
         variant: Variant = "paper",
         temperature: float | None = None,
         beta: float = 0.5,
-        rampup_epochs: int = 80,
+        rampup_epochs: int | None = None,
         eps: float = 1e-7,
         detach_teacher: bool = True,
     ) -> None:
@@ -54,7 +54,8 @@ class Clilr(Method):
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         hard, soft = self.beta, 1 - self.beta
         if self.ramped:
-            hard, soft = 1.0, rampup(self.epoch, self.rampup_epochs)  # type: ignore[assignment]
+            length = self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs
+            hard, soft = 1.0, rampup(self.epoch, length)  # type: ignore[assignment]
         parts = {}
         for i, name in enumerate(self.cohort.names):
             consensus = torch.stack([z for j, z in enumerate(out.logits) if j != i]).mean(0)

@@ -106,7 +106,7 @@ def best_mixture(logits: Tensor, labels: Tensor, steps: int = 30, barrier: float
     Newton's method with a logarithmic barrier that shrinks to `barrier`, the most by which the loss is too high per
     member. Steps are damped by the range of the change in logits, which bounds how wrong the quadratic model is.
     """
-    leads = _leads(logits, labels).transpose(0, 1)
+    leads = _leads(logits, labels).transpose(0, 1).double()  # the barrier is lost in the rounding of float32
     alpha = leads.new_full(leads.shape[:2], 1 / leads.shape[1])
     for i in range(steps):
         mu = 0.1 * (10 * barrier) ** (i / (steps - 1))
@@ -121,7 +121,7 @@ def best_mixture(logits: Tensor, labels: Tensor, steps: int = 30, barrier: float
         spread = (change.amax(1) - change.amin(1)).clamp_min(1e-3)
         room = 0.9 / (-step / alpha).amax(1).clamp_min(0.9)
         alpha = alpha + torch.minimum(room, torch.log1p(spread) / spread).unsqueeze(1) * step
-    return alpha / alpha.sum(1, keepdim=True)
+    return (alpha / alpha.sum(1, keepdim=True)).to(logits.dtype)
 
 
 def joint_errors(logits: Tensor, labels: Tensor, true_class: bool = False) -> Tensor:

@@ -62,9 +62,9 @@ class Lmcl(Method):
         train_labels: Tensor | None = None,
     ) -> None:
         super().__init__(cohort)
-        if cohort.cut is not None or meta_every < 1:
-            wrong = f"meta_every={meta_every}" if meta_every < 1 else "members that share a trunk"
-            raise RecipeError(f"lmcl got {wrong}; expected whole networks (--share none) and meta_every of 1 or more.")
+        if cohort.cut is not None or min(meta_every, width) < 1:
+            wrong = "members that share a trunk" if cohort.cut else f"meta_every={meta_every} and width={width}"
+            raise RecipeError(f"lmcl got {wrong}; expected whole networks (--share none), and numbers above 0.")
         self.weights = {"vcl": vcl, "soft_vcl": soft_vcl, "icl": icl, "soft_icl": soft_icl}
         self.tau = tau
         self.temperature = temperature
@@ -73,13 +73,18 @@ class Lmcl(Method):
         self.meta_sgd = {"momentum": meta_momentum, "weight_decay": meta_weight_decay}
         self.detach_weight_inputs = detach_weight_inputs
         self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
-        self.towers = Towers(cohort.members, cohort.anatomy.input_size, width, branch_depth == "first_block")
-        self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
-        self.matching = Matching(self.towers.widths).requires_grad_(False)  # the optimizer of the networks lets it be
-        self.register_buffer("matching_momentum", torch.zeros_like(parameters_to_vector(self.matching.parameters())))
-        self._counted = (-1, 0)  # the epoch, and the steps that were taken in it
-        self._epoch_version = -1
-        self._try_meta_step()
+        self.towers = Towers(cohort, width, branch_depth == "first_block")
+        try:
+            self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
+            self.matching = Matching(self.towers.widths).requires_grad_(False)  # the networks' optimizer lets it be
+            momentum = torch.zeros_like(parameters_to_vector(self.matching.parameters()))
+            self.register_buffer("matching_momentum", momentum)
+            self._counted = (-1, 0)  # the epoch, and the steps that were taken in it
+            self._epoch_version = -1
+            self._try_meta_step()
+        except BaseException:
+            self.strip()
+            raise
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         taps, rows = self.towers(images), self._rows(indices)
@@ -168,15 +173,13 @@ class Lmcl(Method):
     def _try_meta_step(self) -> None:
         """NetworkError, before training, where a network's operations cannot be differentiated twice."""
         images = torch.randn(2, *self.cohort.anatomy.input_size).to(next(self.cohort.target.parameters()))
+        self.to(images.device)
         pair = torch.zeros(2, dtype=torch.long, device=images.device)
         try:
             self.meta_gradient(images, pair, pair)
-        except BaseException as error:
-            self.strip()
-            if not isinstance(error, RuntimeError):
-                raise
+        except RuntimeError as error:
             refused = f"lmcl needs second derivatives of its networks: {str(error).partition(chr(10))[0]}"
-            raise NetworkError(f"{refused} Choose --method mcl, which does not.") from error
+            raise NetworkError(f"{refused}. Choose --method mcl, which does not.") from error
 
     def costs(self) -> tuple[Cost, ...]:
         return (*self.cohort.costs, *self.towers.costs(self.cohort.names))

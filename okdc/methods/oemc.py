@@ -61,6 +61,8 @@ class Oemc(Method):
                 f"oemc compares the students stage by stage, and theirs are {[len(w) for w in cohort.stage_widths]}. "
                 "Give --peers with as many stages as the network has, or leave them out."
             )
+        if len(cohort) > 1:
+            cohort.extract(1)  # what could not ship is refused before it is trained
         self.adapt = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(width, wanted, 1) for width, wanted in zip(widths, own)) for widths in others
         )
@@ -131,6 +133,10 @@ class Oemc(Method):
         students = len(branches) + 1
         widths = ratios or [(students - s) / students for s in range(students)]
         return [replace(branch, width=width) for branch, width in zip(branches, widths[1:], strict=True)]
+
+    @classmethod
+    def asks(cls) -> list[str]:
+        return [*super().asks(), "okdc[prune]"]
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from okdc.cohort import Cohort, CohortOutput
+from okdc.cohort import Cohort, CohortOutput, Cost
 from okdc.losses import cross_entropy, kl, rampup
 from okdc.methods._base import Method
 from okdc.needs import Needs
@@ -117,6 +118,16 @@ class Pcl(Method):
         for mean, own in zip(self.mean.cohort.buffers(), self.cohort.buffers(), strict=True):
             averaged = self.ema_buffers == "average" and mean.is_floating_point()
             mean.lerp_(own, weight) if averaged else mean.copy_(own)
+
+    def costs(self) -> tuple[Cost, ...]:
+        whole = self.cohort.costs[0].flops  # each member runs the trunk for itself, on its own view
+        members = tuple(replace(cost, flops=whole) for cost in self.cohort.costs)
+        means = (replace(cost, name=f"mean {cost.name}", frozen=True) for cost in members)
+        return (*members, *means)
+
+    @classmethod
+    def cost(cls) -> str:
+        return f"{cls.members} networks, {cls.members} averages"
 
     @property
     def student(self) -> nn.Module:

@@ -13,13 +13,14 @@ Costs: per step one inference pass of the teacher, its tail once more with gradi
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import inspect
-from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
 from okdc.growth import reborn
 from okdc.losses import attention_transfer, cross_entropy, feature_mse, kl, similarity
@@ -68,6 +69,7 @@ class Sokd(Method):
             raise RecipeError(f"bridge_depth is {bridge_depth}: expected 1 or more of the teacher's last stages.")
         taps = self.taps if distance != "logits" else ()
         self.bridge = _bridge(teacher, cohort.anatomy.input_size, bridge_depth, bridge_init == "random", taps)
+        self.bridge.extract(1)  # what could not ship is refused before it is trained
         self.adapter: nn.Module = nn.Identity()
         if distance == "fitnet":
             inputs, outputs = cohort.feature_widths[0], self.bridge.feature_widths[0]
@@ -100,6 +102,15 @@ class Sokd(Method):
             return kl(learner, model, self.temperature)
         distance, weight = _OF_MAPS[self.distance]
         return weight * distance(learner, model)
+
+    def costs(self) -> tuple[Cost, ...]:
+        teacher, bridge = self.bridge.costs
+        teacher = replace(teacher, name="teacher", grown=type(self.bridge.target).__name__, frozen=True)
+        return (*self.cohort.costs, teacher, replace(bridge, name="bridge"))
+
+    @classmethod
+    def cost(cls) -> str:
+        return f"{super().cost()}, 1 bridge"
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         bridge = [p for p in self.bridge.parameters() if p.requires_grad]

@@ -463,7 +463,7 @@ def test_branches_are_as_large_as_the_spec_counts_them() -> None:
     assert round(sum(c.own_params for c in lmcl.costs()) / 1e6, 2) == 2.56
     taps = [f"{name}_tap{k}" for name in ("target", "branch1") for k in (1, 2)]
     assert [c.name for c in lmcl.costs()] == ["target", "branch1", *taps]
-    towers = Towers([timm.create_model("resnet18")], (3, 32, 32), 128, short=True)
+    towers = Towers(Cohort(timm.create_model("resnet18"), torch.randn(2, 3, 32, 32)), 128, short=True)
     assert round(sum(c.own_params for c in towers.cohorts[0].costs[1:]) / 1e6, 1) == 14.6
     towers.strip()
     assert [c.grown for c in towers.cohorts[0].costs][-1] == "1 fewer in layer4"

@@ -15,7 +15,9 @@ from tests.networks import Tiny
 
 def method(members: int, **settings: object) -> One:
     branches = [Branch("early") for _ in range(members - 1)]
-    one = One(Cohort(Tiny(width=16), torch.randn(2, 3, 32, 32), branches, taps=One.taps), **settings)  # type: ignore[arg-type]
+    one = One(
+        Cohort(Tiny(width=16), torch.randn(2, 3, 32, 32), branches, taps=One.taps), **{"rampup_epochs": 80} | settings
+    )  # type: ignore[arg-type]
     assert one.gate.fc.in_features == 32
     return one.double()
 
