@@ -227,7 +227,8 @@ def test_methods_are_listed_and_shown() -> None:
     place = title.index("a step"), title.index("needs")
     row = next(line for line in listed if line.startswith("kd "))
     assert row[place[0] :].startswith("1 network") and row[place[1] :].strip() == "trained teacher"
-    assert okdc("methods", "ahbf").output.strip() == methods.card("ahbf").strip()
+    shown = okdc("methods", "ahbf").output
+    assert shown.startswith(methods.card("ahbf").strip()) and "temperature = 3.0  (float)" in shown
     assert "Did you mean ahbf" in " ".join(okdc("methods", "ahbff").stderr.split())
 
 
