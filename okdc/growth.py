@@ -70,6 +70,9 @@ class ResidualMlp(nn.Module):
         return x + self.body(x)
 
 
+FALLBACKS = (ResidualConv, ResidualMlp)
+
+
 def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrained: bool = False) -> str:
     """Append `count` newly born blocks to one stage of a sibling of the target, and say which: its own or okdc's.
 
