@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from okdc.calls import Call, called_once, layout, positions, watch
+from okdc.calls import Call, called_once, layout, positions, same_size, watch
 from okdc.errors import NetworkError, nearest
 
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
@@ -104,7 +106,10 @@ class Anatomy:
                 f"{self.name} has no module to part after: nothing follows that is worth training. "
                 "Train whole peer networks instead: --share none."
             )
-        return min(legal, key=lambda c: (round(abs(c.flops_after - 1 / 3), 2), c.name.count("."))).name
+        near = [c for c in legal if abs(c.flops_after - 1 / 3) < 0.15]
+        least = min(c.name.count(".") for c in near or legal)
+        outer = [c for c in near or legal if c.name.count(".") == least]
+        return min(outer, key=lambda c: abs(c.flops_after - 1 / 3)).name
 
 
 def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None) -> Anatomy:
@@ -209,11 +214,7 @@ def _outermost(calls: list[Call], call: Call) -> Call:
 def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
     """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
     body = [c for c in calls if c.end < classifier.start]
-    sizes = sorted(
-        {s for c in body if (s := positions(c.output, aspect)) and s > 0 and c.end <= feature.end}, reverse=True
-    )
-    smallest = positions(feature.output, aspect) or 1
-    starts = {s: _stage_start(body, s, aspect) for s in sizes if s >= smallest}
+    starts = {s: _stage_start(body, s, aspect) for s in _sizes(body, feature, aspect)}
     order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
     stages: list[Stage] = []
     for i, (first, size) in enumerate(order):
@@ -222,7 +223,7 @@ def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Ca
         inside = [c for c in body if c.start >= first.start and c.end < limit]
         if not inside or inside[-1].flops_end == first.flops_start:
             continue
-        ends = [c for c in inside if positions(c.output, aspect) == size]
+        ends = [c for c in inside if same_size(positions(c.output, aspect), size)]
         last = _outermost(inside, ends[-1]) if ends else inside[-1]
         stages.append(
             Stage(
@@ -241,20 +242,38 @@ def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Ca
     return [s for s in stages if s.size <= with_blocks[0].size] if with_blocks else stages[-1:]
 
 
+def _sizes(body: list[Call], feature: Call, aspect: float) -> list[int]:
+    """The sizes that stages have, large to small; of those that differ by a class token, the most frequent."""
+    count = Counter(s for c in body if c.end <= feature.end and (s := positions(c.output, aspect)))
+    smallest = positions(feature.output, aspect) or 1
+    sizes: list[int] = []
+    for size, _ in count.most_common():
+        if not any(same_size(size, other) for other in sizes) and (size >= smallest or same_size(size, smallest)):
+            sizes.append(size)
+    return sorted(sizes, reverse=True)
+
+
 def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
     """The first module that takes the size before and gives `size`; a mere pooling belongs to the stage before it."""
-    entering = [
-        c
-        for c in body
-        if positions(c.output, aspect) == size and ((s := positions(c.input, aspect)) is None or s > size)
-    ]
-    entering = [c for c in entering if c.input is not None]
+
+    def gives(call: Call) -> bool:
+        return same_size(positions(call.output, aspect), size)
+
+    def enters(call: Call) -> bool:
+        before = positions(call.input, aspect)
+        return (
+            call.input is not None
+            and gives(call)
+            and (before is None or (before > size and not same_size(before, size)))
+        )
+
+    entering = [c for c in body if enters(c)]
     if not entering:
-        return min((c for c in body if positions(c.output, aspect) == size), key=lambda c: c.start, default=None)
+        return min((c for c in body if gives(c)), key=lambda c: c.start, default=None)
     nearest_size = min(positions(c.input, aspect) or 0 for c in entering)
-    first = min((c for c in entering if positions(c.input, aspect) == nearest_size), key=lambda c: c.start)
+    first = min((c for c in entering if (positions(c.input, aspect) or 0) == nearest_size), key=lambda c: c.start)
     if first.flops_end == first.flops_start:
-        following = [c for c in body if c.start > first.end and positions(c.output, aspect) == size]
+        following = [c for c in body if c.start > first.end and gives(c)]
         if following:
             return min(following, key=lambda c: c.start)
     return first
@@ -271,46 +290,56 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
     """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs."""
     modules = dict(network.named_modules())
     once = called_once(inside)
-    worth = 0.05 * (inside[-1].flops_end - inside[0].flops_start)
-    same = [
-        c
-        for c in inside
-        if c.keeps_shape
-        and not c.leaf
-        and c.name in once
-        and c.flops_end - c.flops_start >= worth
-        and positions(c.output, aspect) == size
-        and any(True for _ in modules[c.name].parameters())
-        and not isinstance(modules[c.name], nn.Sequential)
-        and not _spans_blocks(c, inside)
-    ]
-    outer = [c for c in same if not any(o.start < c.start and c.end < o.end for o in same)]
-    return tuple((c.name,) for c in outer) or tuple(_runs(modules, inside, size, aspect))
+    same = outermost(
+        [
+            c
+            for c in inside
+            if c.keeps_shape
+            and not c.leaf
+            and c.name in once
+            and same_size(positions(c.output, aspect), size)
+            and any(True for _ in modules[c.name].parameters())
+            and not isinstance(modules[c.name], nn.Sequential)
+            and not is_part(c)
+            and not _spans_blocks(c, inside)
+        ]
+    )
+    spent = {c.name: c.flops_end - c.flops_start for c in same}
+    worthy = [c for c in same if spent[c.name] >= 0.5 * max(spent.values())]
+    if sum(spent[c.name] for c in worthy) >= 0.05 * (inside[-1].flops_end - inside[0].flops_start) > 0:
+        return tuple((c.name,) for c in worthy)
+    return tuple(_runs(modules, inside, size, aspect))
+
+
+def outermost(calls: list[Call]) -> list[Call]:
+    """Those of the calls that no other of them encloses."""
+    return [c for c in calls if not any(o.start < c.start and c.end < o.end for o in calls)]
 
 
 def _spans_blocks(call: Call, inside: list[Call]) -> bool:
     """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
     within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
-    within = [c for c in within if c.kind != "Sequential"]
-    outer = [c for c in within if not any(o.start < c.start and c.end < o.end for o in within)]
-    kinds = [c.kind for c in outer]
-    return any(kinds.count(kind) > 1 and kind not in _ACTIVATIONS for kind in kinds)
+    spent: dict[str, list[int]] = {}
+    for c in outermost([c for c in within if c.kind != "Sequential" and not is_part(c)]):
+        spent.setdefault(c.kind, []).append(c.flops_end - c.flops_start)
+    return any(len(each) > 1 and 2 * sum(each) > call.flops_end - call.flops_start for each in spent.values())
 
 
-_ACTIVATIONS = {
-    "BatchNormAct2d",
-    "GroupNormAct",
-    "ConvNormAct",
-    "ConvBnAct",
-    "Conv2dNormActivation",
-    "LayerScale",
-    "Mlp",
-}
+def is_part(call: Call) -> bool:
+    """Whether this is, by its kind's name, a part of blocks (a norm, an attention, an MLP) and no block."""
+    return re.search(_PARTS, call.kind) is not None
+
+
+_PARTS = r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SEModule|SqueezeExcite|SE|LayerScale|Drop\w*)$"
 
 
 def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
     """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
-    flat = [c for c in inside if c.leaf and positions(c.output, aspect) == size and positions(c.input, aspect) == size]
+    flat = [
+        c
+        for c in inside
+        if c.leaf and same_size(positions(c.output, aspect), size) and positions(c.input, aspect) == size
+    ]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
         layer = modules[call.name]

@@ -107,6 +107,11 @@ def positions(shape: tuple[int, ...] | None, aspect: float) -> int | None:
     return math.prod(shape[:2] if layout(shape, aspect) == "nhwc" else shape[1:])
 
 
+def same_size(one: int | None, other: int | None) -> bool:
+    """Whether two counts of positions are of one stage: equal but for class tokens or pixels lost at the border."""
+    return bool(one and other) and 2 * max(one, other) < 3 * min(one, other)  # type: ignore[operator,type-var]
+
+
 def layout(shape: tuple[int, ...], aspect: float) -> str:
     """Where the channels are, judged by which two sides have the image's aspect ratio."""
     if len(shape) == 2:

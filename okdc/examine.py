@@ -1,4 +1,4 @@
-"""What okdc can do with one network, found by doing it: cut, share, grow, train, strip, and if asked compile and export."""
+"""What okdc can do with one network, found by doing it: cut, share, grow, train, strip; if asked, compile, export."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from okdc import _shipped, networks
 from okdc.anatomy import Anatomy, inspect
 from okdc.cohort import Branch, Cohort
+from okdc.depth import FALLBACKS
 from okdc.errors import CutError, OkdcError
-from okdc.growth import FALLBACKS
 from okdc.replay import Replay
 from okdc.settings import NetworkSettings
 from okdc.sharing import unchanged
