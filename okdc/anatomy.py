@@ -64,7 +64,7 @@ class Anatomy:
         Networks whose last stage is most of the network (a ViT) part after two thirds of its blocks instead.
         """
         last = self.stages[-1]
-        if last.before is None or last.flops > 0.7 * self.flops:
+        if last.before is None or last.flops > 0.75 * self.flops:
             return self._cut_between_blocks()
         candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
             s.before for s in reversed(self.stages[:-private_stages]) if s.before
@@ -128,7 +128,7 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
     inner = [c for c in calls[:-1] if c.start > root.start]
     classifier = _classifier(network, inner, logits.shape[1])
     aspect = images.shape[-2] / images.shape[-1]
-    feature = _feature_map(inner, classifier, aspect)
+    feature = _feature_map(network, inner, classifier, aspect)
     stages = _stages(network, inner, feature, classifier, aspect)
     return Anatomy(
         name=type(network).__name__,
@@ -137,7 +137,7 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         params=sum(p.numel() for p in network.parameters()),
         flops=root.flops_end // images.shape[0],
         classifier=classifier.name,
-        embedding=math.prod(classifier.input or (0,)),
+        embedding=(classifier.input or (0,))[0],
         feature_map=feature.name,
         feature_shape=feature.output or (),
         layout=layout(feature.output or (), aspect),
@@ -168,8 +168,10 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
     modules = dict(network.named_modules())
     getter = getattr(network, "get_classifier", None)
     own = getter() if callable(getter) else None
-    if isinstance(own, (tuple, list, nn.ModuleList)):  # a distilled head: the class token's classifier comes first
+    if isinstance(own, (tuple, list)):  # a distilled head: the class token's classifier comes first
         own = own[0]
+    if isinstance(own, nn.ModuleList):  # a classifier for each of several depths: the deepest comes last
+        own = own[-1]
     parts = set(own.modules()) if isinstance(own, nn.Module) else set()
     candidates = [
         c
@@ -185,9 +187,15 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
     return (named or candidates)[-1]
 
 
-def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
+def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect: float) -> Call:
     """The outermost module whose output is the last map (or tokens) before pooling."""
-    before = [c for c in calls if c.end < classifier.start and positions(c.output, aspect)]
+    dense = [c.start for c in calls if _is_dense(network, c)]
+    moment = min([*dense, classifier.start])
+    before = [
+        c
+        for c in calls
+        if c.end < moment and positions(c.output, aspect) and not c.kind.startswith(("Adaptive", "Drop"))
+    ]
     spread = [c for c in before if (positions(c.output, aspect) or 0) > 1]
     pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
     smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
@@ -202,6 +210,16 @@ def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
     return _outermost(calls, last)
 
 
+def _is_dense(network: nn.Module, call: Call) -> bool:
+    """Whether this is a linear layer written as a convolution: one kernel as large as the whole map (timm's VGG)."""
+    layer = network.get_submodule(call.name)
+    if not isinstance(layer, nn.Conv2d) or call.input is None or len(call.input) != 3:
+        return False
+    return (
+        call.input[1:] == tuple(layer.kernel_size) != (1, 1) and call.output is not None and call.output[1:] == (1, 1)
+    )
+
+
 def _outermost(calls: list[Call], call: Call) -> Call:
     """The largest module that ends with the same output, with nothing else called in between."""
     best, clock = call, call.end
@@ -214,10 +232,12 @@ def _outermost(calls: list[Call], call: Call) -> Call:
 def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
     """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
     body = [c for c in calls if c.end < classifier.start]
-    starts = {s: _stage_start(body, s, aspect) for s in _sizes(body, feature, aspect)}
+    path = _main_path(network, body, aspect)
+    starts = {s: _stage_start(path, s, aspect) for s in _sizes(path, feature, aspect)}
     order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
     stages: list[Stage] = []
-    for i, (first, size) in enumerate(order):
+    for i, (begin, size) in enumerate(order):
+        first = _widened(body, begin, size, aspect)
         later = [c.start for c, _ in order[i + 1 :]]
         limit = min(later) if later else feature.end + 1
         inside = [c for c in body if c.start >= first.start and c.end < limit]
@@ -238,8 +258,37 @@ def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Ca
         )
     if not stages:
         raise NetworkError(f"{type(network).__name__} has no stages that okdc can see.")
-    with_blocks = [s for s in stages if s.blocks]
-    return [s for s in stages if s.size <= with_blocks[0].size] if with_blocks else stages[-1:]
+    worth = [s for s in stages if s.blocks] or [s for s in stages if _compound(network, body, s, aspect)] or stages[-1:]
+    return [s for s in stages if s.size <= worth[0].size]
+
+
+def _compound(network: nn.Module, body: list[Call], stage: Stage, aspect: float) -> bool:
+    """Whether a stage has a module of several layers that works at its size (though it does not keep its shape)."""
+    start = next(c.start for c in body if c.name == stage.first)
+    inside = [c for c in body if c.start >= start and c.end <= stage.end and not c.leaf and not is_part(c)]
+    sized = [c for c in inside if same_size(positions(c.output, aspect), stage.size) and c.flops_end > c.flops_start]
+    return any(not isinstance(network.get_submodule(c.name), nn.Sequential) for c in sized)
+
+
+def _main_path(network: nn.Module, calls: list[Call], aspect: float) -> list[Call]:
+    """The calls that data passes one after the other, none inside another, early to late.
+
+    Those that make the map smaller more than once, or return no map, and plain sequences are seen as their parts; what
+    happens inside a block (keys pooled for attention, side branches) is not seen.
+    """
+
+    def is_whole(call: Call) -> bool:
+        before, after = positions(call.input, aspect) or 0, positions(call.output, aspect)
+        return after is not None and before < 6 * after and not isinstance(modules[call.name], nn.Sequential)
+
+    modules = dict(network.named_modules())
+    path: list[Call] = []
+    reached = 0
+    for call in sorted(calls, key=lambda c: c.start):
+        if call.start > reached and (call.leaf or is_whole(call)):
+            path.append(call)
+            reached = call.end
+    return path
 
 
 def _sizes(body: list[Call], feature: Call, aspect: float) -> list[int]:
@@ -260,12 +309,8 @@ def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
         return same_size(positions(call.output, aspect), size)
 
     def enters(call: Call) -> bool:
-        before = positions(call.input, aspect)
-        return (
-            call.input is not None
-            and gives(call)
-            and (before is None or (before > size and not same_size(before, size)))
-        )
+        before = positions(call.input, aspect) or math.inf
+        return call.input is not None and gives(call) and before >= 1.5 * size
 
     entering = [c for c in body if enters(c)]
     if not entering:
@@ -276,6 +321,15 @@ def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
         following = [c for c in body if c.start > first.end and gives(c)]
         if following:
             return min(following, key=lambda c: c.start)
+    return first
+
+
+def _widened(body: list[Call], first: Call, size: int, aspect: float) -> Call:
+    """The largest module that begins with this call and gives the same size: a stage rather than its first block."""
+    for other in sorted((c for c in body if c.start < first.start and c.end > first.end), key=lambda c: -c.start):
+        if other.start != first.start - 1 or not same_size(positions(other.output, aspect), size):
+            break
+        first = other
     return first
 
 
@@ -330,16 +384,15 @@ def is_part(call: Call) -> bool:
     return re.search(_PARTS, call.kind) is not None
 
 
-_PARTS = r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SEModule|SqueezeExcite|SE|LayerScale|Drop\w*)$"
+_PARTS = (
+    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|"
+    r"BnActConv2d|ActConvBn|ConvBn)$"
+)
 
 
 def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
     """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
-    flat = [
-        c
-        for c in inside
-        if c.leaf and same_size(positions(c.output, aspect), size) and positions(c.input, aspect) == size
-    ]
+    flat = [c for c in inside if c.leaf and c.keeps_positions(aspect) and same_size(positions(c.output, aspect), size)]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
         layer = modules[call.name]

@@ -33,6 +33,9 @@ class Call:
     def keeps_shape(self) -> bool:
         return self.input is not None and self.input == self.output
 
+    def keeps_positions(self, aspect: float) -> bool:
+        return positions(self.input, aspect) == positions(self.output, aspect)
+
 
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     """All calls in the order in which they ended (the network's own last), and what the network returned."""

@@ -28,6 +28,7 @@ COLUMNS = (
     "strip", "compile_breaks", "onnx_difference", "seconds", "reason", "versions",
 )  # fmt: skip
 
+CLASSES = 10  # networks get a new classifier, as with data; some of timm's are made without one
 VERSIONS = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, python {platform.python_version()}"
 
 
@@ -68,7 +69,7 @@ def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, 
     """The network and the input shape that it takes."""
     for settings in [NetworkSettings(model=name, img_size=img_size), NetworkSettings(model=name)][not img_size :]:
         try:
-            network = networks.load(settings)
+            network = networks.load(settings, CLASSES)
             shape = networks.data_config(network, settings)["input_size"]
             networks.check_input(network, shape)
             return network, shape
@@ -110,6 +111,7 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
     else:
         fallback = any(isinstance(m, FALLBACKS) for m in cohort.branches.modules())
         row |= {"grown": cohort.grown[1], "own_blocks": "no" if fallback else "yes"}
+        row["reason"] = "" if row["grown"] else "growth: no stage after the default cut"
     row["trains"] = _attempt(lambda: _gradients(cohort, images))
     stripped = cohort.strip() is network and list(network.state_dict()) == keys and _is_clean(network)
     row["strip"] = "exact" if stripped and torch.equal(_logits(network, images), before) else "no"

@@ -189,8 +189,13 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if self.tape.recording:
-            value = args[0].flatten(1) if self.kind == "embedding" else as_map(output, self.layout)
+            value = as_vector(args[0]) if self.kind == "embedding" else as_map(output, self.layout)
             self.tape.tapped[self.kind, self.member] = value
+
+
+def as_vector(x: Tensor) -> Tensor:
+    """(B, D) from what a classifier is given: a vector, or for a convolution (B, D, H, W) the mean of the pixels."""
+    return x.mean((2, 3)) if x.dim() == 4 else x.flatten(1)
 
 
 def as_map(x: Tensor, layout: str) -> Tensor:
