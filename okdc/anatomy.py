@@ -191,12 +191,8 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
     """The outermost module whose output is the last map (or tokens) before pooling."""
     dense = [c.start for c in calls if _is_dense(network, c)]
     moment = min([*dense, classifier.start])
-    before = [
-        c
-        for c in calls
-        if c.end < moment and positions(c.output, aspect) and not c.kind.startswith(("Adaptive", "Drop"))
-    ]
-    spread = [c for c in before if (positions(c.output, aspect) or 0) > 1]
+    before = [c for c in calls if c.end < moment and positions(c.output, aspect) and not c.kind.startswith("Drop")]
+    spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
     pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
     smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
     if pools and smallest <= 4 and not any(c.start > pools[-1].start for c in spread):
@@ -385,7 +381,7 @@ def is_part(call: Call) -> bool:
 
 
 _PARTS = (
-    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|"
+    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
     r"BnActConv2d|ActConvBn|ConvBn)$"
 )
 

@@ -86,7 +86,7 @@ def deepen(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int) -> tu
     none keeps its shape, the last one is refitted to do so; where that fails, okdc's own block is appended.
     """
     if stage.blocks:
-        place, blocks = stage.blocks[-1][-1], _copies(network, stage, count)
+        place, blocks = stage.blocks[-1][-1], _copies(network, anatomy, stage, count)
         kind = "-".join(dict.fromkeys(_kind(block) for block in blocks))
     else:
         place, block = _refitted(network, anatomy, stage)
@@ -103,9 +103,11 @@ def _kind(block: nn.Module) -> str:
     return type(block).__name__
 
 
-def _copies(network: nn.Module, stage: Stage, count: int) -> list[nn.Module]:
+def _copies(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int) -> list[nn.Module]:
     """Copies that go on with the stage's pattern: of its last block or, where blocks take turns, of the last few."""
-    runs = [[network.get_submodule(name) for name in run] for run in stage.blocks]
+    shapes = {c.name: c.output for c in anatomy.calls}
+    alike = [run for run in stage.blocks if shapes[run[-1]] == shapes[stage.blocks[-1][-1]]]
+    runs = [[network.get_submodule(name) for name in run] for run in alike]
     turn = runs[-_period([[_signature(m) for m in run] for run in runs]) :]
     originals = [turn[i % len(turn)] for i in range(count)]
     return [copy.deepcopy(run[0]) if len(run) == 1 else nn.Sequential(*copy.deepcopy(run)) for run in originals]
