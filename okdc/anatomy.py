@@ -69,9 +69,9 @@ class Anatomy:
         candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
             s.before for s in reversed(self.stages[:-private_stages]) if s.before
         ]
-        legal = {c.name: c for c in self.cuts}
+        legal = {c.name for c in self._legal()}
         for name in candidates:
-            if name in legal and legal[name].flops_after >= MIN_TAIL:
+            if name in legal:
                 return name
         return self._cut_by_cost()
 
@@ -94,13 +94,18 @@ class Anatomy:
             if s.end > moment and ends[s.last] > moment
         )
 
+    def _legal(self) -> list[Cut]:
+        """Cuts that leave a tail worth training, and in it a stage that can be made deeper."""
+        ends = {c.name: c.end for c in self.calls}
+        return [c for c in self.cuts if c.flops_after >= MIN_TAIL and ends[c.name] < ends[self.stages[-1].last]]
+
     def _cut_between_blocks(self) -> str:
         blocks = self.stages[-1].blocks
         return blocks[max(0, math.ceil(2 * len(blocks) / 3) - 1)][-1] if len(blocks) > 2 else self._cut_by_cost()
 
     def _cut_by_cost(self) -> str:
         """The cut whose tail is nearest to a third of the FLOPs, outermost modules first."""
-        legal = [c for c in self.cuts if c.flops_after >= MIN_TAIL]
+        legal = self._legal()
         if not legal:
             raise NetworkError(
                 f"{self.name} has no module to part after: nothing follows that is worth training. "

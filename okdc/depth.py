@@ -106,7 +106,8 @@ def _kind(block: nn.Module) -> str:
 def _copies(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int) -> list[nn.Module]:
     """Copies that go on with the stage's pattern: of its last block or, where blocks take turns, of the last few."""
     shapes = {c.name: c.output for c in anatomy.calls}
-    alike = [run for run in stage.blocks if shapes[run[-1]] == shapes[stage.blocks[-1][-1]]]
+    whole = next(s for s in anatomy.stages if s.first == stage.first)  # also what of the stage is before the cut
+    alike = [run for run in whole.blocks if shapes[run[-1]] == shapes[stage.blocks[-1][-1]]]
     runs = [[network.get_submodule(name) for name in run] for run in alike]
     turn = runs[-_period([[_signature(m) for m in run] for run in runs]) :]
     originals = [turn[i % len(turn)] for i in range(count)]

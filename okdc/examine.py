@@ -95,14 +95,14 @@ def _describe(anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dict[str, Any]:
-    """Attach one branch of equal depth and one a block deeper in each stage, train a step's gradients, strip."""
+    """Attach a branch that is a block deeper in each stage, make a training step's gradients, strip."""
     cut = anatomy.cut()
     deeper = (1,) * len(anatomy.stages_after(cut))
     before, keys = _logits(network, images), list(network.state_dict())
     row: dict[str, Any] = {"shared": "exact", "reason": ""}
     taps = ("feature_map", "embedding")
     try:
-        cohort = Cohort(network, images, [Branch(cut), Branch(cut, deeper)], taps=taps)
+        cohort = Cohort(network, images, [Branch(cut, deeper)], taps=taps)
     except OkdcError as error:
         return row | {"shared": "" if isinstance(error, CutError) else "exact", "reason": _line(error)}
     except Exception as error:  # a branch that cannot be grown; that it is shared is shown by itself
@@ -110,7 +110,7 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
         cohort, row["reason"] = Cohort(network, images, [Branch(cut)], taps=taps), grown
     else:
         fallback = any(isinstance(m, FALLBACKS) for m in cohort.branches.modules())
-        row |= {"grown": cohort.grown[1], "own_blocks": "no" if fallback else "yes"}
+        row |= {"grown": cohort.grown[0], "own_blocks": "no" if fallback else "yes"}
         row["reason"] = "" if row["grown"] else "growth: no stage after the default cut"
     row["trains"] = _attempt(lambda: _gradients(cohort, images))
     stripped = cohort.strip() is network and list(network.state_dict()) == keys and _is_clean(network)

@@ -26,7 +26,9 @@ ALLOWED = {
     "networks": {"_cifar", "_torchvision", "_weights", "checkpoint"} | RECIPE,
     "calls": {"errors"},
     "anatomy": {"calls", "errors"},
-    "growth": {"anatomy"},
+    "refit": set(),
+    "depth": {"anatomy", "calls", "refit"},
+    "growth": {"anatomy", "depth"},
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "replay", "sharing"},
     "needs": set(),
@@ -44,6 +46,8 @@ ALLOWED = {
     "_card": {"_bundle", "_portable", "_shipped"},
     "exporting": {"", "_bundle", "_card", "_portable", "_shipped", "verify"} | RECIPE,
     "report": {"_plots"},
+    "examine": {"_shipped", "anatomy", "cohort", "depth", "errors", "networks", "replay", "settings", "sharing"},
+    "zoo": {"errors", "examine", "networks"},
     # the steps, and the command line over them
     "_teacher": {"checkpoint", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
@@ -65,7 +69,8 @@ ALLOWED = {
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},
-    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline", "runs"} | RECIPE,
+    "cli": {"", "_flags", "_summary", "anatomy", "exporting", "methods", "networks", "pipeline", "runs", "zoo"}
+    | RECIPE,
     "__main__": {"cli"},
 }
 
