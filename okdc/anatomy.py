@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from okdc.calls import Call, called_once, layout, positions, same_size, watch
 from okdc.errors import NetworkError, nearest
 
+ISOTROPIC = 0.72  # networks whose last stage is a larger share of the FLOPs part between its blocks
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
 
 
@@ -64,7 +65,7 @@ class Anatomy:
         Networks whose last stage is most of the network (a ViT) part after two thirds of its blocks instead.
         """
         last = self.stages[-1]
-        if last.before is None or last.flops > 0.75 * self.flops:
+        if last.before is None or last.flops > ISOTROPIC * self.flops:
             return self._cut_between_blocks()
         candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
             s.before for s in reversed(self.stages[:-private_stages]) if s.before
@@ -196,7 +197,11 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
     """The outermost module whose output is the last map (or tokens) before pooling."""
     dense = [c.start for c in calls if _is_dense(network, c)]
     moment = min([*dense, classifier.start])
-    before = [c for c in calls if c.end < moment and positions(c.output, aspect) and not c.kind.startswith("Drop")]
+    before = [
+        c
+        for c in calls
+        if c.end < moment and positions(c.output, aspect) and not (c.packed or c.kind.startswith("Drop"))
+    ]
     spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
     pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
     smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
@@ -356,7 +361,7 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
             and any(True for _ in modules[c.name].parameters())
             and not isinstance(modules[c.name], nn.Sequential)
             and not is_part(c)
-            and not _spans_blocks(c, inside)
+            and not _spans_blocks(c, inside, size, aspect)
         ]
     )
     spent = {c.name: c.flops_end - c.flops_start for c in same}
@@ -371,11 +376,12 @@ def outermost(calls: list[Call]) -> list[Call]:
     return [c for c in calls if not any(o.start < c.start and c.end < o.end for o in calls)]
 
 
-def _spans_blocks(call: Call, inside: list[Call]) -> bool:
+def _spans_blocks(call: Call, inside: list[Call], size: int, aspect: float) -> bool:
     """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
     within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
     spent: dict[str, list[int]] = {}
-    for c in outermost([c for c in within if c.kind != "Sequential" and not is_part(c)]):
+    within = [c for c in within if c.kind != "Sequential" and not is_part(c)]
+    for c in outermost([c for c in within if same_size(positions(c.output, aspect), size)]):
         spent.setdefault(c.kind, []).append(c.flops_end - c.flops_start)
     return any(len(each) > 1 and 2 * sum(each) > call.flops_end - call.flops_start for each in spent.values())
 
@@ -386,8 +392,8 @@ def is_part(call: Call) -> bool:
 
 
 _PARTS = (
-    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\w*|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
-    r"BnActConv2d|ActConvBn|ConvBn)$"
+    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
+    r"\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
 )
 
 
@@ -420,5 +426,6 @@ def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -
     for call in calls:
         spent += own[call.name] if call.name in once else 0
         if call.name in once and call.end < classifier.start:
-            cuts.append(Cut(call.name, call.output or (), 1 - call.flops_end / total, 1 - spent / params))
+            shape = () if call.packed else call.output or ()
+            cuts.append(Cut(call.name, shape, 1 - call.flops_end / total, 1 - spent / params))
     return tuple(cuts)

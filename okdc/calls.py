@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.errors import NetworkError
@@ -27,7 +28,8 @@ class Call:
     flops_start: int
     flops_end: int
     input: tuple[int, ...] | None
-    output: tuple[int, ...] | None  # shape without the batch; None when it is not one tensor
+    output: tuple[int, ...] | None  # shape without the batch; None when there is not one tensor
+    packed: bool  # the one tensor comes with other values (its size, say) in a tuple or list
 
     @property
     def keeps_shape(self) -> bool:
@@ -53,11 +55,12 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         nonlocal clock
         clock += 1
         start, flops, shape = open_calls.pop()
-        out = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
-        leaf = next(module.children(), None) is None
-        calls.append(
-            Call(names[module], type(module).__name__, leaf, start, clock, flops, counter.get_total_flops(), shape, out)
-        )
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        out = tuple(tensors[0].shape[1:]) if len(tensors) == 1 else None
+        kind, leaf = type(module).__name__, next(module.children(), None) is None
+        packed = not isinstance(output, Tensor)
+        spent = counter.get_total_flops()
+        calls.append(Call(names[module], kind, leaf, start, clock, flops, spent, shape, out, packed))
 
     names = {module: name for name, module in network.named_modules()}
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]

@@ -181,6 +181,7 @@ def inspect(model: str | None, everything: bool, **options: Any) -> None:
     if everything:
         _examine_all(**options)
         return
+    assert model is not None
     from okdc import _summary, anatomy, networks
 
     typed = _flags.given()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, Stage, is_part, outermost
-from okdc.calls import at_rest, layout, positions, same_size
+from okdc.calls import Call, at_rest, layout, positions, same_size
 from okdc.refit import refit
 
 
@@ -22,10 +22,11 @@ class Chain(nn.Module):
         self.first = first
         self.further = nn.ModuleList(further)
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        x = self.first(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = self.first(*args, **kwargs)
         for block in self.further:
-            x = block(x, *args, **kwargs)
+            again = tuple(x) if isinstance(x, (tuple, list)) and isinstance(args[0], Tensor) else (x,)
+            x = block(*again, *args[len(again) :], **kwargs)
         return x
 
     def __getattr__(self, name: str) -> Any:
@@ -177,11 +178,16 @@ def _last_block(network: nn.Module, anatomy: Anatomy, stage: Stage) -> tuple[str
         return None
     place = block = outer[-1]
     while True:
-        parts = outermost([c for c in inside if block.start < c.start and c.end < block.end])
-        alike = [c for c in parts if sum(c.kind == other.kind for other in parts) > 1 and not is_part(c)]
-        if not alike:
+        parts = outermost([c for c in inside if block.start < c.start and c.end < block.end and not is_part(c)])
+        alike = [c for c in parts if _makes_up(block, [other for other in parts if other.kind == c.kind])]
+        if not alike and not ("Stage" in block.kind and len(parts) == 1):
             return place.name, block.name
-        block = alike[-1]
+        block = alike[-1] if alike else parts[-1]
+
+
+def _makes_up(block: Call, parts: list[Call]) -> bool:
+    """Whether these parts are several, and most of what the block computes."""
+    return len(parts) > 1 and 2 * sum(c.flops_end - c.flops_start for c in parts) > block.flops_end - block.flops_start
 
 
 def _aspect(anatomy: Anatomy) -> float:

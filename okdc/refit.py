@@ -36,6 +36,8 @@ def refit(block: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[
     kwargs = kwargs or {}
     made = copy.deepcopy(block)
     _stay_in_place(made)
+    for name in {"in_channels", "in_chs"} & vars(made).keys():  # a shortcut for as many channels
+        setattr(made, name, x.shape[1])
     handles = [m.register_forward_pre_hook(_take) for m in made.modules() if isinstance(m, Layer)]
     try:
         with torch.no_grad():
