@@ -94,7 +94,9 @@ def show_row(row: dict[str, Any]) -> None:
     """One line about one network of a sweep, as soon as it is done."""
     colour = {"ok": "green", "partly": "yellow"}.get(row["outcome"], "red")
     what = row.get("reason") or f"after {row['cut']}, {row['tail_flops']:.0%} of the FLOPs; {row['grown']}"
-    _console().print(f"[{colour}]{row['outcome']:8}[/] {row['network']}  {row['seconds']} s  {escape(what)}")
+    _console().print(
+        f"[{colour}]{row['outcome']:8}[/] {row['network']}  {row['seconds']} s  {escape(what)}", soft_wrap=True
+    )
 
 
 def show_sweep(rows: list[dict[str, str]], summary: list[tuple[str, int]], path: str) -> None:

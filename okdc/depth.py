@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy import Anatomy, Stage, is_part, outermost
+from okdc.anatomy import Anatomy
 from okdc.calls import Call, at_rest, layout, positions, same_size
 from okdc.refit import refit
+from okdc.stages import Stage, is_part, outermost
 
 
 class Chain(nn.Module):

@@ -59,10 +59,11 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
 
 
 def family(name: str) -> str:
-    """timm's module of a network, or torchvision."""
+    """timm's module of a network, or torchvision; nothing for a name that is unknown."""
     if name.startswith("torchvision/"):
         return "torchvision"
-    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2]
+    known = timm.is_model(name.partition(".")[0])
+    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2] if known else ""
 
 
 def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:

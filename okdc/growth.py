@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from okdc.anatomy import Anatomy, Stage
+from okdc.anatomy import Anatomy
 from okdc.depth import deepen
+from okdc.stages import Stage
 
 PERTURBATION = 0.1  # noise of a pre-trained branch, as a share of each weight tensor's own spread
 

@@ -54,11 +54,15 @@ def choose(pattern: str | None = None, families: bool = False) -> list[str]:
 def smallest_of_families() -> list[str]:
     """The network of fewest parameters of each of timm's model families, measured without making any weights."""
     smallest = []
-    for family in timm.models.list_modules():
+    for family in _families():
         names = timm.list_models(module=family)
         known = [name for name in names if name in _SMALLEST]
         smallest.append(known[0] if known else min(names, key=_size))
     return smallest
+
+
+def _families() -> list[str]:
+    return [module for module in timm.models.list_modules() if not module.startswith("_")]  # okdc registers _cifar
 
 
 def _size(name: str) -> float:
