@@ -169,11 +169,13 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
         for c in calls
         if c.output is not None and c.output[0] == num_classes and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))
     ]
+    if isinstance(own, nn.Identity):  # it says itself that it has none
+        candidates = []
     named = [c for c in candidates if modules[c.name] in parts]
     if not (named or candidates):
         raise NetworkError(
             f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. "
-            "okdc needs to know the classifier: end the network with one."
+            "okdc needs to know the classifier: end the network with one (timm's networks made without: --num-classes)."
         )
     return (named or candidates)[-1]
 

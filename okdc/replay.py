@@ -121,12 +121,17 @@ class Record:
             recorded = tree_map_only(Tensor, _shape_only, output)
         elif handling.clone_recorded or probing:
             recorded = tree_map_only(Tensor, torch.clone, output)
-        tape.outputs.setdefault(self.name, []).append(recorded)
+        tape.outputs.setdefault(self.name, []).append(_own_containers(recorded))
         divisor = tape.divisor.get(self.name, 1)
         if divisor == 1 or tape.proof is not None:
             return None
         output = divide_gradient(output, divisor)
         return output.clone() if handling.clone_recorded else output  # a divided view cannot be changed in place
+
+
+def _own_containers(output: Any) -> Any:
+    """The same tensors in lists and dictionaries of their own, which whoever is given them may change."""
+    return output if isinstance(output, Tensor) else tree_map_only(Tensor, lambda tensor: tensor, output)
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ class Replay(nn.Module):
             output = tree_map_only(Tensor, lambda t: divide_gradient(t, divisor), output)
         if tape.handling[self.name].clone_replayed:
             output = tree_map_only(Tensor, torch.clone, output)
-        return output
+        return _own_containers(output)
 
     # Code that reads attributes or items of the module (patch_embed.grid_size, stages[0]) is answered by the original.
     def __getattr__(self, name: str) -> Any:

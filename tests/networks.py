@@ -156,6 +156,46 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Lists(Tiny):
+    """Modules that take a list and change it, as HRNet's; the cut may be between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = InList(16), InList(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        maps = self.two(self.one([x, x + 1]))
+        return self.head(self.late(maps[0] + maps[1]).mean((2, 3)))
+
+
+class InList(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(conv(width, width) for _ in range(2))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        for i, part in enumerate(self.parts):
+            maps[i] = part(maps[i])
+        return [maps[0], maps[1] + maps[0]]
+
+
+class Counting(Tiny):
+    """Keeps a moving average in a buffer that its forward updates, before and after the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        if self.training:
+            self.seen += 1
+            self.centre.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return self.head(self.late(x - self.centre.view(1, -1, 1, 1)).mean((2, 3)))
+
+
 class Window(nn.Module):
     """A residual block whose setting takes turns, as windows that are shifted in every second block."""
 
