@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.depth import deepen
@@ -27,13 +27,30 @@ def born(network: nn.Module, pretrained: bool) -> None:
     noise of a tenth of the spread is added. Branches that start equal would stay equal for ever.
     """
     with torch.no_grad():
+        constrained = _draw_parametrized(network, pretrained)
         for parameter in network.parameters():
-            if parameter.numel() < 2 or not parameter.is_floating_point():
+            if parameter not in constrained:
+                parameter.copy_(_drawn(parameter, pretrained))
+
+
+def _draw_parametrized(network: nn.Module, pretrained: bool) -> set[Tensor]:
+    """Draw what parametrizations give (orthogonal weights) by assigning it; the parameters that need no drawing now."""
+    done: set[Tensor] = set()
+    for module in network.modules():
+        for name, chain in getattr(module, "parametrizations", {}).items():
+            try:
+                setattr(module, name, _drawn(getattr(module, name), pretrained))
+            except (NotImplementedError, RuntimeError, ValueError):  # no way back to the parameters: draw those
                 continue
-            spread = parameter.float().std()
-            if spread > 0:
-                noise = torch.randn_like(parameter) * spread
-                if pretrained:
-                    parameter.add_(noise * PERTURBATION)
-                else:
-                    parameter.copy_(noise + parameter.mean())
+            done |= set(chain.parameters())
+    return done
+
+
+def _drawn(tensor: Tensor, pretrained: bool) -> Tensor:
+    if tensor.numel() < 2 or not tensor.is_floating_point():
+        return tensor
+    spread = tensor.float().std()
+    if not spread > 0:
+        return tensor
+    noise = torch.randn_like(tensor) * spread
+    return tensor + noise * PERTURBATION if pretrained else noise + tensor.mean()
