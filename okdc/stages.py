@@ -183,7 +183,7 @@ def is_part(call: Call) -> bool:
     return re.search(_PARTS, call.kind) is not None
 
 
-_PARTS = (
+_PARTS = (  # what timm, torchvision and most others call them; a wrong guess costs a choice of block, never exactness
     r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
     r"\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
 )
