@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import timm
+import torchvision
 from click.testing import CliRunner
 
-from okdc import examine, zoo
+from okdc import examine, networks, zoo
 from okdc.cli import main
 from okdc.errors import NetworkError, RunError
+from okdc.settings import NetworkSettings
 
 TABLES = Path(__file__).parent / "zoo"
 FAST = {  # name: default cut and what is appended, on images of 64 x 64
@@ -49,6 +51,12 @@ def test_compile_and_onnx_columns() -> None:
 
 def test_a_network_that_does_not_take_the_size_is_given_its_own() -> None:
     assert examine.examine("torchvision/swin_t", img_size=8)["input"] == "3x224x224"
+
+
+def test_a_network_of_torchvision_says_what_size_it_was_built_for() -> None:
+    network = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=4)
+    settings = NetworkSettings(model="torchvision/vit_h_14")  # whose pre-trained weights are for 518 pixels
+    assert networks.data_config(network, settings)["input_size"] == (3, 32, 32)
 
 
 def test_a_sweep_keeps_limits_and_goes_on(tmp_path: Path) -> None:
