@@ -173,6 +173,31 @@ def _role(index: int, each: Cost) -> str:
     return each.grown or "the same tail again"
 
 
+def show_row(row: dict[str, Any]) -> None:
+    """One line about one network of a sweep, as soon as it is done."""
+    colour = {"ok": "green", "partly": "yellow"}.get(row["outcome"], "red")
+    what = row.get("reason") or f"after {row['cut']}, {row['tail_flops']:.0%} of the FLOPs; {row['grown']}"
+    _console().print(
+        f"[{colour}]{row['outcome']:8}[/] {row['network']}  {row['seconds']} s  {escape(what)}", soft_wrap=True
+    )
+
+
+def show_sweep(rows: list[dict[str, str]], summary: list[tuple[str, int]], path: str) -> None:
+    """How many networks of a sweep there are of each outcome, those that are not ok by name, and where the table is."""
+    counts = _table("", "")
+    for label, count in summary:
+        counts.add_row(label, str(count))
+    console = _console()
+    console.print("\n", counts, sep="")
+    failures = _table("network", "outcome", "reason")
+    for row in rows:
+        if row["outcome"] != "ok":
+            failures.add_row(row["network"], row["outcome"], escape(row["reason"]))
+    if failures.row_count:
+        console.print("\n", failures, sep="")
+    console.print(f"\nThe table is {path}.")
+
+
 def _worth_showing(anatomy: Anatomy, chosen: str) -> list[Cut]:
     """The cuts between stages, between blocks and between a network's outer modules; of equal ones the last."""
     ends = {stage.before for stage in anatomy.stages} | {block[-1] for s in anatomy.stages for block in s.blocks}

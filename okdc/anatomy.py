@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,21 +10,10 @@ from torch import Tensor, nn
 
 from okdc.calls import Call, called_once, layout, positions, watch
 from okdc.errors import NetworkError, nearest
+from okdc.stages import Stage, find_stages, widest
 
+ISOTROPIC = 0.72  # networks whose last stage is a larger share of the FLOPs part between its blocks
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of equal spatial size: `size` is pixels or tokens, `blocks` the modules that may be repeated at its end."""
-
-    size: int
-    first: str  # the first outermost module of the stage
-    before: str | None  # the module after which the stage starts, i.e. the cut that gives it to every branch
-    last: str  # the outermost module that the stage ends with
-    blocks: tuple[tuple[str, ...], ...]  # names; a block of a plain Sequential is several neighbours (conv, bn, act)
-    flops: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -62,14 +50,14 @@ class Anatomy:
         Networks whose last stage is most of the network (a ViT) part after two thirds of its blocks instead.
         """
         last = self.stages[-1]
-        if last.before is None or last.flops > 0.7 * self.flops:
+        if last.before is None or last.flops > ISOTROPIC * self.flops:
             return self._cut_between_blocks()
         candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
             s.before for s in reversed(self.stages[:-private_stages]) if s.before
         ]
-        legal = {c.name: c for c in self.cuts}
+        legal = {c.name for c in self._legal()}
         for name in candidates:
-            if name in legal and legal[name].flops_after >= MIN_TAIL:
+            if name in legal:
                 return name
         return self._cut_by_cost()
 
@@ -92,19 +80,27 @@ class Anatomy:
             if s.end > moment and ends[s.last] > moment
         )
 
+    def _legal(self) -> list[Cut]:
+        """Cuts that leave a tail worth training, and in it a stage that can be made deeper."""
+        ends = {c.name: c.end for c in self.calls}
+        return [c for c in self.cuts if c.flops_after >= MIN_TAIL and ends[c.name] < ends[self.stages[-1].last]]
+
     def _cut_between_blocks(self) -> str:
         blocks = self.stages[-1].blocks
         return blocks[max(0, math.ceil(2 * len(blocks) / 3) - 1)][-1] if len(blocks) > 2 else self._cut_by_cost()
 
     def _cut_by_cost(self) -> str:
         """The cut whose tail is nearest to a third of the FLOPs, outermost modules first."""
-        legal = [c for c in self.cuts if c.flops_after >= MIN_TAIL]
+        legal = self._legal()
         if not legal:
             raise NetworkError(
                 f"{self.name} has no module to part after: nothing follows that is worth training. "
                 "Train whole peer networks instead: --share none."
             )
-        return min(legal, key=lambda c: (round(abs(c.flops_after - 1 / 3), 2), c.name.count("."))).name
+        near = [c for c in legal if abs(c.flops_after - 1 / 3) < 0.15]
+        least = min(c.name.count(".") for c in near or legal)
+        outer = [c for c in near or legal if c.name.count(".") == least]
+        return min(outer, key=lambda c: abs(c.flops_after - 1 / 3)).name
 
 
 def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None) -> Anatomy:
@@ -123,8 +119,8 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
     inner = [c for c in calls[:-1] if c.start > root.start]
     classifier = _classifier(network, inner, logits.shape[1])
     aspect = images.shape[-2] / images.shape[-1]
-    feature = _feature_map(inner, classifier, aspect)
-    stages = _stages(network, inner, feature, classifier, aspect)
+    feature = _feature_map(network, inner, classifier, aspect)
+    stages = find_stages(network, inner, feature, classifier, aspect)
     return Anatomy(
         name=type(network).__name__,
         input_size=tuple(images.shape[1:]),
@@ -132,7 +128,7 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         params=sum(p.numel() for p in network.parameters()),
         flops=root.flops_end // images.shape[0],
         classifier=classifier.name,
-        embedding=math.prod(classifier.input or (0,)),
+        embedding=(classifier.input or (0,))[0],
         feature_map=feature.name,
         feature_shape=feature.output or (),
         layout=layout(feature.output or (), aspect),
@@ -163,27 +159,37 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
     modules = dict(network.named_modules())
     getter = getattr(network, "get_classifier", None)
     own = getter() if callable(getter) else None
-    if isinstance(own, (tuple, list, nn.ModuleList)):  # a distilled head: the class token's classifier comes first
+    if isinstance(own, (tuple, list)):  # a distilled head: the class token's classifier comes first
         own = own[0]
+    if isinstance(own, nn.ModuleList):  # a classifier for each of several depths: the deepest comes last
+        own = own[-1]
     parts = set(own.modules()) if isinstance(own, nn.Module) else set()
     candidates = [
         c
         for c in calls
         if c.output is not None and c.output[0] == num_classes and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))
     ]
+    if isinstance(own, nn.Identity):  # it says itself that it has none
+        candidates = []
     named = [c for c in candidates if modules[c.name] in parts]
     if not (named or candidates):
         raise NetworkError(
             f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. "
-            "okdc needs to know the classifier: end the network with one."
+            "okdc needs to know the classifier: end the network with one (timm's networks made without: --num-classes)."
         )
     return (named or candidates)[-1]
 
 
-def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
+def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect: float) -> Call:
     """The outermost module whose output is the last map (or tokens) before pooling."""
-    before = [c for c in calls if c.end < classifier.start and positions(c.output, aspect)]
-    spread = [c for c in before if (positions(c.output, aspect) or 0) > 1]
+    dense = [c.start for c in calls if _is_dense(network, c)]
+    moment = min([*dense, classifier.start])
+    before = [
+        c
+        for c in calls
+        if c.end < moment and positions(c.output, aspect) and not (c.packed or c.kind.startswith("Drop"))
+    ]
+    spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
     pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
     smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
     if pools and smallest <= 4 and not any(c.start > pools[-1].start for c in spread):
@@ -194,137 +200,17 @@ def _feature_map(calls: list[Call], classifier: Call, aspect: float) -> Call:
         last = spread[-1] if spread else None
     if last is None:
         raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")
-    return _outermost(calls, last)
+    return widest(calls, last)
 
 
-def _outermost(calls: list[Call], call: Call) -> Call:
-    """The largest module that ends with the same output, with nothing else called in between."""
-    best, clock = call, call.end
-    for other in calls:
-        if other.end == clock + 1 and other.start <= best.start and other.output == call.output:
-            best, clock = other, other.end
-    return best
-
-
-def _stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
-    """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
-    body = [c for c in calls if c.end < classifier.start]
-    sizes = sorted(
-        {s for c in body if (s := positions(c.output, aspect)) and s > 0 and c.end <= feature.end}, reverse=True
+def _is_dense(network: nn.Module, call: Call) -> bool:
+    """Whether this is a linear layer written as a convolution: one kernel as large as the whole map (timm's VGG)."""
+    layer = network.get_submodule(call.name)
+    if not isinstance(layer, nn.Conv2d) or call.input is None or len(call.input) != 3:
+        return False
+    return (
+        call.input[1:] == tuple(layer.kernel_size) != (1, 1) and call.output is not None and call.output[1:] == (1, 1)
     )
-    smallest = positions(feature.output, aspect) or 1
-    starts = {s: _stage_start(body, s, aspect) for s in sizes if s >= smallest}
-    order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
-    stages: list[Stage] = []
-    for i, (first, size) in enumerate(order):
-        later = [c.start for c, _ in order[i + 1 :]]
-        limit = min(later) if later else feature.end + 1
-        inside = [c for c in body if c.start >= first.start and c.end < limit]
-        if not inside or inside[-1].flops_end == first.flops_start:
-            continue
-        ends = [c for c in inside if positions(c.output, aspect) == size]
-        last = _outermost(inside, ends[-1]) if ends else inside[-1]
-        stages.append(
-            Stage(
-                size=size,
-                first=first.name,
-                before=_ended_before(body, first),
-                last=last.name,
-                blocks=_blocks(network, inside, size, aspect),
-                flops=inside[-1].flops_end - first.flops_start,
-                end=inside[-1].end,
-            )
-        )
-    if not stages:
-        raise NetworkError(f"{type(network).__name__} has no stages that okdc can see.")
-    with_blocks = [s for s in stages if s.blocks]
-    return [s for s in stages if s.size <= with_blocks[0].size] if with_blocks else stages[-1:]
-
-
-def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
-    """The first module that takes the size before and gives `size`; a mere pooling belongs to the stage before it."""
-    entering = [
-        c
-        for c in body
-        if positions(c.output, aspect) == size and ((s := positions(c.input, aspect)) is None or s > size)
-    ]
-    entering = [c for c in entering if c.input is not None]
-    if not entering:
-        return min((c for c in body if positions(c.output, aspect) == size), key=lambda c: c.start, default=None)
-    nearest_size = min(positions(c.input, aspect) or 0 for c in entering)
-    first = min((c for c in entering if positions(c.input, aspect) == nearest_size), key=lambda c: c.start)
-    if first.flops_end == first.flops_start:
-        following = [c for c in body if c.start > first.end and positions(c.output, aspect) == size]
-        if following:
-            return min(following, key=lambda c: c.start)
-    return first
-
-
-def _ended_before(body: list[Call], first: Call) -> str | None:
-    """The outermost module that ended last before `first` began."""
-    once = called_once(body)
-    done = [c for c in body if c.end < first.start and c.name in once]
-    return _outermost(done, done[-1]).name if done else None
-
-
-def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
-    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs."""
-    modules = dict(network.named_modules())
-    once = called_once(inside)
-    worth = 0.05 * (inside[-1].flops_end - inside[0].flops_start)
-    same = [
-        c
-        for c in inside
-        if c.keeps_shape
-        and not c.leaf
-        and c.name in once
-        and c.flops_end - c.flops_start >= worth
-        and positions(c.output, aspect) == size
-        and any(True for _ in modules[c.name].parameters())
-        and not isinstance(modules[c.name], nn.Sequential)
-        and not _spans_blocks(c, inside)
-    ]
-    outer = [c for c in same if not any(o.start < c.start and c.end < o.end for o in same)]
-    return tuple((c.name,) for c in outer) or tuple(_runs(modules, inside, size, aspect))
-
-
-def _spans_blocks(call: Call, inside: list[Call]) -> bool:
-    """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
-    within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
-    within = [c for c in within if c.kind != "Sequential"]
-    outer = [c for c in within if not any(o.start < c.start and c.end < o.end for o in within)]
-    kinds = [c.kind for c in outer]
-    return any(kinds.count(kind) > 1 and kind not in _ACTIVATIONS for kind in kinds)
-
-
-_ACTIVATIONS = {
-    "BatchNormAct2d",
-    "GroupNormAct",
-    "ConvNormAct",
-    "ConvBnAct",
-    "Conv2dNormActivation",
-    "LayerScale",
-    "Mlp",
-}
-
-
-def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
-    """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
-    flat = [c for c in inside if c.leaf and positions(c.output, aspect) == size and positions(c.input, aspect) == size]
-    once = called_once(inside)  # an activation that several layers share cannot be appended to
-    for i, call in enumerate(flat):
-        layer = modules[call.name]
-        if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
-            continue
-        parent = call.name.rpartition(".")[0]
-        run = [call.name]
-        for follower in flat[i + 1 :]:
-            beyond = isinstance(modules[follower.name], nn.Conv2d) or follower.name not in once
-            if beyond or follower.name.rpartition(".")[0] != parent:
-                break
-            run.append(follower.name)
-        if isinstance(modules.get(parent), nn.Sequential):
-            yield tuple(run)
 
 
 def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -> tuple[Cut, ...]:
@@ -337,5 +223,6 @@ def _cuts(network: nn.Module, calls: list[Call], classifier: Call, root: Call) -
     for call in calls:
         spent += own[call.name] if call.name in once else 0
         if call.name in once and call.end < classifier.start:
-            cuts.append(Cut(call.name, call.output or (), 1 - call.flops_end / total, 1 - spent / params))
+            shape = () if call.packed else call.output or ()
+            cuts.append(Cut(call.name, shape, 1 - call.flops_end / total, 1 - spent / params))
     return tuple(cuts)

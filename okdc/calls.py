@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.errors import NetworkError
@@ -27,11 +28,15 @@ class Call:
     flops_start: int
     flops_end: int
     input: tuple[int, ...] | None
-    output: tuple[int, ...] | None  # shape without the batch; None when it is not one tensor
+    output: tuple[int, ...] | None  # shape without the batch; None when there is not one tensor
+    packed: bool  # the one tensor comes with other values (its size, say) in a tuple or list
 
     @property
     def keeps_shape(self) -> bool:
         return self.input is not None and self.input == self.output
+
+    def keeps_positions(self, aspect: float) -> bool:
+        return positions(self.input, aspect) == positions(self.output, aspect)
 
 
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
@@ -50,11 +55,12 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         nonlocal clock
         clock += 1
         start, flops, shape = open_calls.pop()
-        out = tuple(output.shape[1:]) if isinstance(output, Tensor) else None
-        leaf = next(module.children(), None) is None
-        calls.append(
-            Call(names[module], type(module).__name__, leaf, start, clock, flops, counter.get_total_flops(), shape, out)
-        )
+        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+        out = tuple(tensors[0].shape[1:]) if len(tensors) == 1 else None
+        kind, leaf = type(module).__name__, next(module.children(), None) is None
+        packed = not isinstance(output, Tensor)
+        spent = counter.get_total_flops()
+        calls.append(Call(names[module], kind, leaf, start, clock, flops, spent, shape, out, packed))
 
     names = {module: name for name, module in network.named_modules()}
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
@@ -105,6 +111,11 @@ def positions(shape: tuple[int, ...] | None, aspect: float) -> int | None:
     if len(shape) == 2:
         return shape[0]
     return math.prod(shape[:2] if layout(shape, aspect) == "nhwc" else shape[1:])
+
+
+def same_size(one: int | None, other: int | None) -> bool:
+    """Whether two counts of positions are of one stage: equal but for class tokens or pixels lost at the border."""
+    return bool(one and other) and 2 * max(one, other) < 3 * min(one, other)  # type: ignore[operator,type-var]
 
 
 def layout(shape: tuple[int, ...], aspect: float) -> str:

@@ -153,22 +153,48 @@ def verify(bundle: str, **_: Any) -> None:
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", required=False)
 @click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
 @click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs", "cohort")
 @_flags.settings("train.batch_size")
-def inspect(model: str, method: str | None, method_kwargs: tuple[tuple[str, Any], ...], **_: Any) -> None:
+@click.option(
+    "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
+)
+@click.option("--families", is_flag=True, help="With --all: only the smallest network of each of timm's families.")
+@click.option("--filter", "pattern", metavar="PATTERN", help="With --all: only names that match, such as 'resnet*'.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="With --all: networks at a time.")
+@click.option("--output", metavar="FILE", default="zoo.csv", show_default=True, help="With --all: the table; goes on.")
+@click.option("--limit-seconds", type=float, default=600.0, show_default=True, help="With --all: of one network.")
+@click.option("--limit-gb", type=float, default=12.0, show_default=True, help="With --all: memory of one network.")
+@click.option("--compile", "compiles", is_flag=True, help="With --all: also count the graph breaks of torch.compile.")
+@click.option("--onnx", is_flag=True, help="With --all: also export to ONNX and compare the logits.")
+def inspect(
+    model: str | None,
+    method: str | None,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    everything: bool,
+    **options: Any,
+) -> None:
     """Show what a network is made of: its stages, and where branches can part from it.
 
     With --method: the members that this method would build around it, their parameters and FLOPs, and an estimate of
     the memory that training takes. Nothing is trained and no data is read.
 
+    With --all: share, grow, train a step of and strip many networks, each in a process of its own, into a csv file.
+
     \b
     okdc inspect resnet18
     okdc inspect torchvision/shufflenet_v2_x1_0 --img-size 64
     okdc inspect resnet32_cifar --method ahbf --members 3 --num-classes 100
+    okdc inspect --all --families --img-size 64 --output families.csv
     """
+    if everything == bool(model):
+        raise click.UsageError("expected the name of one network, or --all.")
+    if everything:
+        _examine_all(**options)
+        return
+    assert model is not None
     from okdc import _summary, anatomy, estimate, methods, networks
 
     typed = _flags.given() | {"model": model}
@@ -186,6 +212,36 @@ def inspect(model: str, method: str | None, method_kwargs: tuple[tuple[str, Any]
     input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
     _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
+
+
+def _examine_all(
+    families: bool,
+    pattern: str | None,
+    jobs: int,
+    output: str,
+    limit_seconds: float,
+    limit_gb: float,
+    img_size: int | None,
+    compiles: bool,
+    onnx: bool,
+    **_: Any,
+) -> None:
+    """Examine many networks and say what came of it; what the csv file has already is not done again."""
+    from okdc import _summary, zoo
+
+    names = zoo.choose(pattern, families)
+    limits = zoo.Limits(limit_seconds, limit_gb)
+    rows = zoo.sweep(
+        names,
+        Path(output),
+        jobs=jobs,
+        limits=limits,
+        done=_summary.show_row,
+        img_size=img_size,
+        compiles=compiles,
+        onnx=onnx,
+    )
+    _summary.show_sweep(rows, zoo.summary(rows), output)
 
 
 def _require_engine(verification: dict[str, Any] | None, asked: bool | None) -> None:

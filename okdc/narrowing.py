@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
+from okdc.depth import Chain
 from okdc.errors import CutError, NetworkError
-from okdc.growth import Chain
 
 
 def narrow(

@@ -67,6 +67,8 @@ def data_config(
     own = _torchvision.data_config(settings.model) or getattr(network, "pretrained_cfg", None) or {}
     channels = settings.in_chans
     _, *own_size = own.get("input_size") or (channels, 224, 224)
+    if settings.model.startswith(_TORCHVISION) and isinstance(getattr(network, "image_size", None), int):
+        own_size = [network.image_size] * 2  # type: ignore[list-item]  # not that of weights that were not asked for
     side = settings.img_size
     height, width = (side, side) if side else image_size or own_size
     given = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}

@@ -134,13 +134,18 @@ class Record:
             recorded = tree_map_only(Tensor, _shape_only, output)
         elif handling.clone_recorded or probing:
             recorded = tree_map_only(Tensor, torch.clone, output)
-        tape.outputs.setdefault(self.name, []).append(recorded)
+        tape.outputs.setdefault(self.name, []).append(_own_containers(recorded))
         divisor = tape.divisor.get(self.name, 1)
         if divisor == 1 or tape.proof is not None:
             return None
         output = tree_map_only(Tensor, lambda t: divide_gradient(t, divisor), output)
         # A divided view cannot be changed in place.
         return tree_map_only(Tensor, torch.clone, output) if handling.clone_recorded else output
+
+
+def _own_containers(output: Any) -> Any:
+    """The same tensors in lists and dictionaries of their own, which whoever is given them may change."""
+    return output if isinstance(output, Tensor) else tree_map_only(Tensor, lambda tensor: tensor, output)
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
@@ -176,7 +181,7 @@ class Replay(nn.Module):
             output = tree_map_only(Tensor, lambda t: divide_gradient(t, divisor), output)
         if tape.handling[self.name].clone_replayed:
             output = tree_map_only(Tensor, torch.clone, output)
-        return output
+        return _own_containers(output)
 
     # Code that reads attributes or items of the module (patch_embed.grid_size, stages[0]) is answered by the original.
     def __getattr__(self, name: str) -> Any:
@@ -203,8 +208,13 @@ class Tap:
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if self.tape.recording:
-            value = args[0].flatten(1) if self.kind == "embedding" else as_map(output, self.layout)
+            value = as_vector(args[0]) if self.kind == "embedding" else as_map(output, self.layout)
             self.tape.tapped[self.kind, self.member] = value
+
+
+def as_vector(x: Tensor) -> Tensor:
+    """(B, D) from what a classifier is given: a vector, or for a convolution (B, D, H, W) the mean of the pixels."""
+    return x.mean((2, 3)) if x.dim() == 4 else x.flatten(1)
 
 
 def as_map(x: Tensor, layout: str) -> Tensor:

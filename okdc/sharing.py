@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,13 @@ def before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module
 
 
 def stand_in(network: nn.Module, trunk: dict[str, nn.Module], tape: Tape, cut: str) -> None:
-    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target that parts at `cut`."""
+    """Put a `Replay` in the place (every place) of each trunk module of a copy of the target that parts at `cut`.
+
+    timm's gradient checkpointing is turned off in it: when it computes again, what is replayed is gone.
+    """
+    for module in network.modules():
+        if getattr(module, "grad_checkpointing", False):
+            module.grad_checkpointing = False  # type: ignore[assignment]
     doomed = {network.get_submodule(name): name for name in trunk}
     for module in list(network.modules()):
         for key, child in module._modules.items():
@@ -125,7 +132,10 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
             tape.clear()
             tape.proof = None
     if not difference <= TOLERANCE:
-        raise CutError(_refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e})"))
+        where = _first_difference(target, network, tape, example)
+        raise CutError(
+            _refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e}){where}")
+        )
 
 
 _RAISED_BY_NETWORKS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
@@ -166,6 +176,44 @@ def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: 
     live |= {name for name, tensor, _ in proof.replayed if not tensor.is_floating_point()}
     for name in {name for name, _, _ in proof.recorded} & {m.name for m in network.modules() if isinstance(m, Replay)}:
         tape.handling[name].add(name in live, name in changed_by_target, name in changed_by_branch)
+
+
+def _first_difference(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> str:
+    """Which module of a branch first gives something else than the target's own, or is not called, in words."""
+    with unchanged(target), unchanged(network):
+        for mode in ("evaluation", "training"):
+            target.train(mode == "training"), network.train(mode == "training")
+            tape.proof = Proof()
+            tape.start()
+            expected = _outputs(target, example)
+            found = dict(_outputs(network, example))
+            tape.clear()
+            tape.proof = None
+            replayed = {name for name, module in network.named_modules() if isinstance(module, Replay)}
+            for name, output in expected:
+                if name and not any(f"{name}.".startswith(f"{r}.") for r in replayed):
+                    if name not in found:
+                        return f": in {mode} mode {name!r} is not called in it"
+                    if found[name].shape != output.shape or not torch.allclose(found[name], output, atol=1e-4):
+                        return f": in {mode} mode {name!r} is the first that differs"
+    return ""
+
+
+def _outputs(network: nn.Module, example: Tensor) -> list[tuple[str, Tensor]]:
+    """What each module returned, in the order of ending; those that return one tensor."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, y: seen.append((name, y.clone())) if isinstance(y, Tensor) else None
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules()]
+    try:
+        with torch.no_grad():
+            network(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:

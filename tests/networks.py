@@ -156,6 +156,184 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Lists(Tiny):
+    """Modules that take a list and change it, as HRNet's; the cut may be between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = InList(16), InList(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        maps = self.two(self.one([x, x + 1]))
+        return self.head(self.late(maps[0] + maps[1]).mean((2, 3)))
+
+
+class InList(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(conv(width, width) for _ in range(2))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        for i, part in enumerate(self.parts):
+            maps[i] = part(maps[i])
+        return [maps[0], maps[1] + maps[0]]
+
+
+class Counting(Tiny):
+    """Keeps a moving average in a buffer that its forward updates, before and after the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("centre", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        if self.training:
+            self.seen += 1
+            self.centre.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        return self.head(self.late(x - self.centre.view(1, -1, 1, 1)).mean((2, 3)))
+
+
+class Window(nn.Module):
+    """A residual block whose setting takes turns, as windows that are shifted in every second block."""
+
+    def __init__(self, width: int, shift: int) -> None:
+        super().__init__()
+        self.shift = shift
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x.roll(self.shift, 2))
+
+
+class Alternating(Tiny):
+    """The last stage is a ModuleList that the forward iterates; its blocks take turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows = nn.ModuleList(Window(32, i % 2) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.late(self.early(self.stem(x)))
+        for window in self.windows:
+            x = window(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Strided(nn.Module):
+    """A residual block that halves the map, and so cannot be repeated as it is."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.body = conv(inputs, outputs, 2)
+        self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, outputs, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x)) + self.shortcut(x)
+
+
+class OneStrided(Tiny):
+    """Stages of one strided block each, as resnet10t's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = Strided(8, 16), Strided(16, 32)  # type: ignore[assignment]
+
+
+class DenseLayer(nn.Module):
+    """Reads all that came before it in its stage, and gives a few channels more."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, 4, 3, padding=1)
+
+    def forward(self, features: list[Tensor] | Tensor) -> Tensor:
+        x = torch.cat(features, 1) if isinstance(features, list) else features
+        return F.relu(self.conv(x))
+
+
+class DenseStage(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DenseLayer(inputs + 4 * i) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class Dense(Tiny):
+    """Channels grow from layer to layer, as DenseNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Sequential(nn.AvgPool2d(2), DenseStage(16))
+
+
+class LinearAsConvolution(Tiny):
+    """Its classifier begins with a convolution as large as the map, as timm's VGG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Conv2d(32, 64, 8)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.late(self.early(self.stem(x)))
+        return self.head(F.relu(self.dense(x)).flatten(1))
+
+
+class LateClassToken(Tokens):
+    """The class token joins the patches after most of the blocks, as CaiT's: one position more is no new stage."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position[:, 1:]
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        return self.head(self.norm(x)[:, 0])
+
+
+class PooledKeys(nn.Module):
+    """Attends to a smaller copy of the map inside a block, which is no new stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.pool = nn.Conv2d(width, width, 4, 4)
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(x) * self.pool(x).mean((2, 3), keepdim=True)
+
+
+class SideBranch(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = PooledKeys(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.early(self.keys(self.stem(x)))).mean((2, 3)))
+
+
+class Convolutional(Tiny):
+    """Its classifier is a convolution, and what it says is averaged, as SqueezeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(32, 4, 1)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.late(self.early(self.stem(x)))).mean((2, 3))
+
+
 class TwoOutputs(Tiny):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         logits = super().forward(x)

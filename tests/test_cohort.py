@@ -22,6 +22,8 @@ TRAPS = [
     networks.ChangesInPlace,
     networks.CalledTwice,
     networks.Tuples,
+    networks.Lists,
+    networks.Counting,
     networks.ReadsAttribute,
     networks.Tokens,
 ]

@@ -1,0 +1,172 @@
+"""What okdc can do with one network, found by doing it: cut, share, grow, train, strip; if asked, compile, export."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from okdc import _shipped, networks
+from okdc.anatomy import Anatomy, inspect
+from okdc.cohort import Branch, Cohort
+from okdc.depth import FALLBACKS
+from okdc.errors import CutError, OkdcError
+from okdc.replay import Replay
+from okdc.settings import NetworkSettings
+from okdc.sharing import unchanged
+
+COLUMNS = (
+    "network", "family", "outcome", "input", "params_m", "gflops", "stages", "cut", "cut_shape", "tail_flops",
+    "tail_params", "shared", "grown", "own_blocks", "trains", "classifier", "embedding", "feature_map", "feature_shape",
+    "strip", "compile_breaks", "onnx_difference", "seconds", "reason", "versions",
+)  # fmt: skip
+
+CLASSES = 10  # networks get a new classifier, as with data; some of timm's are made without one
+VERSIONS = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, python {platform.python_version()}"
+
+
+def examine(name: str, *, img_size: int | None = None, compiles: bool = False, onnx: bool = False) -> dict[str, Any]:
+    """One row of `COLUMNS` about the network `name`, newly made; its own input size where it does not take `img_size`.
+
+    `outcome` is ok, partly (`reason` says what is missing) or refused (`reason` is the error).
+    """
+    started = time.perf_counter()
+    row: dict[str, Any] = {"network": name, "family": family(name), "versions": VERSIONS}
+    torch.manual_seed(0)
+    try:
+        network, shape = _build(name, img_size)
+        row |= {"input": "x".join(map(str, shape)), "params_m": _millions(sum(p.numel() for p in network.parameters()))}
+        images = torch.randn(2, *shape)
+        anatomy = inspect(network, images)
+        row |= _describe(anatomy)
+        row |= _share_and_grow(network, images, anatomy)
+        if compiles:
+            row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy.cut()))
+        if onnx:
+            row["onnx_difference"] = _attempt(lambda: _onnx_difference(network, images))
+        row["outcome"] = "partly" if row["reason"] else "ok"
+    except Exception as error:  # whatever a stranger's code raises is what the table is about
+        kind = "" if isinstance(error, OkdcError) else f"{type(error).__name__}: "
+        row |= {"outcome": "refused" if isinstance(error, OkdcError) else "failed", "reason": kind + _line(error)}
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def family(name: str) -> str:
+    """timm's module of a network, or torchvision; nothing for a name that is unknown."""
+    if name.startswith("torchvision/"):
+        return "torchvision"
+    known = timm.is_model(name.partition(".")[0])
+    return timm.models.model_entrypoint(name.partition(".")[0]).__module__.rpartition(".")[2] if known else ""
+
+
+def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The network and the input shape that it takes."""
+    for settings in [NetworkSettings(model=name, img_size=img_size), NetworkSettings(model=name)][not img_size :]:
+        try:
+            network = networks.load(settings, CLASSES)
+            shape = networks.data_config(network, settings)["input_size"]
+            networks.check_input(network, shape)
+            return network, shape
+        except OkdcError as error:
+            reason = error
+    raise reason
+
+
+def _describe(anatomy: Anatomy) -> dict[str, Any]:
+    cut = anatomy.find_cut(anatomy.cut())
+    return {
+        "gflops": round(anatomy.flops / 1e9, 3),
+        "stages": " ".join(f"{s.size}:{len(s.blocks)}" for s in anatomy.stages),
+        "cut": cut.name,
+        "cut_shape": "x".join(map(str, cut.shape)),
+        "tail_flops": round(cut.flops_after, 3),
+        "tail_params": round(cut.params_after, 3),
+        "classifier": anatomy.classifier,
+        "embedding": anatomy.embedding,
+        "feature_map": anatomy.feature_map,
+        "feature_shape": "x".join(map(str, anatomy.feature_shape)),
+    }
+
+
+def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dict[str, Any]:
+    """Attach a branch that is a block deeper in each stage, make a training step's gradients, strip."""
+    cut = anatomy.cut()
+    deeper = (1,) * len(anatomy.stages_after(cut))
+    before, keys = _logits(network, images), list(network.state_dict())
+    row: dict[str, Any] = {"shared": "exact", "reason": ""}
+    taps = ("feature_map", "embedding")
+    try:
+        cohort = Cohort(network, images, [Branch(cut, deeper)], taps=taps)
+    except OkdcError as error:
+        return row | {"shared": "" if isinstance(error, CutError) else "exact", "reason": _line(error)}
+    except Exception as error:  # a branch that cannot be grown; that it is shared is shown by itself
+        grown = f"growth: {type(error).__name__}: {_line(error)}"
+        cohort, row["reason"] = Cohort(network, images, [Branch(cut)], taps=taps), grown
+    else:
+        fallback = any(isinstance(m, FALLBACKS) for m in cohort.branches.modules())
+        row |= {"grown": cohort.grown[0], "own_blocks": "no" if fallback else "yes"}
+        row["reason"] = "" if row["grown"] else "growth: no stage after the default cut"
+    row["trains"] = _attempt(lambda: _gradients(cohort, images))
+    stripped = cohort.strip() is network and list(network.state_dict()) == keys and _is_clean(network)
+    row["strip"] = "exact" if stripped and torch.equal(_logits(network, images), before) else "no"
+    if not row["reason"] and (row["trains"] != "yes" or row["strip"] != "exact"):
+        row["reason"] = "training: " + row["trains"] if row["trains"] != "yes" else "strip"
+    return row
+
+
+def _gradients(cohort: Cohort, images: Tensor) -> str:
+    """Whether a backward pass in training mode gives a gradient to all that the target alone has one for."""
+    with unchanged(cohort):
+        cohort.train()
+        sum(z.square().sum() for z in cohort(images).logits).backward()
+    missing = [n for n, p in cohort.branches.named_parameters() if p.requires_grad and p.grad is None]
+    own = {n for n, p in cohort.target.named_parameters() if p.grad is not None}
+    cohort.zero_grad()
+    lost = [n for n in missing if n.partition(".")[2] in own]
+    return f"no gradient for {lost[0]} and {len(lost) - 1} more" if lost else "yes"
+
+
+def _compile_breaks(network: nn.Module, images: Tensor, cut: str) -> int:
+    cohort = Cohort(network, images, [Branch(cut)])
+    try:
+        with torch.no_grad():
+            return torch._dynamo.explain(cohort.eval())(images).graph_break_count
+    finally:
+        cohort.strip()
+
+
+def _onnx_difference(network: nn.Module, images: Tensor) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        return _shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
+
+
+def _attempt(check: Callable[[], Any]) -> Any:
+    try:
+        return check()
+    except Exception as error:
+        return f"{type(error).__name__}: {_line(error)}"
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
+    return network.eval()(images)
+
+
+def _is_clean(network: nn.Module) -> bool:
+    return not any(m._forward_hooks or m._forward_pre_hooks or isinstance(m, Replay) for m in network.modules())
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _millions(count: int) -> float:
+    return round(count / 1e6, 3)

@@ -1,0 +1,217 @@
+"""The stages of a network, found on the way that data takes through it, and the blocks in them that can be repeated."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from okdc.calls import Call, called_once, positions, same_size
+from okdc.errors import NetworkError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of equal spatial size: `size` is pixels or tokens, `blocks` the modules that may be repeated at its end."""
+
+    size: int
+    first: str  # the first outermost module of the stage
+    before: str | None  # the module after which the stage starts, i.e. the cut that gives it to every branch
+    last: str  # the outermost module that the stage ends with
+    blocks: tuple[tuple[str, ...], ...]  # names; a block of a plain Sequential is several neighbours (conv, bn, act)
+    flops: int
+    end: int
+
+
+def find_stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
+    """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
+    body = [c for c in calls if c.end < classifier.start]
+    path = _main_path(network, body, aspect)
+    starts = {s: _stage_start(path, s, aspect) for s in _sizes(path, feature, aspect)}
+    order = [(c, s) for s, c in sorted(starts.items(), key=lambda item: -item[0]) if c is not None]
+    stages: list[Stage] = []
+    for i, (begin, size) in enumerate(order):
+        first = _widened(body, begin, size, aspect)
+        later = [c.start for c, _ in order[i + 1 :]]
+        limit = min(later) if later else feature.end + 1
+        inside = [c for c in body if c.start >= first.start and c.end < limit]
+        if not inside or inside[-1].flops_end == first.flops_start:
+            continue
+        ends = [c for c in inside if same_size(positions(c.output, aspect), size)]
+        last = widest(inside, ends[-1]) if ends else inside[-1]
+        stages.append(
+            Stage(
+                size=size,
+                first=first.name,
+                before=_ended_before(body, first),
+                last=last.name,
+                blocks=_blocks(network, inside, size, aspect),
+                flops=inside[-1].flops_end - first.flops_start,
+                end=inside[-1].end,
+            )
+        )
+    if not stages:
+        raise NetworkError(f"{type(network).__name__} has no stages that okdc can see.")
+    worth = [s for s in stages if s.blocks] or [s for s in stages if _compound(network, body, s, aspect)] or stages[-1:]
+    return [s for s in stages if s.size <= worth[0].size]
+
+
+def _compound(network: nn.Module, body: list[Call], stage: Stage, aspect: float) -> bool:
+    """Whether a stage has a module of several layers that works at its size (though it does not keep its shape)."""
+    start = next(c.start for c in body if c.name == stage.first)
+    inside = [c for c in body if c.start >= start and c.end <= stage.end and not c.leaf and not is_part(c)]
+    sized = [c for c in inside if same_size(positions(c.output, aspect), stage.size) and c.flops_end > c.flops_start]
+    return any(not isinstance(network.get_submodule(c.name), nn.Sequential) for c in sized)
+
+
+def _main_path(network: nn.Module, calls: list[Call], aspect: float) -> list[Call]:
+    """The calls that data passes one after the other, none inside another, early to late.
+
+    Those that make the map smaller more than once, or return no map, and plain sequences are seen as their parts; what
+    happens inside a block (keys pooled for attention, side branches) is not seen.
+    """
+
+    def is_whole(call: Call) -> bool:
+        before, after = positions(call.input, aspect) or 0, positions(call.output, aspect)
+        return after is not None and before < 6 * after and not isinstance(modules[call.name], nn.Sequential)
+
+    modules = dict(network.named_modules())
+    path: list[Call] = []
+    reached = 0
+    for call in sorted(calls, key=lambda c: c.start):
+        if call.start > reached and (call.leaf or is_whole(call)):
+            path.append(call)
+            reached = call.end
+    return path
+
+
+def _sizes(body: list[Call], feature: Call, aspect: float) -> list[int]:
+    """The sizes that stages have, large to small; of those that differ by a class token, the most frequent."""
+    count = Counter(s for c in body if c.end <= feature.end and (s := positions(c.output, aspect)))
+    smallest = positions(feature.output, aspect) or 1
+    sizes: list[int] = []
+    for size, _ in count.most_common():
+        if not any(same_size(size, other) for other in sizes) and (size >= smallest or same_size(size, smallest)):
+            sizes.append(size)
+    return sorted(sizes, reverse=True)
+
+
+def _stage_start(body: list[Call], size: int, aspect: float) -> Call | None:
+    """The first module that takes the size before and gives `size`; a mere pooling belongs to the stage before it."""
+
+    def gives(call: Call) -> bool:
+        return same_size(positions(call.output, aspect), size)
+
+    def enters(call: Call) -> bool:
+        before = positions(call.input, aspect) or math.inf
+        return call.input is not None and gives(call) and before >= 1.5 * size
+
+    entering = [c for c in body if enters(c)]
+    if not entering:
+        return min((c for c in body if gives(c)), key=lambda c: c.start, default=None)
+    nearest_size = min(positions(c.input, aspect) or 0 for c in entering)
+    first = min((c for c in entering if (positions(c.input, aspect) or 0) == nearest_size), key=lambda c: c.start)
+    if first.flops_end == first.flops_start:
+        following = [c for c in body if c.start > first.end and gives(c)]
+        if following:
+            return min(following, key=lambda c: c.start)
+    return first
+
+
+def _widened(body: list[Call], first: Call, size: int, aspect: float) -> Call:
+    """The largest module that begins with this call and gives the same size: a stage rather than its first block."""
+    for other in sorted((c for c in body if c.start < first.start and c.end > first.end), key=lambda c: -c.start):
+        if other.start != first.start - 1 or not same_size(positions(other.output, aspect), size):
+            break
+        first = other
+    return first
+
+
+def _ended_before(body: list[Call], first: Call) -> str | None:
+    """The outermost module that ended last before `first` began."""
+    once = called_once(body)
+    done = [c for c in body if c.end < first.start and c.name in once]
+    return widest(done, done[-1]).name if done else None
+
+
+def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
+    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs."""
+    modules = dict(network.named_modules())
+    once = called_once(inside)
+    same = outermost(
+        [
+            c
+            for c in inside
+            if c.keeps_shape
+            and not c.leaf
+            and c.name in once
+            and same_size(positions(c.output, aspect), size)
+            and any(True for _ in modules[c.name].parameters())
+            and not isinstance(modules[c.name], nn.Sequential)
+            and not is_part(c)
+            and not _spans_blocks(c, inside, size, aspect)
+        ]
+    )
+    spent = {c.name: c.flops_end - c.flops_start for c in same}
+    worthy = [c for c in same if spent[c.name] >= 0.5 * max(spent.values())]
+    if sum(spent[c.name] for c in worthy) >= 0.05 * (inside[-1].flops_end - inside[0].flops_start) > 0:
+        return tuple((c.name,) for c in worthy)
+    return tuple(_runs(modules, inside, size, aspect))
+
+
+def outermost(calls: list[Call]) -> list[Call]:
+    """Those of the calls that no other of them encloses."""
+    return [c for c in calls if not any(o.start < c.start and c.end < o.end for o in calls)]
+
+
+def _spans_blocks(call: Call, inside: list[Call], size: int, aspect: float) -> bool:
+    """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
+    within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
+    spent: dict[str, list[int]] = {}
+    within = [c for c in within if c.kind != "Sequential" and not is_part(c)]
+    for c in outermost([c for c in within if same_size(positions(c.output, aspect), size)]):
+        spent.setdefault(c.kind, []).append(c.flops_end - c.flops_start)
+    return any(len(each) > 1 and 2 * sum(each) > call.flops_end - call.flops_start for each in spent.values())
+
+
+def is_part(call: Call) -> bool:
+    """Whether this is, by its kind's name, a part of blocks (a norm, an attention, an MLP) and no block."""
+    return re.search(_PARTS, call.kind) is not None
+
+
+_PARTS = (  # what timm, torchvision and most others call them; a wrong guess costs a choice of block, never exactness
+    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
+    r"\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
+)
+
+
+def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
+    """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
+    flat = [c for c in inside if c.leaf and c.keeps_positions(aspect) and same_size(positions(c.output, aspect), size)]
+    once = called_once(inside)  # an activation that several layers share cannot be appended to
+    for i, call in enumerate(flat):
+        layer = modules[call.name]
+        if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
+            continue
+        parent = call.name.rpartition(".")[0]
+        run = [call.name]
+        for follower in flat[i + 1 :]:
+            beyond = isinstance(modules[follower.name], nn.Conv2d) or follower.name not in once
+            if beyond or follower.name.rpartition(".")[0] != parent:
+                break
+            run.append(follower.name)
+        if isinstance(modules.get(parent), nn.Sequential):
+            yield tuple(run)
+
+
+def widest(calls: list[Call], call: Call) -> Call:
+    """The largest module that ends with the same output, with nothing else called in between."""
+    best, clock = call, call.end
+    for other in calls:
+        if other.end == clock + 1 and other.start <= best.start and other.output == call.output:
+            best, clock = other, other.end
+    return best

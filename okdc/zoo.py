@@ -1,0 +1,214 @@
+"""Sweeping networks by name: each is examined in a process of its own, under limits, and becomes one row of a table."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from okdc import examine, networks
+from okdc.errors import NetworkError, RunError, nearest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one network may take: seconds, and gigabytes of memory (watched where the system has /proc)."""
+
+    seconds: float = 600.0
+    gigabytes: float = 12.0
+
+
+@dataclass
+class _Job:
+    name: str
+    process: Any
+    answer: Connection
+    started: float
+
+
+def choose(pattern: str | None = None, families: bool = False) -> list[str]:
+    """Every network by name, or those matching `pattern` (as file names match), or each timm family's smallest.
+
+    NetworkError when nothing matches.
+    """
+    known = smallest_of_families() if families else networks.names()
+    if pattern is None:
+        return known
+    found = [name for name in known if fnmatch.fnmatch(name, pattern)]
+    if not found:
+        raise NetworkError(f"no network matches {pattern!r}.{nearest(pattern, known)} Patterns are like 'resnet*'.")
+    return found
+
+
+def smallest_of_families() -> list[str]:
+    """The network of fewest parameters of each of timm's model families, measured without making any weights."""
+    smallest = []
+    for family in _families():
+        names = timm.list_models(module=family)
+        known = [name for name in names if name in _SMALLEST]
+        smallest.append(known[0] if known else min(names, key=_size))
+    return smallest
+
+
+def _families() -> list[str]:
+    return [module for module in timm.models.list_modules() if not module.startswith("_")]  # okdc registers _cifar
+
+
+def _size(name: str) -> float:
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in timm.create_model(name).parameters())
+    except Exception:  # it looks at its weights while it is made
+        return float("inf")
+
+
+def sweep(
+    names: Sequence[str],
+    output: Path,
+    *,
+    jobs: int = 1,
+    limits: Limits = Limits(),
+    done: Callable[[dict[str, Any]], None] = lambda row: None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """The rows of `names`, in their order, also in the csv file `output`; networks that have a row there are skipped.
+
+    `options` are those of `examine.examine`; `done` is told of every new row. RunError for a csv of something else.
+    """
+    rows = {row["network"]: row for row in read(output)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["okdc.examine"])  # every network's process starts with the imports done
+    waiting = [name for name in names if name not in rows]
+    running: list[_Job] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(_start(context, waiting.pop(0), options))
+            for job in list(running):
+                row = _result(job, limits)
+                if row is not None:
+                    running.remove(job)
+                    rows[job.name] = row
+                    _append(output, row)
+                    done(row)
+            time.sleep(0.2)
+    finally:
+        for job in running:
+            job.process.kill()
+    return [{column: str(rows[name].get(column, "")) for column in examine.COLUMNS} for name in names]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's csv file, none if it is not there yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != examine.COLUMNS:
+        raise RunError(f"{path} is no table of okdc inspect --all, or of another version: give another --output.")
+    return rows
+
+
+def summary(rows: Iterable[dict[str, str]]) -> list[tuple[str, int]]:
+    """How many networks there are of each outcome, and how many do each thing that is examined."""
+    rows = list(rows)
+    counts = Counter(row["outcome"] for row in rows)
+    return [
+        ("networks", len(rows)),
+        *sorted(counts.items()),
+        ("shared exactly, eval and train mode", sum(row["shared"] == "exact" for row in rows)),
+        ("grown in depth", sum(bool(row["grown"]) for row in rows)),
+        ("grown by its own blocks", sum(row["own_blocks"] == "yes" for row in rows)),
+        ("every gradient there", sum(row["trains"] == "yes" for row in rows)),
+        ("stripped exactly", sum(row["strip"] == "exact" for row in rows)),
+        ("default cut leaves 5% of the FLOPs or more", sum(float(row["tail_flops"] or 0) >= 0.05 for row in rows)),
+    ]
+
+
+def _start(context: Any, name: str, options: dict[str, Any]) -> _Job:
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_examine, args=(name, options, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Job(name, process, mine, time.monotonic())
+
+
+def _examine(name: str, options: dict[str, Any], answer: Connection) -> None:
+    torch.set_num_threads(1)
+    answer.send(examine.examine(name, **options))
+
+
+def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
+    """The row of a job that is done, or that had to be ended; None while it goes on."""
+    seconds = time.monotonic() - job.started
+    ended = not job.process.is_alive()
+    if job.answer.poll():
+        try:
+            row = job.answer.recv()
+            job.process.join()
+            return row
+        except EOFError:  # it died before it answered
+            job.process.join()
+            ended = True
+    if ended:
+        outcome, reason = "crashed", f"the process ended with exit code {job.process.exitcode}"
+    elif seconds > limits.seconds:
+        outcome, reason = "time", f"not done after {limits.seconds:g} seconds"
+    elif _gigabytes(job.process.pid) > limits.gigabytes:
+        outcome, reason = "memory", f"needs more than {limits.gigabytes:g} GB"
+    else:
+        return None
+    job.process.kill()
+    job.process.join()
+    basics = {"network": job.name, "family": examine.family(job.name), "versions": examine.VERSIONS}
+    return basics | {"outcome": outcome, "reason": reason, "seconds": round(seconds, 1)}
+
+
+def _gigabytes(pid: int) -> float:
+    """Memory that a process has resident; 0 where the system does not say."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, examine.COLUMNS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+_NAMES = """
+beit_base_patch16_224 halonet_h1 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
+cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny deepseek_vit_412m
+deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small efficientformer_l1 efficientformerv2_s0
+test_efficientnet efficientvim_m1 efficientvit_b0 efficientvit_m0 vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8
+focalnet_tiny_srf gcvit_xxtiny gemma4_vit_167m ghostnet_050 hardcorenas_b hgnetv2_b0 hiera_tiny_224 sam2_hiera_tiny
+hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4 lcnetv2_small levit_128s
+lowformer_b0 test_mambaout test_coatnet poolformerv2_s12 gmlp_ti16_224 mobilenetv3_small_050 mobilenetv5_base
+mobilevit_xxs mvitv2_tiny naflexvit_base_patch16_parfac_gap nasnetalarge nest_tiny nextvit_small test_nfnet pit_ti_224
+pnasnet5large pvt_v2_b0 qwen3_vit_88m rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 res2next50 resnest14d
+test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18 sequencer2d_s shvit_s1 skresnet18 starnet_s050
+swiftformer_xs swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224
+tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit vit_tiny_r_s16_p8_224 test_vit_relpos
+samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception xception41p
+xcit_nano_12_p8_224
+"""
+_SMALLEST = frozenset(_NAMES.split())  # of timm 1.0.31's families; those of other families are measured

@@ -1,0 +1,147 @@
+"""The student ends as the user's own object with what it had: parametrizations, frozen weights, buffers, formats."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from okdc.cohort import Branch, Cohort
+from okdc.errors import CutError, NetworkError
+from tests import networks
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def trained(network: nn.Module, branch: Branch, images: torch.Tensor = IMAGES) -> Cohort:
+    """A cohort after one step of plain SGD on all that requires a gradient."""
+    cohort = Cohort(network, images, [branch], taps=("feature_map",))
+    optimizer = torch.optim.SGD([p for p in cohort.parameters() if p.requires_grad], 0.1)
+    sum(z.square().mean() for z in cohort.train()(images).logits).backward()
+    optimizer.step()
+    return cohort
+
+
+def test_parametrizations_are_kept() -> None:
+    torch.manual_seed(0)
+    network = networks.Tiny()
+    parametrizations.weight_norm(network.late[0])
+    parametrizations.orthogonal(network.head)
+    keys = list(network.state_dict())
+    cohort = trained(network, Branch("early", (1,)))
+    branch = cohort.branches[0]
+    assert not torch.equal(branch.head.weight, network.head.weight), "born with weights of its own"
+    weight = branch.head.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), atol=1e-4, rtol=0)
+    student = cohort.strip()
+    assert student is network and list(student.state_dict()) == keys
+    assert nn.utils.parametrize.is_parametrized(student.head, "weight")
+
+
+def test_frozen_parameters_stay_frozen_in_every_member() -> None:
+    torch.manual_seed(0)
+    network = networks.Tiny()
+    network.stem.requires_grad_(False)
+    network.late[1].requires_grad_(False)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    cohort = trained(network, Branch("early", (1,)))
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem.0.weight", "stem.1.weight", "stem.1.bias", "late.1.weight", "late.1.bias"}
+    assert {name for name, p in network.named_parameters() if torch.equal(p, before[name])} == frozen
+    assert not cohort.branches[0].late.first[1].weight.requires_grad
+
+
+def test_buffers_that_the_forward_updates() -> None:
+    network = networks.Counting()
+    cohort = trained(network, Branch("early"))
+    assert network.seen == 1, "once for the step, not for what was tried at construction"
+    assert cohort.branches[0].seen == 1 and cohort.strip() is network
+
+
+def test_channels_last() -> None:
+    network = networks.Tiny()
+    cohort = Cohort(network, IMAGES, [Branch("early", (1,))]).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    expected = copy.deepcopy(cohort).to(memory_format=torch.contiguous_format)(IMAGES)
+    out = cohort(IMAGES.contiguous(memory_format=torch.channels_last))
+    for mine, theirs in zip(out.logits, expected.logits, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert cohort.strip().early[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradient_checkpointing_stays_on_the_target() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = timm.create_model("test_resnet", num_classes=4)
+        network.set_grad_checkpointing(checkpointing)
+        cohort = Cohort(network, images, [Branch("layer3.0")])
+        sum(z.square().sum() for z in cohort.eval()(images).logits).backward()
+        grads.append([p.grad for p in cohort.parameters()])
+        assert network.grad_checkpointing is checkpointing and not cohort.branches[0].grad_checkpointing
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "repvgg_a0"])
+def test_reparameterisable_networks(name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 64, 64)
+    network = timm.create_model(name, num_classes=4)
+    keys = list(network.state_dict())
+    student = trained(network, Branch("stages.2" if "vgg" in name else "blocks.6"), images).strip().eval()
+    assert student is network and list(student.state_dict()) == keys
+    with torch.no_grad():
+        expected = student(images)
+        torch.testing.assert_close(reparameterize_model(student)(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_synchronised_batch_norm() -> None:
+    """Its statistics need a process group only while training; the student has it as before."""
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(networks.Tiny())
+    plain = networks.Tiny()
+    plain.load_state_dict(network.state_dict())
+    cohort = Cohort(plain, IMAGES, [Branch("early")])
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(cohort).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(IMAGES).logits[0], network.eval()(IMAGES))
+    assert converted.strip() is plain
+
+
+def test_what_is_shared_wrongly_is_named() -> None:
+    class CountsCalls(networks.Tiny):
+        """A module of the tail that does something else each time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.drift = Drift()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.drift(self.late(self.early(self.stem(x)))).mean((2, 3)))
+
+    class Drift(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Drift.calls += 1
+            return x * Drift.calls
+
+    with pytest.raises(CutError, match=r"'drift' is the first that differs.*--cut NAME.*--share none"):
+        Cohort(CountsCalls(), IMAGES, [Branch("early")])
+
+
+def test_other_outputs_than_logits_are_refused() -> None:
+    class Dictionary(networks.Tiny):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {"logits": super().forward(x)}
+
+    with pytest.raises(NetworkError, match=r"returned a dict .*Wrap it in a module that returns the logits alone"):
+        Cohort(Dictionary(), IMAGES)
+    with pytest.raises(NetworkError, match=r"no final Linear .* --num-classes"):
+        Cohort(timm.create_model("test_resnet", num_classes=0), IMAGES)

@@ -1,0 +1,116 @@
+"""Networks by name: a few of every kind in every run, all of timm's families and torchvision with `pytest -m zoo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torchvision
+from click.testing import CliRunner
+
+from okdc import examine, networks, zoo
+from okdc.cli import main
+from okdc.errors import NetworkError, RunError
+from okdc.settings import NetworkSettings
+
+TABLES = Path(__file__).parent / "zoo"
+FAST = {  # name: default cut and what is appended, on images of 64 x 64
+    "test_resnet": ("layer3", "1 x BasicBlock after layer4.0"),
+    "test_vit": ("blocks.3", "1 x Block after blocks.5"),
+    "test_convnext": ("stages.2", "1 x ConvNeXtBlock after stages.3.blocks.1"),
+    "test_coatnet": ("stages.2", "1 x TransformerBlock2d after stages.3"),
+    "test_mambaout": ("stages.2", "1 x GatedConvBlock after stages.3.blocks.0"),
+    "mobilenetv3_small_050": ("blocks.3", "1 x InvertedResidual after blocks.4.2"),
+    "ghostnet_050": ("blocks.6", "1 x GhostBottleneck after blocks.8.3"),
+    "regnetx_002": ("s3", "1 x Bottleneck after s4.b7"),
+    "edgenext_xx_small": ("stages.2", "1 x SplitTransposeBlock after stages.3.blocks.1"),
+    "mobilevit_xxs": ("stages.3", "1 x MobileVitBlock after stages.4.1"),
+    "hgnetv2_b0": ("stages.2", "1 x HighPerfGpuBlock after stages.3"),
+    "rexnet_100": ("features.10", "1 x LinearBottleneck after features.15"),
+    "xcit_nano_12_p8_224": ("blocks.7", "1 x XCABlock after blocks.11"),
+    "dla46x_c": ("level4", "1 x DlaBottleneck after level5.tree2"),
+    "torchvision/squeezenet1_1": ("features.8", "1 x Fire after features.12"),
+    "torchvision/shufflenet_v2_x0_5": ("stage3", "1 x InvertedResidual after stage4.3"),
+}
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_networks_of_every_kind(name: str) -> None:
+    row = examine.examine(name, img_size=64)
+    assert (row["outcome"], row["reason"]) == ("ok", "")
+    assert (row["shared"], row["trains"], row["strip"], row["own_blocks"]) == ("exact", "yes", "exact", "yes")
+    assert (row["cut"], row["grown"]) == FAST[name]
+    assert row["tail_flops"] >= 0.05 and set(row) <= set(examine.COLUMNS)
+
+
+def test_compile_and_onnx_columns() -> None:
+    row = examine.examine("test_resnet", img_size=32, compiles=True, onnx=True)
+    assert row["compile_breaks"] == 0 and row["onnx_difference"] < 1e-5
+
+
+def test_a_network_that_does_not_take_the_size_is_given_its_own() -> None:
+    assert examine.examine("torchvision/swin_t", img_size=8)["input"] == "3x224x224"
+
+
+def test_a_network_of_torchvision_says_what_size_it_was_built_for() -> None:
+    network = torchvision.models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=4)
+    settings = NetworkSettings(model="torchvision/vit_h_14")  # whose pre-trained weights are for 518 pixels
+    assert networks.data_config(network, settings)["input_size"] == (3, 32, 32)
+
+
+def test_a_sweep_keeps_limits_and_goes_on(tmp_path: Path) -> None:
+    table = tmp_path / "zoo.csv"
+    assert zoo.sweep(["test_vit"], table, limits=zoo.Limits(seconds=0.0))[0]["outcome"] == "time"
+    assert zoo.sweep(["test_vit2"], table, limits=zoo.Limits(gigabytes=0.001))[0]["outcome"] == "memory"
+    told: list[str] = []
+    names = ["test_resnet", "test_vit", "resnet18_that_is_not"]
+    rows = zoo.sweep(names, table, img_size=32, done=lambda row: told.append(row["network"]))
+    assert told == ["test_resnet", "resnet18_that_is_not"], "test_vit had a row"
+    assert [row["outcome"] for row in rows] == ["ok", "time", "refused"]
+    assert "no network 'resnet18_that_is_not'" in rows[2]["reason"]
+    assert len(zoo.read(table)) == 4
+    assert dict(zoo.summary(rows))["shared exactly, eval and train mode"] == 1
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(RunError, match="is no table of okdc inspect --all"):
+        zoo.read(table)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    table = str(tmp_path / "table.csv")
+    result = CliRunner().invoke(
+        main, ["inspect", "--all", "--filter", "test_vit", "--img-size", "64", "--output", table]
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 x Block after blocks.5" in result.output and "grown by its own blocks" in result.output
+    assert CliRunner().invoke(main, ["inspect"]).exit_code == 2
+    assert CliRunner().invoke(main, ["inspect", "resnet18", "--all"]).exit_code == 2
+
+
+def test_names() -> None:
+    families = zoo.choose(families=True)
+    assert [examine.family(name) for name in families] == [m for m in timm.list_modules() if m != "_cifar"], (
+        "one network of every family"
+    )
+    assert zoo.choose("torchvision/resnet1*") == [f"torchvision/resnet{n}" for n in (101, 152, 18)]
+    with pytest.raises(NetworkError, match="no network matches 'resnet18x'"):
+        zoo.choose("resnet18x")
+
+
+@pytest.mark.parametrize(("table", "count", "least"), [("families", 98, 97), ("torchvision", 80, 79)])
+def test_the_tables_that_are_kept(table: str, count: int, least: int) -> None:
+    rows = zoo.read(TABLES / f"{table}.csv")
+    assert len({row["network"] for row in rows}) == len(rows) == count
+    for column, good in [("shared", "exact"), ("strip", "exact"), ("trains", "yes")]:
+        assert sum(row[column] == good for row in rows) >= least, column
+    assert sum(bool(row["grown"]) for row in rows) >= least
+    assert all(float(row["tail_flops"]) >= 0.05 for row in rows if row["tail_flops"])
+    assert all(row["reason"] for row in rows if row["outcome"] != "ok")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("families", "pattern", "failures"), [(True, None, 1), (False, "torchvision/*", 1)])
+def test_sweep(families: bool, pattern: str | None, failures: int, tmp_path: Path) -> None:
+    rows = zoo.sweep(zoo.choose(pattern, families), tmp_path / "zoo.csv", img_size=64)
+    failed = {row["network"]: row["reason"] for row in rows if row["outcome"] != "ok"}
+    assert len(failed) <= failures, failed
