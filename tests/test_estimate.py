@@ -32,7 +32,7 @@ def test_what_is_kept_is_what_a_person_counts() -> None:
     # Of each conv-bn-relu its input, and the convolution's output; the classifier's input and the log-softmax.
     floats = 3 * 32 * 32 + 2 * 8 * 32 * 32 + 2 * 16 * 16 * 16 + 2 * 32 * 8 * 8 + 32 + 4
     assert kept.activations == pytest.approx(4 * floats, rel=0.01)
-    buffers = sum(b.nbytes for b in Tiny().buffers()) + 8  # and the method's epoch and epochs
+    buffers = sum(b.nbytes for b in Tiny().buffers()) + 12  # and the method's epoch, epochs and lr
     assert kept.weights == 4 * kept.trained_params + buffers and kept.fixed == kept.weights + 8 * kept.trained_params
     assert (kept.relative, kept.own_params, len(kept.networks)) == (1.0, 0, 1)
 

@@ -93,9 +93,8 @@ def tiny_data(before=lambda epoch, index: None, batch: int = BATCH, validation: 
     labels = torch.arange(BATCH * STEPS) % CLASSES
     images = 4 * torch.randn(len(labels), 3, 8, 8, generator=draw) + labels.view(-1, 1, 1, 1)
     train = Batches(images, labels, batch, before)
-    return SimpleNamespace(
-        train=train, validation=[(images[:20], labels[:20]), (images[20:27], labels[20:27])] * validation
-    )
+    judged = [(images[:20], labels[:20]), (images[20:27], labels[20:27])] * validation
+    return SimpleNamespace(train=train, validation=judged, held_out=None)
 
 
 def run(folder: Path, settings: TrainSettings = SETTINGS, *, method=None, data=None, **options) -> TrainState:

@@ -50,7 +50,7 @@ def test_compile_and_onnx_columns() -> None:
 
 
 def test_a_network_that_does_not_take_the_size_is_given_its_own() -> None:
-    assert examine.examine("torchvision/swin_t", img_size=8)["input"] == "3x224x224"
+    assert examine.examine("torchvision/alexnet", img_size=8)["input"] == "3x224x224"
 
 
 def test_a_network_of_torchvision_says_what_size_it_was_built_for() -> None:
