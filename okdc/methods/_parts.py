@@ -9,6 +9,7 @@ from math import isqrt
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from okdc.losses import rampup
 from okdc.methods._base import Method
 
 
@@ -22,6 +23,14 @@ class Ensemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.method.ensemble(self.method.cohort(images))
+
+
+def ramp(method: Method, rampup_epochs: int | None) -> Tensor:
+    """How much of the distillation counts in this epoch, 0 to 1: it rises over `rampup_epochs`.
+
+    None is the share of the run that ONE's CIFAR release made customary, 80 of 300 epochs.
+    """
+    return rampup(method.epoch, method.epochs * (80 / 300) if rampup_epochs is None else rampup_epochs)
 
 
 def on_one_grid(maps: Sequence[Tensor], aspect: float) -> list[Tensor]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, rampup, soft_cross_entropy
+from okdc.losses import cross_entropy, kl, soft_cross_entropy
 from okdc.methods._base import Method
+from okdc.methods._parts import ramp
 
 Variant = Literal["paper", "paper_t2", "half_kl", "ramped_kl"]
 
@@ -54,8 +55,7 @@ class Clilr(Method):
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         hard, soft = self.beta, 1 - self.beta
         if self.ramped:
-            length = self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs
-            hard, soft = 1.0, rampup(self.epoch, length)  # type: ignore[assignment]
+            hard, soft = 1.0, ramp(self, self.rampup_epochs)  # type: ignore[assignment]
         parts = {}
         for i, name in enumerate(self.cohort.names):
             consensus = torch.stack([z for j, z in enumerate(out.logits) if j != i]).mean(0)

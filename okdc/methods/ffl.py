@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, rampup
+from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
-from okdc.methods._parts import Ensemble, on_one_grid
+from okdc.methods._parts import Ensemble, on_one_grid, ramp
 
 
 class Fusion(nn.Module):
@@ -74,8 +74,7 @@ class Ffl(Method):
     def mutual_losses(self, members: Sequence[Tensor], fused: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Labels teach all, the fused logits (B, C) teach the members, and the mean of the members teaches them."""
         names = self.cohort.names
-        ramp = rampup(self.epoch, self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs)
-        weight = self.kd_weight * ramp
+        weight = self.kd_weight * ramp(self, self.rampup_epochs)
         parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, members, strict=True)}
         parts["ce/fused"] = cross_entropy(fused, labels)
         parts |= {f"kd/{name}": weight * self._kd(z, fused) for name, z in zip(names, members, strict=True)}

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.errors import RecipeError
-from okdc.losses import cross_entropy, kl, rampup, soft_cross_entropy
+from okdc.losses import cross_entropy, kl, soft_cross_entropy
 from okdc.methods._base import Method
+from okdc.methods._parts import ramp
 
 
 class Attention(nn.Module):
@@ -90,8 +91,7 @@ class Okddip(Method):
     ) -> dict[str, Tensor]:
         """Level 1: each peer (B, P, C) learns from its own target; level 2: the leader (B, C) learns from one."""
         names = self.cohort.names
-        ramp = rampup(self.epoch, self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs)
-        weight = self.alpha * ramp
+        weight = self.alpha * ramp(self, self.rampup_epochs)
         students = (leader, *peers.unbind(1))
         teachers = (leader_target, *targets.unbind(1))
         parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, students, strict=True)}

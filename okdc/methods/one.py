@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, rampup
+from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
+from okdc.methods._parts import ramp
 
 
 class Gate(nn.Module):
@@ -61,8 +62,7 @@ class One(Method):
 
     def ensemble_losses(self, branches: Sequence[Tensor], ensemble: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Spec section 6 on logits (B, C) of the M branches and of their ensemble."""
-        ramp = rampup(self.epoch, self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs)
-        weight = self.kd_weight * ramp
+        weight = self.kd_weight * ramp(self, self.rampup_epochs)
         parts = {"ce/ensemble": cross_entropy(ensemble, labels)}
         for name, logits in zip(self.cohort.names, branches, strict=True):
             parts[f"ce/{name}"] = cross_entropy(logits, labels)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from okdc.cohort import Cohort, CohortOutput, Cost
-from okdc.losses import cross_entropy, kl, rampup
+from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
+from okdc.methods._parts import ramp
 from okdc.needs import Needs
 
 
@@ -92,8 +93,7 @@ class Pcl(Method):
         self, members: Sequence[Tensor], ensemble: Tensor, means: Sequence[Tensor], labels: Tensor
     ) -> dict[str, Tensor]:
         """Spec section 5 on logits (B, C) of the members, of their ensemble, and of the average of each member."""
-        ramp = rampup(self.epoch, self.epochs * (80 / 300) if self.rampup_epochs is None else self.rampup_epochs)
-        weight = self.kd_weight * ramp
+        weight = self.kd_weight * ramp(self, self.rampup_epochs)
         parts = {"ce/ensemble": cross_entropy(ensemble, labels)}
         for i, (name, z) in enumerate(zip(self.cohort.names, members, strict=True)):
             others = [kl(z, mean, self.temperature) for j, mean in enumerate(means) if j != i]
