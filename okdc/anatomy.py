@@ -12,7 +12,7 @@ from okdc.calls import Call, called_once, layout, positions, watch
 from okdc.errors import NetworkError, nearest
 from okdc.stages import Stage, find_stages, widest
 
-ISOTROPIC = 0.72  # networks whose last stage is a larger share of the FLOPs part between its blocks
+MAX_TAIL = 0.6  # networks whose last stage, with the head, is a larger share of the FLOPs part between its blocks
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
 
 
@@ -47,10 +47,10 @@ class Anatomy:
     def cut(self, private_stages: int = 1) -> str:
         """The cut that gives the last `private_stages` stages to every branch.
 
-        Networks whose last stage is most of the network (a ViT) part after two thirds of its blocks instead.
+        Networks whose last stage is most of the network (a ViT) part after two thirds of their blocks instead.
         """
         last = self.stages[-1]
-        if last.before is None or last.flops > ISOTROPIC * self.flops:
+        if last.before is None or self.find_cut(last.before).flops_after > MAX_TAIL:
             return self._cut_between_blocks()
         candidates = [s.before for s in self.stages[-private_stages:] if s.before] + [
             s.before for s in reversed(self.stages[:-private_stages]) if s.before
@@ -61,14 +61,31 @@ class Anatomy:
                 return name
         return self._cut_by_cost()
 
+    def choices(self) -> list[Cut]:
+        """The cuts worth choosing from, early to late: the default, the starts of stages, and a few between blocks."""
+        names = {s.before for s in self.stages} | {name for s in self.stages for name in self._between_blocks(s, 4)}
+        default = self.cut()
+        found = {c.flops_after: c for c in self._legal() if c.name in names}  # of equal ones the last
+        found[self.find_cut(default).flops_after] = self.find_cut(default)
+        return sorted(found.values(), key=lambda c: -c.flops_after)
+
+    def choices_in_words(self, but: str | None = None) -> str:
+        """The names of `choices()` with the share of the FLOPs that each leaves to a branch, without the cut `but`."""
+        default = self.cut()
+        words = [
+            f"{c.name} ({'the default, ' * (c.name == default)}{c.flops_after:.0%} of the FLOPs)"
+            for c in self.choices()
+            if c.name != but
+        ]
+        return ", ".join(words)
+
     def find_cut(self, name: str) -> Cut:
         """The cut called `name`; NetworkError with the nearest names when there is none."""
         for cut in self.cuts:
             if cut.name == name:
                 return cut
-        known = [c.name for c in self.cuts]
-        hint = nearest(name, known) or f" For example {', '.join(known[-6:])}."
-        raise NetworkError(f"{self.name} cannot be cut after {name!r}.{hint} (okdc inspect lists every cut.)")
+        hint = nearest(name, [c.name for c in self.cuts])
+        raise NetworkError(f"{self.name} cannot be cut after {name!r}.{hint} Good cuts: {self.choices_in_words()}.")
 
     def stages_after(self, cut: str) -> tuple[Stage, ...]:
         """The stages that a branch parting after `cut` has for itself, whole or in part, early to late."""
@@ -86,20 +103,37 @@ class Anatomy:
         return [c for c in self.cuts if c.flops_after >= MIN_TAIL and ends[c.name] < ends[self.stages[-1].last]]
 
     def _cut_between_blocks(self) -> str:
-        blocks = self.stages[-1].blocks
-        return blocks[max(0, math.ceil(2 * len(blocks) / 3) - 1)][-1] if len(blocks) > 2 else self._cut_by_cost()
+        """After two thirds of the network's blocks, if that is in the last stage."""
+        blocks, legal = self.stages[-1].blocks, {c.name for c in self._legal()}
+        earlier = sum(len(s.blocks) for s in self.stages[:-1])
+        index = max(0, math.ceil(2 * (earlier + len(blocks)) / 3) - earlier - 1)
+        return blocks[index][-1] if len(blocks) > 2 and blocks[index][-1] in legal else self._cut_by_cost()
+
+    def _between_blocks(self, stage: Stage, parts: int) -> list[str]:
+        """The modules that end before a block of the stage begins, at most `parts` - 1 of them, evenly spread."""
+        first = {c.name: c.start for c in self.calls}
+        last = {c.name: c.end for c in self.calls}
+        names = []
+        for run in stage.blocks:
+            ended = [c.name for c in self.cuts if last[c.name] < first[run[0]]]
+            names += ended[-1:]
+        names = [name for name in dict.fromkeys(names) if name != stage.before]
+        return names if len(names) < parts else [names[len(names) * k // parts] for k in range(1, parts)]
 
     def _cut_by_cost(self) -> str:
-        """The cut whose tail is nearest to a third of the FLOPs, outermost modules first."""
+        """The cut whose tail is nearest to a third of the FLOPs: between stages or blocks, else an outermost module."""
         legal = self._legal()
         if not legal:
             raise NetworkError(
                 f"{self.name} has no module to part after: nothing follows that is worth training. "
                 "Train whole peer networks instead: --share none."
             )
+        names = {s.before for s in self.stages} | {name for s in self.stages for name in self._between_blocks(s, 99)}
+        between = [c for c in legal if c.name in names]
         near = [c for c in legal if abs(c.flops_after - 1 / 3) < 0.15]
-        least = min(c.name.count(".") for c in near or legal)
-        outer = [c for c in near or legal if c.name.count(".") == least]
+        candidates = [c for c in near if c.name in names] or near or between or legal
+        least = min(c.name.count(".") for c in candidates)
+        outer = candidates if candidates == between else [c for c in candidates if c.name.count(".") == least]
         return min(outer, key=lambda c: abs(c.flops_after - 1 / 3)).name
 
 

@@ -28,8 +28,14 @@ class Call:
     flops_start: int
     flops_end: int
     input: tuple[int, ...] | None
-    output: tuple[int, ...] | None  # shape without the batch; None when there is not one tensor
+    outputs: tuple[tuple[int, ...], ...]  # shapes without the batch of all tensors that came out
     packed: bool  # the one tensor comes with other values (its size, say) in a tuple or list
+    repeats: bool  # several tensors came out, and the first are shaped as what came in (two streams, a map and a state)
+
+    @property
+    def output(self) -> tuple[int, ...] | None:
+        """The output's shape without the batch; None when there is not one tensor."""
+        return self.outputs[0] if len(self.outputs) == 1 else None
 
     @property
     def keeps_shape(self) -> bool:
@@ -42,25 +48,26 @@ class Call:
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     """All calls in the order in which they ended (the network's own last), and what the network returned."""
     calls: list[Call] = []
-    open_calls: list[tuple[int, int, tuple[int, ...] | None]] = []
+    open_calls: list[tuple[int, int, tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = []
     clock = 0
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal clock
         clock += 1
         shapes = [tuple(a.shape[1:]) for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        open_calls.append((clock, counter.get_total_flops(), shapes[0] if shapes else None))
+        open_calls.append((clock, counter.get_total_flops(), shapes[0] if shapes else None, _shapes((args, kwargs))))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
         nonlocal clock
         clock += 1
-        start, flops, shape = open_calls.pop()
-        tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
-        out = tuple(tensors[0].shape[1:]) if len(tensors) == 1 else None
+        start, flops, shape, taken = open_calls.pop()
+        given = _shapes(output)
+        both = min(len(taken), len(given))
+        repeats = len(given) > 1 and both > 0 and taken[:both] == given[:both]
         kind, leaf = type(module).__name__, next(module.children(), None) is None
         packed = not isinstance(output, Tensor)
         spent = counter.get_total_flops()
-        calls.append(Call(names[module], kind, leaf, start, clock, flops, spent, shape, out, packed))
+        calls.append(Call(names[module], kind, leaf, start, clock, flops, spent, shape, given, packed, repeats))
 
     names = {module: name for name, module in network.named_modules()}
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
@@ -79,6 +86,10 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _shapes(values: object) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(each.shape[1:]) for each in tree_leaves(values) if isinstance(each, Tensor))
 
 
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.calls import Call, at_rest, layout, positions, same_size
 from okdc.refit import refit
-from okdc.stages import Stage, is_part, outermost
+from okdc.stages import Stage, is_part, is_sequence, outermost, runs
 
 
 class Chain(nn.Module):
@@ -26,7 +27,8 @@ class Chain(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = self.first(*args, **kwargs)
         for block in self.further:
-            again = tuple(x) if isinstance(x, (tuple, list)) and isinstance(args[0], Tensor) else (x,)
+            several = isinstance(x, (tuple, list)) and isinstance(args[0], Tensor)
+            again = tuple(x)[: len(args)] if several else (x,)
             x = block(*again, *args[len(again) :], **kwargs)
         return x
 
@@ -92,7 +94,8 @@ def deepen(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int) -> tu
     """Append `count` blocks to one stage of a sibling of the target; say which, and return them to be born.
 
     Copies of the stage's own last block, or blocks where they take turns, before the pooling if the stage pools. Where
-    none keeps its shape, the last one is refitted to do so; where that fails, okdc's own block is appended.
+    none keeps its shape, the last one, or else the last convolution with what follows it, is refitted to do so; where
+    that fails, okdc's own block is appended.
     """
     if stage.blocks:
         place, blocks = stage.blocks[-1][-1], _copies(network, anatomy, stage, count)
@@ -162,10 +165,18 @@ def _is_setting(value: Any) -> bool:
 
 def _refitted(network: nn.Module, anatomy: Anatomy, stage: Stage) -> tuple[str, nn.Module | None]:
     """Where to append, and the stage's last block made to keep the shape there; None if it cannot be."""
-    found = _last_block(network, anatomy, stage)
-    if found is None:
-        return stage.last, None
-    place, name = found
+    for place, names in _candidates(network, anatomy, stage):
+        output, args, kwargs = _seen(network, anatomy, place, names[0])
+        parts = [network.get_submodule(name) for name in names]
+        block = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
+        made = refit(block, output, args, kwargs)
+        if made is not None:
+            return place, made
+    return stage.last, None
+
+
+def _seen(network: nn.Module, anatomy: Anatomy, place: str, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What the module `place` gives, and what the module `name` is called with, for images of noise."""
     outputs, inputs = [], []
     handles = [
         network.get_submodule(place).register_forward_hook(lambda m, args, y: outputs.append(y)),
@@ -178,17 +189,24 @@ def _refitted(network: nn.Module, anatomy: Anatomy, stage: Stage) -> tuple[str, 
     finally:
         for handle in handles:
             handle.remove()
-    args, kwargs = inputs[-1]
-    block = refit(network.get_submodule(name), outputs[-1], args[1:], kwargs)
-    return (stage.last, None) if block is None else (place, block)
+    return outputs[-1], *inputs[-1]
 
 
-def _last_block(network: nn.Module, anatomy: Anatomy, stage: Stage) -> tuple[str, str] | None:
-    """The last module of a stage that gives its size and has weights; and in it, the last of its like, or itself."""
+def _candidates(network: nn.Module, anatomy: Anatomy, stage: Stage) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Where to append, and what could be refitted: the stage's last block, then its last convolution's run."""
     aspect, start = _aspect(anatomy), next(c.start for c in anatomy.calls if c.name == stage.first)
-    inside = [c for c in anatomy.calls if c.start >= start and c.end <= stage.end and not c.leaf]
-    inside = [c for c in inside if not isinstance(network.get_submodule(c.name), nn.Sequential)]
-    sized = [c for c in inside if same_size(positions(c.output, aspect), stage.size) and c.flops_end > c.flops_start]
+    inside = [c for c in anatomy.calls if c.start >= start and c.end <= stage.end]
+    found = _last_block(network, [c for c in inside if not c.leaf], stage.size, aspect)
+    if found is not None:
+        yield found[0], (found[1],)
+    for run in list(runs(dict(network.named_modules()), inside, stage.size, aspect, keeping=False))[-1:]:
+        yield run[-1], run
+
+
+def _last_block(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[str, str] | None:
+    """The last module of a stage that gives its size and has weights; and in it, the last of its like, or itself."""
+    inside = [c for c in inside if not is_sequence(network.get_submodule(c.name))]
+    sized = [c for c in inside if same_size(positions(c.output, aspect), size) and c.flops_end > c.flops_start]
     outer = [c for c in outermost(sized) if not is_part(c)]
     if not outer:
         return None

@@ -15,25 +15,31 @@ Layer = nn.Conv2d | nn.Linear | nn.LayerNorm | nn.GroupNorm | nn.modules.batchno
 class Reprojected(nn.Module):
     """A block that adds channels (dense connections), followed by the projection of old and new ones to the old width.
 
-    x (B, D, H, W) -> conv1x1([x, block(x)]) (B, D, H, W).
+    x (B, D, H, W) -> conv1x1([x, block(x)]) (B, D, H, W), or conv1x1(block(x)) where the block `joins` them itself.
+    `listed` blocks take the list [x].
     """
 
-    def __init__(self, block: nn.Module, width: int, more: int) -> None:
+    def __init__(self, block: nn.Module, width: int, more: int, joins: bool, listed: bool) -> None:
         super().__init__()
         self.block = block
-        self.project = nn.Conv2d(width + more, width, 1, bias=False)
+        self.joins, self.listed = joins, listed
+        self.project = nn.Conv2d(more if joins else width + more, width, 1, bias=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.project(torch.cat([x, self.block(x, *args, **kwargs)], 1))
+        y = self.block([x] if self.listed else x, *args, **kwargs)
+        return self.project(y if self.joins else torch.cat([x, y], 1))
 
 
 def refit(block: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
     """A copy of `block` that takes x, the stage's output, and gives its shape again; None where that cannot be made.
 
-    Layers that meet another number of channels than they were made for are made anew, strides become 1, pooling of
+    `args` and `kwargs` are what the block is called with where it stands, the tensor that x replaces among them. Layers that meet another number of channels than they were made for are made anew, strides become 1, pooling of
     the shortcut is left out. That it works is tried on x, not assumed.
     """
+    if not isinstance(x, Tensor):
+        return None
     kwargs = kwargs or {}
+    listed = bool(args) and isinstance(args[0], list)
     made = copy.deepcopy(block)
     _stay_in_place(made)
     for name in {"in_channels", "in_chs"} & vars(made).keys():  # a shortcut for as many channels
@@ -41,7 +47,7 @@ def refit(block: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[
     handles = [m.register_forward_pre_hook(_take) for m in made.modules() if isinstance(m, Layer)]
     try:
         with torch.no_grad():
-            y = made.eval()(x, *args, **kwargs)
+            y = made.eval()([x] if listed else x, *args[1:], **kwargs)
     except Exception:  # whatever a stranger's forward raises: it cannot be refitted
         return None
     finally:
@@ -50,10 +56,11 @@ def refit(block: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[
     made.train(block.training)
     if not isinstance(y, Tensor) or y.dim() != x.dim():
         return None
-    if y.shape == x.shape:
+    if y.shape == x.shape and not listed:
         return made
-    if x.dim() == 4 and y.shape[2:] == x.shape[2:] and y.shape[1] < x.shape[1]:
-        return Reprojected(made, x.shape[1], y.shape[1]).to(x.device, x.dtype)
+    if x.dim() == 4 and y.shape[2:] == x.shape[2:]:
+        joins = y.shape[1] > x.shape[1]  # what came in is among what comes out
+        return Reprojected(made, x.shape[1], y.shape[1], joins, listed).to(x.device, x.dtype)
     return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy import MIN_TAIL, Anatomy
+from okdc.anatomy import Anatomy
 from okdc.errors import CutError
 from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
@@ -154,10 +154,9 @@ def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape
 
 
 def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
-    others = [c.name for c in anatomy.cuts if c.flops_after >= MIN_TAIL and c.name != cut and c.name.count(".") <= 1]
     return (
-        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. "
-        f"Cut elsewhere with --cut NAME (such as {', '.join(others[-4:])}), or train whole peer networks: --share none."
+        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. Cut elsewhere with --cut NAME, such as "
+        f"{anatomy.choices_in_words(but=cut)}, or train whole peer networks: --share none."
     )
 
 

@@ -64,8 +64,8 @@ def _compound(network: nn.Module, body: list[Call], stage: Stage, aspect: float)
     """Whether a stage has a module of several layers that works at its size (though it does not keep its shape)."""
     start = next(c.start for c in body if c.name == stage.first)
     inside = [c for c in body if c.start >= start and c.end <= stage.end and not c.leaf and not is_part(c)]
-    sized = [c for c in inside if same_size(positions(c.output, aspect), stage.size) and c.flops_end > c.flops_start]
-    return any(not isinstance(network.get_submodule(c.name), nn.Sequential) for c in sized)
+    sized = [c for c in inside if any(same_size(positions(o, aspect), stage.size) for o in c.outputs)]
+    return any(c.flops_end > c.flops_start and not is_sequence(network.get_submodule(c.name)) for c in sized)
 
 
 def _main_path(network: nn.Module, calls: list[Call], aspect: float) -> list[Call]:
@@ -76,7 +76,8 @@ def _main_path(network: nn.Module, calls: list[Call], aspect: float) -> list[Cal
     """
 
     def is_whole(call: Call) -> bool:
-        before, after = positions(call.input, aspect) or 0, positions(call.output, aspect)
+        before = positions(call.input, aspect) or 0
+        after = positions(call.outputs[0] if call.repeats else call.output, aspect)
         return after is not None and before < 6 * after and not isinstance(modules[call.name], nn.Sequential)
 
     modules = dict(network.named_modules())
@@ -93,6 +94,8 @@ def _sizes(body: list[Call], feature: Call, aspect: float) -> list[int]:
     """The sizes that stages have, large to small; of those that differ by a class token, the most frequent."""
     count = Counter(s for c in body if c.end <= feature.end and (s := positions(c.output, aspect)))
     smallest = positions(feature.output, aspect) or 1
+    if body_sizes := [s for c in body if not c.leaf and c.end <= feature.end and (s := positions(c.output, aspect))]:
+        smallest = min(smallest, *body_sizes)  # of a network that ends by enlarging its maps
     sizes: list[int] = []
     for size, _ in count.most_common():
         if not any(same_size(size, other) for other in sizes) and (size >= smallest or same_size(size, smallest)):
@@ -139,28 +142,31 @@ def _ended_before(body: list[Call], first: Call) -> str | None:
 
 
 def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
-    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs."""
-    modules = dict(network.named_modules())
-    once = called_once(inside)
-    same = outermost(
-        [
-            c
-            for c in inside
-            if c.keeps_shape
-            and not c.leaf
-            and c.name in once
-            and same_size(positions(c.output, aspect), size)
-            and any(True for _ in modules[c.name].parameters())
-            and not isinstance(modules[c.name], nn.Sequential)
-            and not is_part(c)
-            and not _spans_blocks(c, inside, size, aspect)
-        ]
-    )
-    spent = {c.name: c.flops_end - c.flops_start for c in same}
-    worthy = [c for c in same if spent[c.name] >= 0.5 * max(spent.values())]
-    if sum(spent[c.name] for c in worthy) >= 0.05 * (inside[-1].flops_end - inside[0].flops_start) > 0:
-        return tuple((c.name,) for c in worthy)
-    return tuple(_runs(modules, inside, size, aspect))
+    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs.
+
+    Those that work at the stage's size come first; then any that make up most of the stage (blocks of two streams, or
+    of windows that are an axis of their own).
+    """
+    modules, once = dict(network.named_modules()), called_once(inside)
+    keeping = [
+        c
+        for c in inside
+        if (c.keeps_shape or c.repeats)
+        and not c.leaf
+        and c.name in once
+        and any(True for _ in modules[c.name].parameters())
+        and not isinstance(modules[c.name], nn.Sequential)
+        and not is_part(c)
+    ]
+    sized = [c for c in keeping if same_size(positions(c.output, aspect), size)]
+    total = inside[-1].flops_end - inside[0].flops_start
+    for candidates, least in ((sized, 0.05), (keeping, 0.5)):
+        same = outermost([c for c in candidates if not _spans_blocks(c, candidates)])
+        spent = {c.name: c.flops_end - c.flops_start for c in same}
+        worthy = [c for c in same if spent[c.name] >= 0.5 * max(spent.values())]
+        if sum(spent[c.name] for c in worthy) >= least * total > 0:
+            return tuple((c.name,) for c in worthy)
+    return tuple(run for run in runs(modules, inside, size, aspect) if not _enclosed(modules, inside, run))
 
 
 def outermost(calls: list[Call]) -> list[Call]:
@@ -168,14 +174,17 @@ def outermost(calls: list[Call]) -> list[Call]:
     return [c for c in calls if not any(o.start < c.start and c.end < o.end for o in calls)]
 
 
-def _spans_blocks(call: Call, inside: list[Call], size: int, aspect: float) -> bool:
-    """Whether this is a container of several shape-keeping blocks of one kind (a stage) rather than a block."""
-    within = [c for c in inside if call.start < c.start and c.end < call.end and c.keeps_shape and not c.leaf]
+def _spans_blocks(call: Call, blocks: list[Call]) -> bool:
+    """Whether this is a container of several of these shape-keeping blocks, of one kind (a stage), and no block."""
     spent: dict[str, list[int]] = {}
-    within = [c for c in within if c.kind != "Sequential" and not is_part(c)]
-    for c in outermost([c for c in within if same_size(positions(c.output, aspect), size)]):
+    for c in outermost([c for c in blocks if call.start < c.start and c.end < call.end]):
         spent.setdefault(c.kind, []).append(c.flops_end - c.flops_start)
     return any(len(each) > 1 and 2 * sum(each) > call.flops_end - call.flops_start for each in spent.values())
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether this only calls its parts one after the other."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def is_part(call: Call) -> bool:
@@ -189,23 +198,31 @@ _PARTS = (  # what timm, torchvision and most others call them; a wrong guess co
 )
 
 
-def _runs(modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float) -> Iterator[tuple[str, ...]]:
-    """Shape-keeping runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu)."""
-    flat = [c for c in inside if c.leaf and c.keeps_positions(aspect) and same_size(positions(c.output, aspect), size)]
+def runs(
+    modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float, keeping: bool = True
+) -> Iterator[tuple[str, ...]]:
+    """Runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu), if `keeping` its input's shape."""
+    flat = [c for c in inside if c.leaf and same_size(positions(c.output, aspect), size)]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
         layer = modules[call.name]
-        if not (isinstance(layer, nn.Conv2d) and call.keeps_shape and layer.groups == 1):
+        if not (isinstance(layer, nn.Conv2d) and layer.groups == 1 and (call.keeps_shape or not keeping)):
             continue
         parent = call.name.rpartition(".")[0]
         run = [call.name]
         for follower in flat[i + 1 :]:
             beyond = isinstance(modules[follower.name], nn.Conv2d) or follower.name not in once
+            beyond = beyond or not follower.keeps_positions(aspect)
             if beyond or follower.name.rpartition(".")[0] != parent:
                 break
             run.append(follower.name)
         if isinstance(modules.get(parent), nn.Sequential):
             yield tuple(run)
+
+
+def _enclosed(modules: dict[str, nn.Module], inside: list[Call], run: tuple[str, ...]) -> bool:
+    """Whether a run is inside a module of the stage that has a forward of its own: it is a part of that block."""
+    return any(run[0].startswith(f"{c.name}.") and not is_sequence(modules[c.name]) for c in inside)
 
 
 def widest(calls: list[Call], call: Call) -> Call:
