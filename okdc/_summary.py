@@ -14,7 +14,7 @@ from rich.table import Table
 from okdc import methods
 
 if TYPE_CHECKING:
-    from okdc.anatomy import Anatomy, Cut
+    from okdc.anatomy import Anatomy
     from okdc.cohort import Cost
     from okdc.estimate import Estimate
     from okdc.pipeline import Result
@@ -117,8 +117,8 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
     console.print()
     chosen = anatomy.find_cut(cut).name if cut else anatomy.cut()
     cuts = _table("cut after", "shape", "FLOPs after", "params after", "")
-    for each in _worth_showing(anatomy, chosen):
-        mark = ("asked for" if cut else "default") if each.name == chosen else ""
+    for each in sorted({*anatomy.choices(), anatomy.find_cut(chosen)}, key=lambda each: -each.flops_after):
+        mark = "asked for" if cut == each.name else "default" * (each.name == anatomy.cut())
         cuts.add_row(each.name, _shape(each.shape), f"{each.flops_after:.0%}", f"{each.params_after:.0%}", mark)
     console.print(cuts)
     _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
@@ -195,19 +195,7 @@ def show_sweep(rows: list[dict[str, str]], summary: list[tuple[str, int]], path:
             failures.add_row(row["network"], row["outcome"], escape(row["reason"]))
     if failures.row_count:
         console.print("\n", failures, sep="")
-    console.print(f"\nThe table is {path}.")
-
-
-def _worth_showing(anatomy: Anatomy, chosen: str) -> list[Cut]:
-    """The cuts between stages, between blocks and between a network's outer modules; of equal ones the last."""
-    ends = {stage.before for stage in anatomy.stages} | {block[-1] for s in anatomy.stages for block in s.blocks}
-    shown: list[Cut] = []
-    for cut in anatomy.cuts:
-        if cut.name == chosen or (cut.flops_after >= 0.01 and (cut.name in ends or cut.name.count(".") < 2)):
-            if shown and shown[-1].flops_after == cut.flops_after and shown[-1].name != chosen:
-                shown.pop()
-            shown.append(cut)
-    return shown
+    console.print(f"\nThe table is {path}; {Path(path).with_suffix('.md')} says it in words.")
 
 
 def _console() -> Console:

@@ -13,6 +13,7 @@ from okdc.errors import NetworkError, nearest
 from okdc.stages import Stage, find_stages, widest
 
 MAX_TAIL = 0.6  # networks whose last stage, with the head, is a larger share of the FLOPs part between its blocks
+MAX_CHOICE = 0.95  # cuts that share less than the rest are not offered
 MIN_TAIL = 0.05  # a default cut leaves at least this share of the FLOPs to each branch
 
 
@@ -62,22 +63,27 @@ class Anatomy:
         return self._cut_by_cost()
 
     def choices(self) -> list[Cut]:
-        """The cuts worth choosing from, early to late: the default, the starts of stages, and a few between blocks."""
-        names = {s.before for s in self.stages} | {name for s in self.stages for name in self._between_blocks(s, 4)}
-        default = self.cut()
-        found = {c.flops_after: c for c in self._legal() if c.name in names}  # of equal ones the last
-        found[self.find_cut(default).flops_after] = self.find_cut(default)
-        return sorted(found.values(), key=lambda c: -c.flops_after)
+        """The cuts worth choosing from, early to late: the default, starts of stages, one or two places within each."""
+        default, starts = self.find_cut(self.cut()), {s.before for s in self.stages}
+        names = {name for s in self.stages for name in self._between_blocks(s, 3)} | starts
+        kept: list[Cut] = []
+        for cut in (c for c in self._legal() if c.name in names and c.flops_after < MAX_CHOICE):
+            if kept and kept[-1].flops_after - cut.flops_after < 0.03:
+                if cut.name not in starts and kept[-1].name in starts:
+                    continue
+                kept.pop()
+            kept.append(cut)
+        return sorted({default, *kept}, key=lambda c: -c.flops_after)
 
     def choices_in_words(self, but: str | None = None) -> str:
-        """The names of `choices()` with the share of the FLOPs that each leaves to a branch, without the cut `but`."""
+        """The names of `choices()`, without the cut `but`, and what each leaves to a branch."""
         default = self.cut()
         words = [
-            f"{c.name} ({'the default, ' * (c.name == default)}{c.flops_after:.0%} of the FLOPs)"
+            f"{c.name} ({c.flops_after:.0%}{', the default' * (c.name == default)})"
             for c in self.choices()
             if c.name != but
         ]
-        return ", ".join(words)
+        return f"{', '.join(words)}; in brackets what a branch has of the FLOPs"
 
     def find_cut(self, name: str) -> Cut:
         """The cut called `name`; NetworkError with the nearest names when there is none."""
@@ -224,17 +230,25 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
         if c.end < moment and positions(c.output, aspect) and not (c.packed or c.kind.startswith("Drop"))
     ]
     spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
-    pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
-    smallest = min((positions(c.output, aspect) or 0 for c in spread), default=1)
-    if pools and smallest <= 4 and not any(c.start > pools[-1].start for c in spread):
-        # On small images the last stage is a single pixel: what enters the last pooling is the feature map.
-        before = [c for c in before if c.end < pools[-1].start]
-        last = before[-1] if before else None
-    else:
-        last = spread[-1] if spread else None
+    ones = [c for c in calls if positions(c.outputs[0] if c.outputs else None, aspect) == 1 and c.chains]
+    within = {c.start for c in before if any(o.start < c.start and c.end < o.end for o in ones)}
+    spent = [c for c in spread if c.flops_end > c.flops_start and c.start not in within]
+    since = spent[-1].end if spent else 0
+    last = spread[-1] if spread else None
+    if single := [c for c in before if c.end > since and _shrinks_to_one(c, aspect)]:
+        # On small images the last stage is a single pixel: what enters the pooling after it is the feature map.
+        outside = [c for c in before if c.start > single[0].end and c.start not in within]
+        pools = [c.start for c in outside if "pool" in c.kind.lower()]
+        last = [c for c in before if c.end < min([*pools, moment])][-1]
     if last is None:
         raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")
     return widest(calls, last)
+
+
+def _shrinks_to_one(call: Call, aspect: float) -> bool:
+    """Whether this makes one pixel or token of several, by computing and not by pooling."""
+    one = positions(call.output, aspect) == 1 < (positions(call.input, aspect) or 0)
+    return one and call.flops_end > call.flops_start and "pool" not in call.kind.lower()
 
 
 def _is_dense(network: nn.Module, call: Call) -> bool:

@@ -41,6 +41,11 @@ class Call:
     def keeps_shape(self) -> bool:
         return self.input is not None and self.input == self.output
 
+    @property
+    def chains(self) -> bool:
+        """Whether what it gives is shaped as what it takes, so that it can be called once more."""
+        return self.keeps_shape or self.repeats
+
     def keeps_positions(self, aspect: float) -> bool:
         return positions(self.input, aspect) == positions(self.output, aspect)
 

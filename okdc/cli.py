@@ -162,6 +162,7 @@ def verify(bundle: str, **_: Any) -> None:
     "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
 )
 @click.option("--families", is_flag=True, help="With --all: only the smallest network of each of timm's families.")
+@click.option("--sample", type=click.IntRange(1), help="With --all: only so many others of timm's, always the same.")
 @click.option("--filter", "pattern", metavar="PATTERN", help="With --all: only names that match, such as 'resnet*'.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="With --all: networks at a time.")
 @click.option("--output", metavar="FILE", default="zoo.csv", show_default=True, help="With --all: the table; goes on.")
@@ -181,16 +182,20 @@ def inspect(
     With --method: the members that this method would build around it, their parameters and FLOPs, and an estimate of
     the memory that training takes. Nothing is trained and no data is read.
 
-    With --all: share, grow, train a step of and strip many networks, each in a process of its own, into a csv file.
+    With --all: share, grow, narrow, train a step of and strip many networks, each in a process of its own, into a csv
+    file, with what came of them in words beside it (.md).
 
     \b
     okdc inspect resnet18
     okdc inspect torchvision/shufflenet_v2_x1_0 --img-size 64
     okdc inspect resnet32_cifar --method ahbf --members 3 --num-classes 100
     okdc inspect --all --families --img-size 64 --output families.csv
+    okdc inspect --all --sample 200 --img-size 64 --output sample.csv
     """
     if everything == bool(model):
         raise click.UsageError("expected the name of one network, or --all.")
+    if options["families"] and options["sample"]:
+        raise click.UsageError("--families and --sample are two sets of names: give one of them.")
     if everything:
         _examine_all(**options)
         return
@@ -216,6 +221,7 @@ def inspect(
 
 def _examine_all(
     families: bool,
+    sample: int | None,
     pattern: str | None,
     jobs: int,
     output: str,
@@ -229,7 +235,7 @@ def _examine_all(
     """Examine many networks and say what came of it; what the csv file has already is not done again."""
     from okdc import _summary, zoo
 
-    names = zoo.choose(pattern, families)
+    names = zoo.choose(pattern, families, sample)
     limits = zoo.Limits(limit_seconds, limit_gb)
     rows = zoo.sweep(
         names,

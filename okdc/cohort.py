@@ -182,7 +182,8 @@ class Cohort(nn.Module):
         if not (logits - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-12):
             raise NetworkError(
                 f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
-                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME: {self.anatomy.choices_in_words(but=self.cut)}."
+                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME: "
+                f"{self.anatomy.choices_in_words(but=self.cut)}."
             )
         return network
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from okdc import _shipped, networks
@@ -24,10 +25,12 @@ from okdc.sharing import unchanged
 
 COLUMNS = (
     "network", "family", "outcome", "input", "params_m", "gflops", "stages", "cut", "cut_shape", "tail_flops",
-    "tail_params", "shared", "grown", "own_blocks", "trains", "classifier", "embedding", "feature_map", "feature_shape",
-    "strip", "compile_breaks", "onnx_difference", "seconds", "reason", "versions",
+    "tail_params", "shared", "grown", "own_blocks", "narrowed", "trains", "classifier", "embedding",
+    "feature_map", "feature_shape", "strip", "compile_breaks", "onnx_difference", "seconds", "reason", "versions",
 )  # fmt: skip
 
+WIDTH = 0.5  # of the narrower branch that is tried
+COPIES = 3  # of the weights at least: the target, the copy that proves the cut, a branch
 CLASSES = 10  # networks get a new classifier, as with data; some of timm's are made without one
 VERSIONS = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, python {platform.python_version()}"
 
@@ -47,6 +50,8 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         anatomy = inspect(network, images)
         row |= _describe(anatomy)
         row |= _share_and_grow(network, images, anatomy)
+        if row["shared"] == "exact":
+            row["narrowed"] = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
         if compiles:
             row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy.cut()))
         if onnx:
@@ -56,6 +61,18 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         kind = "" if isinstance(error, OkdcError) else f"{type(error).__name__}: "
         row |= {"outcome": "refused" if isinstance(error, OkdcError) else "failed", "reason": kind + _line(error)}
     return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def least_gigabytes(name: str) -> float:
+    """The memory that `COPIES` of a network's weights take, at the least; 0 where that cannot be told beforehand."""
+    try:
+        with torch.device("meta"):
+            torchvision_name = name.removeprefix("torchvision/")
+            make = timm.create_model if torchvision_name == name else torchvision.models.get_model
+            network = make(torchvision_name)
+    except Exception:  # it looks at its weights while it is made
+        return 0.0
+    return COPIES * sum(p.numel() for p in network.parameters()) * 4 / 1e9
 
 
 def family(name: str) -> str:
@@ -121,6 +138,19 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
     return row
 
 
+def _narrowed(network: nn.Module, images: Tensor, cut: str) -> str:
+    """Whether a branch of `WIDTH` can be built, runs, and is smaller than the target's own tail."""
+    cohort = Cohort(network, images, [Branch(cut, width=WIDTH)])
+    try:
+        own, narrower = (cost.flops for cost in cohort.costs)
+        with torch.no_grad():
+            cohort.eval()(images)
+    finally:
+        cohort.strip()
+    tail = own * inspect(network, images).find_cut(cut).flops_after
+    return "yes" if narrower < tail else f"no: {narrower / tail:.0%} of the FLOPs of the target's tail"
+
+
 def _gradients(cohort: Cohort, images: Tensor) -> str:
     """Whether a backward pass in training mode gives a gradient to all that the target alone has one for."""
     with unchanged(cohort):
@@ -150,6 +180,8 @@ def _onnx_difference(network: nn.Module, images: Tensor) -> float:
 def _attempt(check: Callable[[], Any]) -> Any:
     try:
         return check()
+    except OkdcError as error:
+        return _line(error)
     except Exception as error:
         return f"{type(error).__name__}: {_line(error)}"
 

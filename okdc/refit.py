@@ -33,8 +33,9 @@ class Reprojected(nn.Module):
 def refit(block: nn.Module, x: Tensor, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
     """A copy of `block` that takes x, the stage's output, and gives its shape again; None where that cannot be made.
 
-    `args` and `kwargs` are what the block is called with where it stands, the tensor that x replaces among them. Layers that meet another number of channels than they were made for are made anew, strides become 1, pooling of
-    the shortcut is left out. That it works is tried on x, not assumed.
+    `args` and `kwargs` are what the block is called with where it stands; x takes the place of the first. Layers that
+    meet another number of channels than they were made for are made anew, strides become 1, pooling of the shortcut is
+    left out. That it works is tried on x, not assumed.
     """
     if not isinstance(x, Tensor):
         return None

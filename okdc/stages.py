@@ -151,7 +151,7 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
     keeping = [
         c
         for c in inside
-        if (c.keeps_shape or c.repeats)
+        if c.chains
         and not c.leaf
         and c.name in once
         and any(True for _ in modules[c.name].parameters())
@@ -193,15 +193,15 @@ def is_part(call: Call) -> bool:
 
 
 _PARTS = (  # what timm, torchvision and most others call them; a wrong guess costs a choice of block, never exactness
-    r"(Mlp|MLP|Ffn|FFN|Attn|Attention|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|LayerScale|Drop\w*|\w*PosEnc|"
-    r"\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
+    r"(Mlp|MLP|Ffn|FFN|Attn|(?<!Mobile)Attention|Attention2d|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|"
+    r"LayerScale|Drop\w*|\w*PosEnc|\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
 )
 
 
 def runs(
     modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float, keeping: bool = True
 ) -> Iterator[tuple[str, ...]]:
-    """Runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu), if `keeping` its input's shape."""
+    """Runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu); `keeping` their input's shape."""
     flat = [c for c in inside if c.leaf and same_size(positions(c.output, aspect), size)]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):

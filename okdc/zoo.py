@@ -6,6 +6,7 @@ import csv
 import fnmatch
 import multiprocessing
 import os
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,8 @@ import torch
 
 from okdc import examine, networks
 from okdc.errors import NetworkError, RunError, nearest
+
+SEED = 0  # of the sample
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,15 @@ class _Job:
     started: float
 
 
-def choose(pattern: str | None = None, families: bool = False) -> list[str]:
+def choose(pattern: str | None = None, families: bool = False, sample: int | None = None) -> list[str]:
     """Every network by name, or those matching `pattern` (as file names match), or each timm family's smallest.
 
-    NetworkError when nothing matches.
+    `sample` draws so many of timm's other names, always the same. NetworkError when nothing matches.
     """
     known = smallest_of_families() if families else networks.names()
+    if sample is not None:
+        others = set(timm.list_models()) - set(timm.list_models(module="_cifar")) - set(smallest_of_families())
+        known = random.Random(SEED).sample(sorted(others), min(sample, len(others)))
     if pattern is None:
         return known
     found = [name for name in known if fnmatch.fnmatch(name, pattern)]
@@ -84,7 +90,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """The rows of `names`, in their order, also in the csv file `output`; networks that have a row there are skipped.
 
-    `options` are those of `examine.examine`; `done` is told of every new row. RunError for a csv of something else.
+    `options` are those of `examine.examine`; `done` is told of every new row. What came of all is also written in words
+    beside the csv, as .md. RunError for a csv of something else.
     """
     rows = {row["network"]: row for row in read(output)}
     context = multiprocessing.get_context("forkserver")
@@ -94,7 +101,7 @@ def sweep(
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(context, waiting.pop(0), options))
+                running.append(_start(context, waiting.pop(0), limits, options))
             for job in list(running):
                 row = _result(job, limits)
                 if row is not None:
@@ -106,7 +113,9 @@ def sweep(
     finally:
         for job in running:
             job.process.kill()
-    return [{column: str(rows[name].get(column, "")) for column in examine.COLUMNS} for name in names]
+    table = [{column: str(rows[name].get(column, "")) for column in examine.COLUMNS} for name in names]
+    output.with_suffix(".md").write_text(in_words(table), encoding="utf-8")
+    return table
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -131,23 +140,64 @@ def summary(rows: Iterable[dict[str, str]]) -> list[tuple[str, int]]:
         ("shared exactly, eval and train mode", sum(row["shared"] == "exact" for row in rows)),
         ("grown in depth", sum(bool(row["grown"]) for row in rows)),
         ("grown by its own blocks", sum(row["own_blocks"] == "yes" for row in rows)),
+        ("narrowed", sum(row["narrowed"] == "yes" for row in rows)),
         ("every gradient there", sum(row["trains"] == "yes" for row in rows)),
         ("stripped exactly", sum(row["strip"] == "exact" for row in rows)),
         ("default cut leaves 5% of the FLOPs or more", sum(float(row["tail_flops"] or 0) >= 0.05 for row in rows)),
     ]
 
 
-def _start(context: Any, name: str, options: dict[str, Any]) -> _Job:
+def in_words(rows: Sequence[dict[str, str]]) -> str:
+    """A sweep as Markdown: counts of each outcome, then by name and cause what failed and what is not the rule."""
+    lines = ["# What okdc can do with these networks", ""]
+    lines += [
+        f"Measured with {', '.join(sorted({row['versions'] for row in rows}))}.",
+        "",
+        "| | networks |",
+        "|---|---|",
+    ]
+    lines += [f"| {label} | {count} |" for label, count in summary(rows)]
+    took = sum(float(row["seconds"] or 0) for row in rows)
+    lines += ["", f"All of them together took {took / 60:.0f} minutes of one process."]
+    for title, found in [
+        ("Not ok", {row["network"]: f"{row['outcome']}: {row['reason']}" for row in rows if row["outcome"] != "ok"}),
+        ("Grown by a block of okdc's", {r["network"]: r["grown"] for r in rows if r["own_blocks"] == "no"}),
+        ("Not narrowed", {r["network"]: r["narrowed"] for r in rows if r["narrowed"] not in ("", "yes")}),
+        ("torch.compile", {r["network"]: r["compile_breaks"] for r in rows if r["compile_breaks"] not in ("", "0")}),
+        ("ONNX", {r["network"]: r["onnx_difference"] for r in rows if not _is_exported(r["onnx_difference"])}),
+    ]:
+        causes: dict[str, list[str]] = {}
+        for name, cause in found.items():
+            causes.setdefault(cause.replace(name, "NAME"), []).append(name)
+        if causes:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- {', '.join(names)}: {cause}" for cause, names in causes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _is_exported(difference: str) -> bool:
+    try:
+        return float(difference or 0) <= 1e-5
+    except ValueError:  # a reason
+        return False
+
+
+def _start(context: Any, name: str, limits: Limits, options: dict[str, Any]) -> _Job:
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_examine, args=(name, options, theirs), daemon=True)
+    process = context.Process(target=_examine, args=(name, limits, options, theirs), daemon=True)
     process.start()
     theirs.close()
     return _Job(name, process, mine, time.monotonic())
 
 
-def _examine(name: str, options: dict[str, Any], answer: Connection) -> None:
+def _examine(name: str, limits: Limits, options: dict[str, Any], answer: Connection) -> None:
     torch.set_num_threads(1)
-    answer.send(examine.examine(name, **options))
+    started, least = time.monotonic(), examine.least_gigabytes(name)
+    if least > limits.gigabytes:
+        reason = f"too large for the limit: {examine.COPIES} copies of its weights take {least:.0f} GB, more than "
+        answer.send(_ended(name, "memory", f"{reason}{limits.gigabytes:g} GB", time.monotonic() - started))
+    else:
+        answer.send(examine.examine(name, **options))
 
 
 def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
@@ -172,7 +222,12 @@ def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
         return None
     job.process.kill()
     job.process.join()
-    basics = {"network": job.name, "family": examine.family(job.name), "versions": examine.VERSIONS}
+    return _ended(job.name, outcome, reason, seconds)
+
+
+def _ended(name: str, outcome: str, reason: str, seconds: float) -> dict[str, Any]:
+    """The row of a network that was not examined to the end."""
+    basics = {"network": name, "family": examine.family(name), "versions": examine.VERSIONS}
     return basics | {"outcome": outcome, "reason": reason, "seconds": round(seconds, 1)}
 
 

@@ -156,6 +156,37 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Pair(nn.Module):
+    """Two streams of different shapes in, the same two out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        self.coarse = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        fine = fine + self.fine(fine)
+        return fine, coarse + self.coarse(coarse) + fine.mean(1, keepdim=True)
+
+
+class TwoStreams(nn.Module):
+    """Blocks that pass on two streams of tokens, as a transformer within a transformer."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.pairs = nn.ModuleList(Pair(width) for _ in range(6))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x)
+        fine, coarse = x.flatten(2).transpose(1, 2), F.avg_pool2d(x, 2).flatten(2).transpose(1, 2)
+        for pair in self.pairs:
+            fine, coarse = pair(fine, coarse)
+        return self.head(self.norm(coarse).mean(1))
+
+
 class Lists(Tiny):
     """Modules that take a list and change it, as HRNet's; the cut may be between them."""
 

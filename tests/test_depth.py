@@ -33,10 +33,10 @@ def grown(network: nn.Module, blocks: int = 1, images: torch.Tensor = IMAGES) ->
         (networks.Alternating, "windows.2", "1 x Window after windows.3"),
         (networks.OneStrided, "early", "1 x Strided after late"),
         (networks.Dense, "late.0", "1 x Reprojected after late.1"),
-        (networks.LinearAsConvolution, "early", "1 x ResidualConv after late"),
+        (networks.LinearAsConvolution, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
         (networks.LateClassToken, "blocks.19", "1 x TransformerEncoderLayer after blocks.29"),
-        (networks.SideBranch, "early", "1 x ResidualConv after late"),
-        (networks.Convolutional, "early", "1 x ResidualConv after late"),
+        (networks.SideBranch, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
+        (networks.Convolutional, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
     ],
 )
 def test_the_block_and_the_cut(kind: type[nn.Module], cut: str, expected: str) -> None:
@@ -73,6 +73,19 @@ def test_growing_channels_are_projected_back() -> None:
     assert isinstance(made, Reprojected) and made(torch.randn(2, 16, 8, 8)).shape == (2, 16, 8, 8)
 
 
+def test_blocks_that_join_or_take_a_list_are_projected_back() -> None:
+    class Joins(networks.DenseLayer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, super().forward(x)], 1)
+
+    class Listed(networks.DenseLayer):
+        def forward(self, x: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(torch.cat(x, 1))
+
+    x = torch.randn(2, 16, 8, 8)
+    assert refit(Joins(8), x)(x).shape == refit(Listed(8), x, ([x[:, :8]],))(x).shape == x.shape
+
+
 def test_what_cannot_be_refitted_is_said() -> None:
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,6 +110,19 @@ def test_tokens_without_a_block_get_attention() -> None:
     cohort = grown(Flat())
     assert cohort.grown == ["1 x ResidualAttention after out"]
     assert any(isinstance(m, ResidualAttention) for m in cohort.branches.modules())
+
+
+def test_maps_without_a_block_get_convolutions() -> None:
+    class Depthwise(networks.Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late = nn.Conv2d(16, 32, 3, 2, 1, groups=16)  # type: ignore[assignment]
+
+    assert grown(Depthwise()).grown == ["1 x ResidualConv after late"]
+
+
+def test_blocks_of_two_streams_are_repeated() -> None:
+    assert grown(networks.TwoStreams()).grown == ["1 x Pair after pairs.5"]
 
 
 def test_embedding_of_a_convolutional_classifier_is_averaged() -> None:
