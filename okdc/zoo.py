@@ -48,7 +48,9 @@ def choose(pattern: str | None = None, families: bool = False, sample: int | Non
     known = smallest_of_families() if families else networks.names()
     if sample is not None:
         others = set(timm.list_models()) - set(timm.list_models(module="_cifar")) - set(smallest_of_families())
-        known = random.Random(SEED).sample(sorted(others), min(sample, len(others)))
+        shuffled = sorted(others)
+        random.Random(SEED).shuffle(shuffled)
+        known = shuffled[:sample]
     if pattern is None:
         return known
     found = [name for name in known if fnmatch.fnmatch(name, pattern)]
@@ -134,6 +136,9 @@ def summary(rows: Iterable[dict[str, str]]) -> list[tuple[str, int]]:
     """How many networks there are of each outcome, and how many do each thing that is examined."""
     rows = list(rows)
     counts = Counter(row["outcome"] for row in rows)
+    compiled = [row["compile_breaks"] == "0" for row in rows if row["compile_breaks"]]
+    exported = [_is_exported(row["onnx_difference"]) for row in rows if row["onnx_difference"]]
+    asked_for = [("compiled without a break", compiled), ("exported to ONNX within 1e-5", exported)]
     return [
         ("networks", len(rows)),
         *sorted(counts.items()),
@@ -144,18 +149,15 @@ def summary(rows: Iterable[dict[str, str]]) -> list[tuple[str, int]]:
         ("every gradient there", sum(row["trains"] == "yes" for row in rows)),
         ("stripped exactly", sum(row["strip"] == "exact" for row in rows)),
         ("default cut leaves 5% of the FLOPs or more", sum(float(row["tail_flops"] or 0) >= 0.05 for row in rows)),
+        *((label, sum(good)) for label, good in asked_for if good),
     ]
 
 
 def in_words(rows: Sequence[dict[str, str]]) -> str:
     """A sweep as Markdown: counts of each outcome, then by name and cause what failed and what is not the rule."""
-    lines = ["# What okdc can do with these networks", ""]
-    lines += [
-        f"Measured with {', '.join(sorted({row['versions'] for row in rows}))}.",
-        "",
-        "| | networks |",
-        "|---|---|",
-    ]
+    versions = "; ".join(sorted({row["versions"] for row in rows}))
+    lines = ["# What okdc can do with these networks", "", f"Measured with {versions}.", ""]
+    lines += ["| | networks |", "|---|---|"]
     lines += [f"| {label} | {count} |" for label, count in summary(rows)]
     took = sum(float(row["seconds"] or 0) for row in rows)
     lines += ["", f"All of them together took {took / 60:.0f} minutes of one process."]
@@ -164,7 +166,7 @@ def in_words(rows: Sequence[dict[str, str]]) -> str:
         ("Grown by a block of okdc's", {r["network"]: r["grown"] for r in rows if r["own_blocks"] == "no"}),
         ("Not narrowed", {r["network"]: r["narrowed"] for r in rows if r["narrowed"] not in ("", "yes")}),
         ("torch.compile", {r["network"]: r["compile_breaks"] for r in rows if r["compile_breaks"] not in ("", "0")}),
-        ("ONNX", {r["network"]: r["onnx_difference"] for r in rows if not _is_exported(r["onnx_difference"])}),
+        ("ONNX", {r["network"]: r["onnx_difference"] for r in rows if not _is_exported(r["onnx_difference"] or "0")}),
     ]:
         causes: dict[str, list[str]] = {}
         for name, cause in found.items():
@@ -177,7 +179,7 @@ def in_words(rows: Sequence[dict[str, str]]) -> str:
 
 def _is_exported(difference: str) -> bool:
     try:
-        return float(difference or 0) <= 1e-5
+        return float(difference) <= 1e-5
     except ValueError:  # a reason
         return False
 

@@ -156,7 +156,7 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-class Pair(nn.Module):
+class Streams(nn.Module):
     """Two streams of different shapes in, the same two out."""
 
     def __init__(self, width: int) -> None:
@@ -175,7 +175,7 @@ class TwoStreams(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, width, 4, 4)
-        self.pairs = nn.ModuleList(Pair(width) for _ in range(6))
+        self.pairs = nn.ModuleList(Streams(width) for _ in range(6))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 4)
 

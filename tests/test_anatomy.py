@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
 from okdc.anatomy import inspect
+from okdc.errors import NetworkError
+from okdc.networks import load as build
+from okdc.settings import NetworkSettings
 from tests import networks
 
 
@@ -49,3 +53,27 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not network.head.weight.requires_grad and network.head.bias.requires_grad
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_the_cuts_that_are_offered() -> None:
+    anatomy = inspect(timm.create_model("resnet18", num_classes=10), (3, 64, 64))
+    names = [c.name for c in anatomy.choices()]
+    assert names == ["maxpool", "layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3", "layer4.0"]
+    assert "layer3 (23%, the default)" in anatomy.choices_in_words()
+    assert "layer3 (" not in anatomy.choices_in_words(but="layer3")
+    with pytest.raises(NetworkError, match=r"Good cuts: maxpool \(93%\), .*layer3 \(23%, the default\)"):
+        anatomy.find_cut("zzz")
+
+
+@pytest.mark.parametrize("name", ["nest_tiny", "hrnet_w18_small", "torchvision/alexnet"])
+def test_a_last_stage_that_is_most_of_the_network_is_parted(name: str) -> None:
+    anatomy = inspect(build(NetworkSettings(model=name), 10), (3, 64, 64))
+    share = anatomy.find_cut(anatomy.cut()).flops_after
+    last = anatomy.stages[-1].before
+    assert last is not None and anatomy.find_cut(last).flops_after > 0.6
+    assert 0.05 <= share < anatomy.find_cut(last).flops_after
+
+
+def test_a_last_stage_of_one_token() -> None:
+    anatomy = inspect(timm.create_model("levit_128s", num_classes=10), (3, 64, 64))
+    assert (anatomy.feature_map, anatomy.feature_shape, anatomy.cut()) == ("stages", (1, 384), "stages.1")

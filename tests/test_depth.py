@@ -122,7 +122,7 @@ def test_maps_without_a_block_get_convolutions() -> None:
 
 
 def test_blocks_of_two_streams_are_repeated() -> None:
-    assert grown(networks.TwoStreams()).grown == ["1 x Pair after pairs.5"]
+    assert grown(networks.TwoStreams()).grown == ["1 x Streams after pairs.5"]
 
 
 def test_embedding_of_a_convolutional_classifier_is_averaged() -> None:

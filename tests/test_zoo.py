@@ -41,6 +41,7 @@ def test_networks_of_every_kind(name: str) -> None:
     assert (row["outcome"], row["reason"]) == ("ok", "")
     assert (row["shared"], row["trains"], row["strip"], row["own_blocks"]) == ("exact", "yes", "exact", "yes")
     assert (row["cut"], row["grown"]) == FAST[name]
+    assert row["narrowed"], "it is narrower, or the reason is said"
     assert row["tail_flops"] >= 0.05 and set(row) <= set(examine.COLUMNS)
 
 
@@ -71,6 +72,8 @@ def test_a_sweep_keeps_limits_and_goes_on(tmp_path: Path) -> None:
     assert "no network 'resnet18_that_is_not'" in rows[2]["reason"]
     assert len(zoo.read(table)) == 4
     assert dict(zoo.summary(rows))["shared exactly, eval and train mode"] == 1
+    words = table.with_suffix(".md").read_text()
+    assert "| networks | 3 |" in words and "- test_vit: time: not done after 0 seconds" in words
     table.write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="is no table of okdc inspect --all"):
         zoo.read(table)
@@ -83,8 +86,26 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "1 x Block after blocks.5" in result.output and "grown by its own blocks" in result.output
+    assert Path(table).with_suffix(".md").is_file()
+    assert CliRunner().invoke(main, ["inspect", "--all", "--families", "--sample", "3"]).exit_code == 2
     assert CliRunner().invoke(main, ["inspect"]).exit_code == 2
     assert CliRunner().invoke(main, ["inspect", "resnet18", "--all"]).exit_code == 2
+
+
+def test_a_network_that_is_too_large_is_not_even_made(tmp_path: Path) -> None:
+    rows = zoo.sweep(["vit_giant_patch14_clip_224"], tmp_path / "zoo.csv", limits=zoo.Limits(gigabytes=3.0))
+    assert rows[0]["outcome"] == "memory"
+    assert rows[0]["reason"].startswith("too large for the limit: 3 copies of its weights take 12 GB")
+    assert examine.least_gigabytes("resnet18") == pytest.approx(3 * 4 * 11.689512e6 / 1e9)
+    assert examine.least_gigabytes("torchvision/resnet18") == examine.least_gigabytes("resnet18")
+    assert examine.least_gigabytes("resnet18_that_is_not") == 0
+
+
+def test_a_sample_is_always_the_same_and_leaves_the_families_out() -> None:
+    names = zoo.choose(sample=200)
+    assert len(set(names)) == 200 and names == zoo.choose(sample=200)
+    assert not set(names) & set(zoo.choose(families=True)) and all(timm.is_model(name) for name in names)
+    assert zoo.choose(sample=100) == names[:100], "a larger sample goes on with a smaller one"
 
 
 def test_names() -> None:
