@@ -254,7 +254,7 @@ def _shrinks_to_one(call: Call, aspect: float) -> bool:
 def _is_dense(network: nn.Module, call: Call) -> bool:
     """Whether this is a linear layer written as a convolution: one kernel as large as the whole map (timm's VGG)."""
     layer = network.get_submodule(call.name)
-    if not isinstance(layer, nn.Conv2d) or call.input is None or len(call.input) != 3:
+    if not isinstance(layer, nn.Conv2d) or max(layer.stride) > 1 or call.input is None or len(call.input) != 3:
         return False
     return (
         call.input[1:] == tuple(layer.kernel_size) != (1, 1) and call.output is not None and call.output[1:] == (1, 1)

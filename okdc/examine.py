@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 
 WIDTH = 0.5  # of the narrower branch that is tried
+NARROWING_SECONDS = 100  # Torch-Pruning follows some networks (nest) for minutes
 COPIES = 3  # of the weights at least: the target, the copy that proves the cut, a branch
 CLASSES = 10  # networks get a new classifier, as with data; some of timm's are made without one
 VERSIONS = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, python {platform.python_version()}"
@@ -51,7 +55,8 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         row |= _describe(anatomy)
         row |= _share_and_grow(network, images, anatomy)
         if row["shared"] == "exact":
-            row["narrowed"] = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
+            with _limited(NARROWING_SECONDS):
+                row["narrowed"] = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
         if compiles:
             row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy.cut()))
         if onnx:
@@ -175,6 +180,25 @@ def _compile_breaks(network: nn.Module, images: Tensor, cut: str) -> int:
 def _onnx_difference(network: nn.Module, images: Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
         return _shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer, where the system can (not on Windows, not outside the main thread)."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _attempt(check: Callable[[], Any]) -> Any:

@@ -67,7 +67,7 @@ def test_the_cuts_that_are_offered() -> None:
 
 @pytest.mark.parametrize("name", ["nest_tiny", "hrnet_w18_small", "torchvision/alexnet"])
 def test_a_last_stage_that_is_most_of_the_network_is_parted(name: str) -> None:
-    anatomy = inspect(build(NetworkSettings(model=name), 10), (3, 64, 64))
+    anatomy = inspect(build(NetworkSettings(model=name, img_size=64), 10), (3, 64, 64))
     share = anatomy.find_cut(anatomy.cut()).flops_after
     last = anatomy.stages[-1].before
     assert last is not None and anatomy.find_cut(last).flops_after > 0.6
@@ -75,5 +75,5 @@ def test_a_last_stage_that_is_most_of_the_network_is_parted(name: str) -> None:
 
 
 def test_a_last_stage_of_one_token() -> None:
-    anatomy = inspect(timm.create_model("levit_128s", num_classes=10), (3, 64, 64))
+    anatomy = inspect(timm.create_model("levit_128s", num_classes=10, img_size=64), (3, 64, 64))
     assert (anatomy.feature_map, anatomy.feature_shape, anatomy.cut()) == ("stages", (1, 384), "stages.1")
