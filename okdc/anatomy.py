@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from okdc.calls import Call, called_once, layout, positions, watch
+from okdc.calls import Call, alone, called_once, described, layout, positions, watch
 from okdc.errors import NetworkError, nearest
 from okdc.stages import Stage, find_stages, widest
 
@@ -112,8 +112,8 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
     calls, logits = watch(network, images)
     if not (isinstance(logits, Tensor) and logits.dim() == 2):
         raise NetworkError(
-            f"{type(network).__name__} returned {_describe(logits)} for images {tuple(images.shape)}; "
-            "expected one tensor of logits (batch, classes). Wrap it in a module that returns the logits alone."
+            f"{type(network).__name__} returned {described(logits)} for images {tuple(images.shape)}; "
+            f"expected one tensor of logits (batch, classes). {alone(logits)}"
         )
     root = calls[-1]
     inner = [c for c in calls[:-1] if c.start > root.start]
@@ -144,14 +144,6 @@ def _example(network: nn.Module, example: Tensor | tuple[int, ...] | None) -> Te
     shape = example or getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     first = next(network.parameters(), torch.zeros(()))
     return torch.randn(2, *shape, device=first.device, dtype=first.dtype)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
 
 
 def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call:

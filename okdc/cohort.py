@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.calls import at_rest, layout
+from okdc.calls import alone, at_rest, described, layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
@@ -299,8 +299,8 @@ class Cohort(nn.Module):
         for name, member, logits in zip(self.names, self.members, outputs, strict=True):
             if not (isinstance(logits, Tensor) and logits.dim() == 2):
                 raise NetworkError(
-                    f"the {name}, {type(member).__name__}, returns a {type(logits).__name__} in training mode; "
-                    "expected one tensor of logits (batch, classes). Turn its auxiliary outputs off, or wrap it."
+                    f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected one "
+                    f"tensor of logits (batch, classes). Turn its auxiliary outputs off. {alone(logits)}"
                 )
 
 

@@ -19,6 +19,7 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from okdc import _cifar, _stem, _torchvision, _weights  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
+from okdc.calls import alone, described
 from okdc.errors import NetworkError, nearest
 from okdc.recipe import NetworkSettings, runs_code
 from okdc.recipe import load as load_recipe
@@ -95,11 +96,16 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     logits = _try_input(network, input_size)
     if isinstance(logits, Tensor):
         return logits
+    if not isinstance(logits, Exception):
+        raise NetworkError(
+            f"{_name(network)} returns {described(logits)}, expected one tensor of logits (batch, classes). "
+            f"{alone(logits)}"
+        )
     reason = str(logits).strip().splitlines()[0] if str(logits).strip() else type(logits).__name__
     sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
     takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)
     if takes is None:
-        advice = "Is --in-chans right, and does the network return one tensor of logits?"
+        advice = "Is --in-chans right?"
     elif takes > min(height, width):
         advice = f"Images smaller than the network takes: --img-size {takes} works (smaller images are enlarged)."
     else:
