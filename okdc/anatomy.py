@@ -180,6 +180,7 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
         c
         for c in calls
         if c.end < moment and positions(c.output, aspect) and not (c.packed or c.kind.startswith("Drop"))
+        if not any(pool.start < c.start and c.end < pool.end for pool in _pools_by_attention(calls, moment, aspect))
     ]
     spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
     pools = [c for c in before if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
@@ -193,6 +194,17 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
     if last is None:
         raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")
     return widest(calls, last)
+
+
+def _pools_by_attention(calls: list[Call], moment: int, aspect: float) -> list[Call]:
+    """Modules of several layers that make a vector of a map or tokens, but for one that is most of the network."""
+    half = max(c.flops_end for c in calls) / 2
+    return [
+        c
+        for c in calls
+        if not c.leaf and c.end < moment and len(c.output or ()) == 1 and (positions(c.input, aspect) or 0) > 1
+        if c.flops_end - c.flops_start < half
+    ]
 
 
 def _is_dense(network: nn.Module, call: Call) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.calls import alone, at_rest, described, layout
+from okdc.calls import at_rest, described, layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
@@ -300,7 +300,7 @@ class Cohort(nn.Module):
             if not (isinstance(logits, Tensor) and logits.dim() == 2):
                 raise NetworkError(
                     f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected one "
-                    f"tensor of logits (batch, classes). Turn its auxiliary outputs off. {alone(logits)}"
+                    "tensor of logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
 
 

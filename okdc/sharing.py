@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import MIN_TAIL, Anatomy
-from okdc.errors import CutError
+from okdc.calls import described
+from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
@@ -226,8 +227,9 @@ def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Ten
         with torch.no_grad():
             reference = target(example)
             if not (isinstance(reference, Tensor) and reference.dim() == 2):
-                raise TypeError(
-                    f"in {'training' if training else 'evaluation'} mode it returns no single logits tensor"
+                raise NetworkError(
+                    f"{type(target).__name__} returns {described(reference)} in training mode; expected one tensor of "
+                    "logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
             logits = network(example)
         tape.clear()
