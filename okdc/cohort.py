@@ -22,7 +22,7 @@ from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import before, on_its_own, prove, refuse_by_data, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Cohort(nn.Module):
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
+            for cut in places[:1]:
+                refuse_by_data(target, self.anatomy, cut, example)
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
