@@ -116,6 +116,9 @@ def test_gradient_checkpointing_that_the_user_wrote() -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs"
+)  # torch's, of a reentrant checkpoint in a run without gradients
 def test_a_checkpoint_that_cannot_be_shared_is_refused_before_training() -> None:
     class Whole(networks.Tiny):
         reentrant = False
