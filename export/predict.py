@@ -32,7 +32,7 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     stay Pillow's: that of OpenCV or of a tensor library gives other pixels, and other answers.
     """
     channels, height, width = config["input_size"]
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = _eight_bits(image).convert("L" if channels == 1 else "RGB")
     scale = config.get("crop_pct") or 0.875
     target = math.floor(height / scale), math.floor(width / scale)
     mode = config.get("crop_mode") or "center"
@@ -78,6 +78,11 @@ class Predictor:
             self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no base class
             raise PredictError(f"The bundle in {folder} is broken: {error}. Copy or export it again.") from error
+        channels = self.config["input_size"][0]
+        if channels not in (1, 3):
+            raise PredictError(
+                f"The network takes {channels} channels, not grey or RGB: run model.onnx on your arrays."
+            )
         classes = self._session.get_outputs()[0].shape[1]
         if classes != len(self.labels):
             raise PredictError(f"labels.txt names {len(self.labels)} classes and model.onnx has {classes}.")
@@ -142,8 +147,8 @@ def _open(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
         try:
             with Image.open(file) as image:
                 image.load()
-                yield file, image
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                yield file, _eight_bits(image)
+        except (OSError, ValueError, SyntaxError, PredictError, Image.DecompressionBombError) as error:
             print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
 
 
@@ -152,6 +157,15 @@ def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:
         predictions = [{"label": label, "probability": probability} for label, probability in labels]
         return json.dumps({"image": str(file), "predictions": predictions}, ensure_ascii=False)
     return "  ".join([str(file), *(f"{label} {100 * probability:.1f}%" for label, probability in labels)])
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with the upper 8 of its 16 bits, which Pillow would clip to white."""
+    if image.mode == "F":
+        raise PredictError("An image of floating-point numbers has no known range: save it with 8 or 16 bits.")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 def _shorter_side(image: Image.Image, side: int) -> tuple[int, int]:

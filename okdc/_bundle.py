@@ -24,6 +24,7 @@ from timm.models._hub import save_config_for_hf  # its public caller refuses cha
 from torch import nn
 
 import okdc
+from okdc import _stem
 from okdc._portable import one_line, portable, without_paths
 from okdc.errors import ExportError
 from okdc.verify import torch_runner
@@ -108,7 +109,12 @@ def write_config(
     else:
         known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
         config = {"architecture": arch, "model_args": model_args or {}} | known
-    write_json(path, config | {"okdc": {"version": okdc.__version__, "loader": "state_dict"}})
+    own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"}
+    changes = _stem.changes(student)
+    if changes:  # timm must not take the network for one that it can build by that name
+        own |= {"base": config["architecture"], "changes": changes}
+        config["architecture"] = f"{config['architecture']} (changed, see okdc.changes)"
+    write_json(path, config | {"okdc": own})
 
 
 def settle_loader(folder: Path) -> str | None:
@@ -118,7 +124,7 @@ def settle_loader(folder: Path) -> str | None:
     """
     inputs, logits = read_golden(folder)
     config = read_json(folder / CONFIG)
-    loader = _library(config["architecture"])
+    loader = _library(base(config))
     if loader == "state_dict":
         return None
     try:
@@ -136,9 +142,14 @@ def load_student(folder: Path) -> nn.Module | None:
     config = read_json(folder / CONFIG)
     loader = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
-    if loader == "state_dict" or loader != _library(config["architecture"]):
+    if loader == "state_dict" or loader != _library(base(config)):
         return None
     return _build(folder, config).eval()
+
+
+def base(config: dict[str, Any]) -> str:
+    """The architecture that was changed, or that it is where nothing was."""
+    return config["okdc"].get("base") or config["architecture"]
 
 
 def _library(architecture: str) -> str:
@@ -152,12 +163,15 @@ def _library(architecture: str) -> str:
 
 def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The network of config.json with the weights of model.safetensors, whatever other weights lie there."""
-    name = config["architecture"]
+    name, changes = base(config), config["okdc"].get("changes")
+    arguments = {**(config.get("model_args") or {}), "num_classes": config["num_classes"]}
     if name.startswith("torchvision/"):
-        arguments = {**config["model_args"], "num_classes": config["num_classes"]}
         network = torchvision.models.get_model(name.removeprefix("torchvision/"), **arguments)
+    elif changes:
+        network = timm.create_model(name, pretrained=False, **arguments)
     else:
         network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    _stem.change(network, changes or {})
     network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     return network
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from okdc import _stem
 from okdc._bundle import CONFIG, WEIGHTS
 from okdc._portable import portable
 
@@ -33,13 +34,15 @@ def write_card(folder: Path, arch: str, config: dict, verification: dict, info: 
 
 def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
     size = "x".join(str(side) for side in config["pretrained_cfg"]["input_size"])
-    library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" else ""
+    changes = config["okdc"].get("changes")
+    library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not changes else ""
+    changed = f" Its first layers are not the architecture's: {_stem.described(changes)}." if changes else ""
     return (
         f"---\nlicense: {info.get('licence') or 'other'}\n{library}"
         f"pipeline_tag: image-classification\ntags:\n- image-classification\n- okdc\n---\n\n"
         f"# {info.get('title') or portable(arch)}\n\n"
         f"{portable(arch)}, {config['num_classes']} classes, input {size}, trained and exported by "
-        f"okdc {config['okdc']['version']}."
+        f"okdc {config['okdc']['version']}.{changed}"
     )
 
 
@@ -75,8 +78,12 @@ def _run(folder: Path, arch: str, config: dict) -> str:
 def _loading(arch: str, config: dict, has_program: bool) -> list[str]:
     """The lines of Python that load the weights, or the whole program where nobody else can build the network."""
     loader, name, classes = config["okdc"]["loader"], config["architecture"], config["num_classes"]
-    if has_program and loader not in ("timm", "torchvision") and ":" not in name:
+    changed = "changes" in config["okdc"]
+    if has_program and (changed or loader not in ("timm", "torchvision")) and ":" not in name:
         return ["import torch", "", f'network = torch.export.load("{PROGRAM}").module()']
+    if changed and loader in ("timm", "torchvision"):
+        load = 'network = networks.load(NetworkSettings(model="PATH/OF/THIS/FOLDER")).eval()'
+        return ["from okdc import networks", "from okdc.settings import NetworkSettings", "", load]
     if loader == "timm":
         registering = [] if _is_timms_own(name) else ["import okdc.networks  # registers the architecture with timm"]
         create = 'network = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'

@@ -54,6 +54,12 @@ def _resized(old: nn.Module, classes: int) -> nn.Module:
     return new.train(old.training)
 
 
+def fits(network: nn.Module, path: str | Path) -> bool:
+    """Whether a checkpoint's weights have the shapes of the network's, whatever its number of classes."""
+    heads = tuple(f"{name}." for name in classifier_names(network))
+    return not [d for d in _differences(network.state_dict(), _read(Path(path))) if not d.startswith(heads)]
+
+
 def load(network: nn.Module, path: str | Path) -> None:
     """Load a checkpoint of timm, okdc or torch; the classifier takes the checkpoint's number of classes.
 

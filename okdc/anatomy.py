@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from okdc.calls import Call, called_once, layout, positions, watch
+from okdc.calls import Call, alone, called_once, described, layout, positions, watch
 from okdc.errors import NetworkError, nearest
 from okdc.stages import Stage, find_stages, widest
 
@@ -152,8 +152,8 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
     calls, logits = watch(network, images)
     if not (isinstance(logits, Tensor) and logits.dim() == 2):
         raise NetworkError(
-            f"{type(network).__name__} returned {_describe(logits)} for images {tuple(images.shape)}; "
-            "expected one tensor of logits (batch, classes). Wrap it in a module that returns the logits alone."
+            f"{type(network).__name__} returned {described(logits)} for images {tuple(images.shape)}; "
+            f"expected one tensor of logits (batch, classes). {alone(logits)}"
         )
     root = calls[-1]
     inner = [c for c in calls[:-1] if c.start > root.start]
@@ -184,14 +184,6 @@ def _example(network: nn.Module, example: Tensor | tuple[int, ...] | None) -> Te
     shape = example or getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     first = next(network.parameters(), torch.zeros(()))
     return torch.randn(2, *shape, device=first.device, dtype=first.dtype)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
 
 
 def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call:
@@ -228,6 +220,7 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
         c
         for c in calls
         if c.end < moment and positions(c.output, aspect) and not (c.packed or c.kind.startswith("Drop"))
+        if not any(pool.start < c.start and c.end < pool.end for pool in _pools_by_attention(calls, moment, aspect))
     ]
     spread = [c for c in before if (positions(c.output, aspect) or 0) > 1 and not c.kind.startswith("Adaptive")]
     ones = [c for c in calls if positions(c.outputs[0] if c.outputs else None, aspect) == 1 and c.chains]
@@ -249,6 +242,17 @@ def _shrinks_to_one(call: Call, aspect: float) -> bool:
     """Whether this makes one pixel or token of several, by computing and not by pooling."""
     one = positions(call.output, aspect) == 1 < (positions(call.input, aspect) or 0)
     return one and call.flops_end > call.flops_start and "pool" not in call.kind.lower()
+
+
+def _pools_by_attention(calls: list[Call], moment: int, aspect: float) -> list[Call]:
+    """Modules of several layers that make a vector of a map or tokens, but for one that is most of the network."""
+    half = max(c.flops_end for c in calls) / 2
+    return [
+        c
+        for c in calls
+        if not c.leaf and c.end < moment and len(c.output or ()) == 1 and (positions(c.input, aspect) or 0) > 1
+        if c.flops_end - c.flops_start < half
+    ]
 
 
 def _is_dense(network: nn.Module, call: Call) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import _teacher, methods, networks
+from okdc import _stem, _teacher, methods, networks
 from okdc._machine import choose_device
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
@@ -20,6 +21,8 @@ from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe
+
+log = logging.getLogger("okdc")
 
 
 def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
@@ -76,7 +79,15 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
 def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
     if isinstance(model, type):
         raise NetworkError(f"{model.__name__} is a class, not a network: okdc.compress({model.__name__}(), ...).")
+    if isinstance(model, nn.Module) and wanted.network.small_input:
+        raise NetworkError(
+            f"--small-input changes a network that okdc builds; the {type(model).__name__} that you pass is trained as "
+            "it is. Change its first layers yourself, or give its name or package.module:function."
+        )
     target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(classes))
+    if wanted.network.small_input:
+        changed = _stem.described(_stem.changes(target)) or "nothing to change: it takes small images as it is"
+        log.warning("%s for small images: %s", wanted.network.model, changed)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target
@@ -187,7 +198,9 @@ def needs(wanted: Recipe) -> tuple[Needs, int]:
 
 
 def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:
-    alike = NetworkSettings(model=name, in_chans=network.in_chans, img_size=network.img_size)
+    alike = NetworkSettings(
+        model=name, in_chans=network.in_chans, img_size=network.img_size, small_input=network.small_input
+    )
     peer = networks.load(alike, classes)
     logits: Tensor = networks.check_input(peer, input_size)  # type: ignore[arg-type]
     if logits.shape[1] != classes:

@@ -97,6 +97,26 @@ def _shapes(values: object) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(each.shape[1:]) for each in tree_leaves(values) if isinstance(each, Tensor))
 
 
+def described(output: object) -> str:
+    """What a network returned, in words: the kinds and shapes of its parts."""
+    if isinstance(output, Tensor):
+        return f"a tensor {tuple(output.shape)}"
+    kind = f"a {type(output).__name__}"
+    if not isinstance(output, (dict, tuple, list)):
+        return kind
+    items = list(output.items() if isinstance(output, dict) else enumerate(output))
+    shown = [f"{k!r}: {tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in items[:6]]
+    return f"{kind} of {len(items)} ({', '.join(shown)})"
+
+
+def alone(output: object) -> str:
+    """How to make a network return the logits among its `output` alone, without renaming a weight."""
+    items = list(output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ())
+    key = next((key for key, value in items if isinstance(value, Tensor) and value.dim() == 2), None)
+    wanted = "super().forward(images)" if key is None else f"super().forward(images)[{key!r}]"
+    return f"Return the logits alone: subclass it with `def forward(self, images): return {wanted}`."
+
+
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
 
 

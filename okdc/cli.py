@@ -156,7 +156,8 @@ def verify(bundle: str, **_: Any) -> None:
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
 @click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
-@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs", "cohort")
+@_flags.settings("network.img_size", "network.in_chans", "network.small_input")
+@_flags.settings("network.num_classes", "network.model_kwargs", "cohort")
 @_flags.settings("train.batch_size")
 @click.option(
     "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
@@ -208,7 +209,7 @@ def inspect(
         wanted = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
         _summary.show_estimate(wanted, estimate.estimate(wanted))
         return
-    settings = ("model", "img_size", "in_chans", "num_classes", "model_kwargs", "cut")
+    settings = ("model", "img_size", "in_chans", "small_input", "num_classes", "model_kwargs", "cut")
     if method_kwargs or typed.keys() - set(settings):
         raise RecipeError("these settings say what a method builds: add --method NAME (okdc methods lists them).")
     cut = typed.pop("cut", None)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.calls import at_rest, layout
+from okdc.calls import at_rest, described, layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, on_its_own, prove, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import before, on_its_own, prove, refuse_by_data, refuse_other_ways, stand_in, tie_unused, unchanged
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Cohort(nn.Module):
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
+            for cut in places[:1]:
+                refuse_by_data(target, self.anatomy, cut, example)
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
@@ -301,8 +303,8 @@ class Cohort(nn.Module):
         for name, member, logits in zip(self.names, self.members, outputs, strict=True):
             if not (isinstance(logits, Tensor) and logits.dim() == 2):
                 raise NetworkError(
-                    f"the {name}, {type(member).__name__}, returns a {type(logits).__name__} in training mode; "
-                    "expected one tensor of logits (batch, classes). Turn its auxiliary outputs off, or wrap it."
+                    f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected one "
+                    "tensor of logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
 
 

@@ -65,7 +65,7 @@ def estimate(wanted: Recipe) -> Estimate:
         if named := wanted.cohort.teacher:
             # Shapes are enough here, so a name is not downloaded.
             known = Path(named).exists()
-            alike = replace(like, model=named, img_size=None, num_classes=None, model_kwargs={})
+            alike = replace(like, model=named, img_size=None, small_input=False, num_classes=None, model_kwargs={})
             teacher = (
                 _teacher.load(named, input_size, classes, wanted.network.model)
                 if known

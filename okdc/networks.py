@@ -18,7 +18,8 @@ import torch
 from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
-from okdc import _cifar, _torchvision, _weights  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
+from okdc import _cifar, _stem, _torchvision, _weights  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
+from okdc.calls import alone, described
 from okdc.errors import NetworkError, nearest
 from okdc.recipe import NetworkSettings, runs_code
 from okdc.recipe import load as load_recipe
@@ -34,13 +35,20 @@ def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Co
     A run or bundle that is named may itself name `package.module:function`; that is run only if it is among `typed`.
     Raises NetworkError if it does not exist, cannot be built or downloaded, or its checkpoint is of another network.
     """
+    if _is_folder(settings.model):
+        return load(_saved(Path(settings.model), settings, typed), num_classes)
     classes = _agreed_classes(settings, num_classes)
-    if settings.checkpoint is None:
-        return _build(settings, classes, typed)
-    network = _build(settings, classes, typed)
-    _weights.load(network, settings.checkpoint)  # with the checkpoint's own classifier, so that the match can be strict
-    if classes is not None and classes != _weights.num_classes(network):
-        _weights.reset_classifier(network, classes)
+    network = _build(settings, classes)
+    # A checkpoint may be of the network as its library builds it, or as it was after its stem had been changed.
+    stem_later = settings.checkpoint is not None and _weights.fits(network, settings.checkpoint)
+    if settings.small_input and not stem_later:
+        _small_input(network, settings)
+    if settings.checkpoint is not None:
+        _weights.load(network, settings.checkpoint)  # with the checkpoint's own classifier: the match can be strict
+        if classes is not None and classes != _weights.num_classes(network):
+            _weights.reset_classifier(network, classes)
+    if settings.small_input and stem_later:
+        _small_input(network, settings)
     return network
 
 
@@ -88,11 +96,16 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     logits = _try_input(network, input_size)
     if isinstance(logits, Tensor):
         return logits
+    if not isinstance(logits, Exception):
+        raise NetworkError(
+            f"{_name(network)} returns {described(logits)}, expected one tensor of logits (batch, classes). "
+            f"{alone(logits)}"
+        )
     reason = str(logits).strip().splitlines()[0] if str(logits).strip() else type(logits).__name__
     sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
     takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)
     if takes is None:
-        advice = "Is --in-chans right, and does the network return one tensor of logits?"
+        advice = "Is --in-chans right?"
     elif takes > min(height, width):
         advice = f"Images smaller than the network takes: --img-size {takes} works (smaller images are enlarged)."
     else:
@@ -128,14 +141,23 @@ def _agreed_classes(settings: NetworkSettings, num_classes: int | None) -> int |
     return num_classes if asked is None else asked
 
 
-def _build(settings: NetworkSettings, classes: int | None, typed: Collection[str | None]) -> nn.Module:
+def _small_input(network: nn.Module, settings: NetworkSettings) -> None:
+    if settings.img_size is None:
+        raise NetworkError("--small-input needs the side of the images in pixels: --img-size 32.")
+    _stem.make_small(network, (settings.in_chans, settings.img_size, settings.img_size))
+
+
+def _is_folder(name: str) -> bool:
+    special = name.startswith((_TORCHVISION, "hf-hub:", "hf_hub:", "local-dir:")) or runs_code(name)
+    return not special and Path(name).is_dir()
+
+
+def _build(settings: NetworkSettings, classes: int | None) -> nn.Module:
     name = settings.model
     if name.startswith(_TORCHVISION):
         return _from_torchvision(settings, classes)
     if runs_code(name):
         return _from_function(settings, classes)
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and Path(name).is_dir():
-        return load(_saved(Path(name), settings, typed), classes)
     return _from_timm(settings, classes)
 
 
@@ -165,8 +187,6 @@ def _from_timm(settings: NetworkSettings, classes: int | None) -> nn.Module:
 def _from_torchvision(settings: NetworkSettings, classes: int | None) -> nn.Module:
     if settings.model.removeprefix(_TORCHVISION) not in _torchvision.names():
         raise _unknown(settings.model)
-    if settings.in_chans != 3:
-        raise NetworkError(f"{settings.model} takes 3 channels; timm's networks take any number (--in-chans).")
     for flag, given in (("drop", settings.drop), ("drop_path", settings.drop_path)):
         if given is not None:
             raise NetworkError(
@@ -177,6 +197,8 @@ def _from_torchvision(settings: NetworkSettings, classes: int | None) -> nn.Modu
         network = _torchvision.build(settings)
     except Exception as error:
         raise _explained(error, settings) from error
+    if settings.in_chans != 3:
+        _stem.change(network, _stem.other_channels(network, settings.in_chans))
     if classes is not None and classes != _weights.num_classes(network):
         _weights.reset_classifier(network, classes)
     return network
@@ -218,13 +240,10 @@ def _saved(folder: Path, asked: NetworkSettings, typed: Collection[str | None]) 
     """The settings that rebuild, with its weights, the network saved in a bundle or run folder."""
     recipe, best = folder / "recipe.yaml", folder / "model_best.pth.tar"
     if (folder / "config.json").is_file():
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architecture", "")
-        if timm.is_model(name):
-            return replace(asked, model=f"local-dir:{folder}", pretrained=True)
-        saved = replace(asked, model=name, pretrained=False, checkpoint=str(folder / "model.safetensors"))
+        saved = _of_bundle(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")), asked)
     elif recipe.is_file() and best.is_file():
         network = load_recipe(recipe, typed=None).network
-        saved = _merged(replace(network, pretrained=False, checkpoint=str(best)), asked)
+        saved = _merged(replace(network, pretrained=False, checkpoint=asked.checkpoint or str(best)), asked)
     else:
         raise NetworkError(
             f"{folder} is neither a bundle (config.json) nor a run (recipe.yaml and model_best.pth.tar) of okdc."
@@ -236,6 +255,20 @@ def _saved(folder: Path, asked: NetworkSettings, typed: Collection[str | None]) 
             "package.module:function."
         )
     return saved
+
+
+def _of_bundle(folder: Path, config: dict[str, Any], asked: NetworkSettings) -> NetworkSettings:
+    own = config.get("okdc", {})
+    name = own.get("base") or config.get("architecture", "")
+    if timm.is_model(name) and not own.get("changes"):
+        return replace(asked, model=f"local-dir:{folder}", pretrained=True)
+    saved = NetworkSettings(model=name, checkpoint=asked.checkpoint or str(folder / "model.safetensors"))
+    if own.get("changes"):  # made again from the settings that made them
+        channels, _, side = config["pretrained_cfg"]["input_size"]
+        small = any("stride" in (change or ["stride"]) for change in own["changes"].values())
+        saved = replace(saved, in_chans=channels, small_input=small, img_size=side if small else None)
+    arguments = {k: v for k, v in (config.get("model_args") or {}).items() if k not in ("num_classes", "in_chans")}
+    return _merged(replace(saved, model_kwargs=arguments), asked)
 
 
 def _merged(saved: NetworkSettings, asked: NetworkSettings) -> NetworkSettings:

@@ -32,6 +32,9 @@ class NetworkSettings:
         None, "side of the square input image, pixels; the network's own when not given", at_least=1
     )
     in_chans: int = _setting(3, "number of image channels", at_least=1)
+    small_input: bool = _setting(
+        False, "for small images on an ImageNet network: its first layers keep the images' size; needs --img-size"
+    )
     drop: float | None = _setting(None, "dropout rate", at_least=0, at_most=1)
     drop_path: float | None = _setting(None, "stochastic depth rate", at_least=0, at_most=1)
     model_kwargs: dict[str, Any] = _setting({}, "further arguments of the network, key=value")

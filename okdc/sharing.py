@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.errors import CutError
+from okdc.calls import described
+from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
@@ -118,13 +120,15 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
         try:
             try:
                 _learn_handling(target, network, tape, example)
-                difference = _differences(target, network, tape, example)
+                with unchanged(target), unchanged(network):  # what a wrong branch does to its buffers is no trial
+                    difference = _differences(target, network, tape, example)
             except _RAISED_BY_NETWORKS:
                 difference = math.inf
             if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
                 for replay in (m for m in network.modules() if isinstance(m, Replay)):
                     tape.handling[replay.name].add(True, True, True)
                 difference = _differences(target, network, tape, example)
+            idle = _idle_in_training(target, network, tape, example)
         except _RAISED_BY_NETWORKS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
@@ -136,6 +140,72 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
         raise CutError(
             _refusal(anatomy, cut, f"a branch with equal weights gives other logits (by {difference:.1e}){where}")
         )
+    if idle:
+        order = (
+            f"in training mode the modules are called in another order, so that {idle!r} of a branch would not learn"
+        )
+        raise CutError(_refusal(anatomy, cut, order))
+
+
+def refuse_by_data(target: nn.Module, anatomy: Anatomy, cut: str, example: Tensor) -> None:
+    """CutError if other images take another way through the target: what a branch needs of the trunk may be missing."""
+    ways = []
+    with unchanged(target), torch.no_grad():
+        target.eval()
+        for images in (example, example.abs(), -example.abs()):
+            ways.append(_called(target, images))
+    for other in ways[1:]:
+        for mine, theirs in zip_longest(ways[0], other):
+            if mine != theirs:
+                seen = f"which modules run depends on the images: {mine!r} for some, {theirs!r} for others"
+                raise CutError(_refusal(anatomy, cut, seen))
+
+
+def _called(network: nn.Module, images: Tensor) -> list[str]:
+    names: list[str] = []
+    handles = [
+        module.register_forward_hook(lambda m, args, output, name=name: names.append(name))  # type: ignore[misc]
+        for name, module in network.named_modules()
+    ]
+    try:
+        network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names
+
+
+def _idle_in_training(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> str | None:
+    """A module of a branch that gets no gradient in training mode although it is used in evaluation mode.
+
+    Of the target's own, it gets one in both.
+    """
+    in_target, in_branch = _learning(target, network, tape, example, True)
+    idle = in_target & _named(network) - in_branch
+    if idle:
+        idle &= _learning(target, network, tape, example, False)[1]
+    return min(idle).rpartition(".")[0] if idle else None
+
+
+def _named(network: nn.Module) -> set[str]:
+    return {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def _learning(
+    target: nn.Module, network: nn.Module, tape: Tape, example: Tensor, training: bool
+) -> tuple[set[str], set[str]]:
+    """Names of the parameters of the target, and of a branch, that get a gradient from their own logits."""
+    tape.proof = Proof()
+    tape.start()
+    with torch.enable_grad():
+        logits = [member(example) for member in (target.train(training), network.train(training))]
+    tape.clear()  # as when training: a checkpoint that computes again across the cut fails here, not there
+    found = []
+    for member, said in zip((target, network), logits, strict=True):
+        named = [(n, p) for n, p in member.named_parameters() if p.requires_grad]
+        grads = torch.autograd.grad(said.sum(), [p for _, p in named], allow_unused=True, retain_graph=True)
+        found.append({n for (n, _), g in zip(named, grads, strict=True) if g is not None})
+    return found[0], found[1]
 
 
 _RAISED_BY_NETWORKS = (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError, AssertionError)
@@ -225,8 +295,9 @@ def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Ten
         with torch.no_grad():
             reference = target(example)
             if not (isinstance(reference, Tensor) and reference.dim() == 2):
-                raise TypeError(
-                    f"in {'training' if training else 'evaluation'} mode it returns no single logits tensor"
+                raise NetworkError(
+                    f"{type(target).__name__} returns {described(reference)} in training mode; expected one tensor of "
+                    "logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
             logits = network(example)
         tape.clear()

@@ -375,3 +375,67 @@ class MoreInTraining(Tiny):
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
         return (logits, logits) if self.training else logits  # type: ignore[return-value]
+
+
+class Growing(Tiny):
+    """Makes a layer anew in each forward, which its modules do not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = nn.Conv2d(32, 32, 1).to(x.device)(self.late(self.early(self.stem(x))))
+        return self.head(mixed.mean((2, 3)))
+
+
+class ByData(Tiny):
+    """Takes another way through its modules for other images, and so for every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bright, self.dark = conv(32, 32), conv(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.bright if x.mean() > 0 else self.dark
+        return self.head(way(self.late(self.early(self.stem(x)))).mean((2, 3)))
+
+
+class SharedAcross(Tiny):
+    """One convolution serves twice, before and after the cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(16, 16, 3, padding=1)
+        self.middle = conv(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.twice(self.early(self.stem(x))))
+        return self.head(self.late(self.twice(x)).mean((2, 3)))
+
+
+class OtherOrder(Tiny):
+    """In training mode two modules change places, so that the cut's trunk is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(16, 16), conv(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        x = self.two(self.one(x)) if not self.training else self.one(self.two(x))
+        return self.head(self.late(x).mean((2, 3)))
+
+
+class SkippedInTraining(OtherOrder):
+    """A module of the trunk is left out in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.stem(x))
+        x = x if self.training else self.one(x)
+        return self.head(self.late(self.two(x)).mean((2, 3)))
+
+
+class CalledMoreInTraining(OtherOrder):
+    """A module of the tail calls a module of the trunk once more in training mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.early(self.stem(x))))
+        x = self.one(x) if self.training else x
+        return self.head(self.late(x).mean((2, 3)))

@@ -259,7 +259,7 @@ def test_refusals_say_what_to_type_and_leave_the_target_alone() -> None:
     assert not any(m._forward_hooks for m in [*target.modules(), *moody.modules()])
     with pytest.raises(NetworkError, match="returned a tuple of 2"):
         Cohort(networks.TwoOutputs(), example())
-    with pytest.raises(NetworkError, match="the target, MoreInTraining, returns a tuple in training mode"):
+    with pytest.raises(NetworkError, match=r"the target, MoreInTraining, returns a tuple of 2 .* in training mode"):
         Cohort(networks.MoreInTraining(), example(), [Branch()])
     with pytest.raises(NetworkError, match=r"cannot run on images \(2, 1, 32, 32\)"):
         inspect(target, torch.randn(2, 1, 32, 32))
@@ -349,3 +349,48 @@ def test_a_tree_with_three_cuts_divides_at_each_of_them_once() -> None:
     cohort = Cohort(target, images[:2], plan, trunk_gradient="mean").train()
     for module in cohort.modules():
         assert sum(isinstance(hook, Record) for hook in module._forward_hooks.values()) <= 1
+
+
+@pytest.mark.parametrize(
+    "kind, cut, words",
+    [
+        (networks.Growing, "early", "in evaluation mode 'head' is the first that differs"),
+        (networks.ByData, "early", "which modules run depends on the images: 'dark.0' for some, 'bright.0' for others"),
+        (networks.OtherOrder, "one", "called in another order, so that 'two.0' of a branch would not learn"),
+        (networks.CalledMoreInTraining, "one", "called in another order, so that 'two.0' of a branch would not learn"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_with_what_was_seen(kind: type[nn.Module], cut: str, words: str) -> None:
+    torch.manual_seed(0)
+    target = kind()
+    with pytest.raises(
+        CutError, match=rf"{kind.__name__} cannot be shared up to '{cut}': .*{words}.*--cut.*--share none"
+    ):
+        Cohort(target, torch.randn(4, 3, 32, 32), [Branch(cut)])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in target.modules())
+
+
+def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly() -> None:
+    for kind, cut in (
+        (networks.SharedAcross, "middle"),
+        (networks.OtherOrder, "two"),
+        (networks.SkippedInTraining, "one"),
+    ):
+        torch.manual_seed(0)
+        cohort = with_weights_of_target(Cohort(kind(), example(), [Branch(cut)]))
+        for training in (True, False):
+            out = copy.deepcopy(cohort).train(training)(example())
+            assert torch.equal(out.logits[0], out.logits[1]), (kind, training)
+
+
+@pytest.mark.parametrize("pool", ["map", "avg", "avgmax", "token"])
+def test_every_pooling_of_tokens_leaves_the_blocks_to_grow(pool: str) -> None:
+    target = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, embed_dim=48, num_classes=4, global_pool=pool
+    )
+    anatomy = inspect(target, example())
+    assert anatomy.cut() == "blocks.2" and anatomy.embedding == 48
+    cohort = Cohort(target, example(), [Branch("blocks.2", (1,))], taps=("embedding", "feature_map"))
+    assert cohort.grown == ["1 x Block after blocks.3"]
+    sum(z.sum() for z in cohort.train()(example()).logits).backward()
+    assert all(p.grad is not None for p in cohort.parameters())

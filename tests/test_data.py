@@ -390,6 +390,22 @@ def test_images_of_every_mode_become_what_the_network_takes(tmp_path: Path, chan
     assert len(data.preprocess["mean"]) == channels
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_stay_grey_and_what_cannot_be_converted_is_named(tmp_path: Path, channels: int) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.full((20, 20), 128 * 257, np.uint16)).save(tmp_path / split / name / "deep.png")
+            Image.new("L", (20, 20), 128).save(tmp_path / split / name / "plain.png")
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "val" / "a" / "float.tif")
+    data = loaded(settings(tmp_path, no_aug=True), config=CONFIG | {"input_size": (channels, 16, 16)}, batch_size=4)
+    images, _ = next(data.train.batches(0))
+    assert images.unique().numel() == 1
+    assert sum(len(batch) for batch, _ in data.validation or ()) == 4
+    assert [image.mode for image, _ in data.validation_images].count("F") == 0, "nor is it verified on"
+    assert "no known range" in data.bad_images[str(tmp_path / "val" / "a" / "float.tif")]
+
+
 def corrupt(*paths: Path) -> None:
     for path in paths:
         path.write_bytes(path.read_bytes()[:60])

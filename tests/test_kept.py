@@ -10,6 +10,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
@@ -89,13 +90,58 @@ def test_gradient_checkpointing_stays_on_the_target() -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
-@pytest.mark.parametrize("name", ["repghostnet_050", "repvgg_a0"])
+def test_gradient_checkpointing_that_the_user_wrote() -> None:
+    class Checkpointed(networks.Tiny):
+        checkpointing, reentrant = False, False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.early(self.stem(x))
+            run = (
+                (lambda f, y: checkpoint(f, y, use_reentrant=self.reentrant))
+                if self.checkpointing
+                else lambda f, y: f(y)
+            )
+            return self.head(run(self.late, x).mean((2, 3)))
+
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = Checkpointed()
+        network.checkpointing = checkpointing
+        cohort = Cohort(network, IMAGES, [Branch("early")])
+        sum(z.square().sum() for z in cohort.eval()(IMAGES).logits).backward()
+        grads.append([p.grad for p in cohort.parameters()])
+        assert cohort.strip() is network and network.checkpointing is checkpointing
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs"
+)  # torch's, of a reentrant checkpoint in a run without gradients
+def test_a_checkpoint_that_cannot_be_shared_is_refused_before_training() -> None:
+    class Whole(networks.Tiny):
+        reentrant = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = checkpoint(lambda y: self.late(self.early(y)), self.stem(x), use_reentrant=self.reentrant)
+            return self.head(x.mean((2, 3)))
+
+    with pytest.raises(CutError, match=r"up to 'early'.*torch.utils.checkpoint.*--cut NAME"):
+        Cohort(Whole(), IMAGES, [Branch("early")])
+    Cohort(Whole(), IMAGES, [Branch("stem")])
+    Whole.reentrant = True
+    with pytest.raises(CutError, match=r"use_reentrant=True"):
+        Cohort(Whole(), IMAGES, [Branch("stem")])
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "repvgg_a0", "mobileone_s0", "fastvit_t8"])
 def test_reparameterisable_networks(name: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 3, 64, 64)
     network = timm.create_model(name, num_classes=4)
     keys = list(network.state_dict())
-    student = trained(network, Branch("stages.2" if "vgg" in name else "blocks.6"), images).strip().eval()
+    student = trained(network, Branch("blocks.6" if "ghost" in name else "stages.2"), images).strip().eval()
     assert student is network and list(student.state_dict()) == keys
     with torch.no_grad():
         expected = student(images)
@@ -112,6 +158,26 @@ def test_synchronised_batch_norm() -> None:
     with torch.no_grad():
         torch.testing.assert_close(converted(IMAGES).logits[0], network.eval()(IMAGES))
     assert converted.strip() is plain
+
+
+def test_synchronised_batch_norm_that_the_network_brings() -> None:
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(networks.Tiny())
+    keys = list(network.state_dict())
+    cohort = Cohort(network, IMAGES, [Branch("early", (1,))])
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in cohort.branches.modules()) >= 1
+    student = cohort.strip()
+    assert student is network and list(student.state_dict()) == keys
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in student.modules()) == 3
+
+
+def test_old_weight_norm_is_kept() -> None:
+    torch.manual_seed(0)
+    network = networks.Tiny()
+    with pytest.warns(FutureWarning, match="deprecated"):
+        nn.utils.weight_norm(network.late[0])
+    keys = list(network.state_dict())
+    student = trained(network, Branch("early", (1,))).strip()
+    assert student is network and list(student.state_dict()) == keys and "late.0.weight_g" in keys
 
 
 def test_what_is_shared_wrongly_is_named() -> None:
@@ -141,7 +207,9 @@ def test_other_outputs_than_logits_are_refused() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
             return {"logits": super().forward(x)}
 
-    with pytest.raises(NetworkError, match=r"returned a dict .*Wrap it in a module that returns the logits alone"):
+    with pytest.raises(
+        NetworkError, match=r"returned a dict of 1 \('logits': .*super\(\).forward\(images\)\['logits'\]"
+    ):
         Cohort(Dictionary(), IMAGES)
     with pytest.raises(NetworkError, match=r"no final Linear .* --num-classes"):
         Cohort(timm.create_model("test_resnet", num_classes=0), IMAGES)

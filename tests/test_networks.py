@@ -198,7 +198,6 @@ def test_a_function_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ({"model": "vgg11", "drop_path": 0.1}, "Leave out network.drop_path"),
         ({"model": "resnet18", "model_kwargs": {"dpeth": 3}}, "network.model_kwargs: dpeth"),
         ({"model": "torchvision/resnet18", "drop": 0.1}, "--model-kwargs"),
-        ({"model": "torchvision/resnet18", "in_chans": 1}, "3 channels"),
         ({"model": "torchvision/resnet18", "model_kwargs": {"foo": 3}}, "foo"),
         ({"model": "resnet32_cifar", "pretrained": True}, "no pre-trained weights"),
         ({"model": "resnet18", "num_classes": 4}, "the data has 5 classes"),

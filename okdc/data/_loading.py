@@ -76,7 +76,7 @@ def load(
     return Data(
         train=ShuffledBatches(train, batch_size, settings.workers, config, bad, augmentation, device, needs),
         validation=in_order(source.validation),
-        validation_images=RawImages(source.validation, bad),
+        validation_images=RawImages(source.validation, MODES[config["input_size"][0]], bad),
         classes=source.classes,
         preprocess=config,
         name=source.name,
@@ -331,13 +331,14 @@ class OrderedBatches:
 class RawImages:
     """(PIL image as stored, class index) of every readable validation image, in the order of the batches."""
 
-    def __init__(self, images: Images, bad: BadImages):
-        self.images, self.bad = images, bad
+    def __init__(self, images: Images, mode: str, bad: BadImages):
+        self.images, self.mode, self.bad = images, mode, bad
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         for position in range(len(self.images)):
             try:
                 image, label = self.images[position]
+                convert(image, self.mode)  # what cannot be converted is in no batch either
             except Exception as error:
                 self.bad.add(self.images.name(position), f"{type(error).__name__}: {error}")
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
@@ -62,7 +63,11 @@ def image_transform(settings: DataSettings, config: dict[str, Any], training: bo
 
 
 def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Any PIL image as RGB or L."""
+    """Any PIL image as RGB or L; raises ValueError for one of floating-point numbers, whose range nobody knows."""
+    if image.mode == "F":
+        raise ValueError("an image of floating-point numbers has no known range: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, all of which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
     return image if image.mode == mode else image.convert(mode)

@@ -57,10 +57,23 @@ def test_one_channel(crop_mode):
         assert_equal_to_timm(photo((41, 30), mode), config | {"mean": [0.1307], "std": [0.3081]})
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1", "YCbCr", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "1", "YCbCr"])
 def test_every_kind_of_image(mode):
     config = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center", **IMAGENET}
     assert_equal_to_timm(photo((50, 41), mode), config)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_not_clipped_to_white(channels):
+    config = {"input_size": [channels, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    config |= {"mean": [0.5] * channels, "std": [0.2] * channels}
+    grey = photo((50, 41), "L")
+    values = np.asarray(grey).astype(np.uint16) * 257
+    expected = predict.preprocess(grey, config)
+    for deep in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
+        assert deep.mode in ("I;16", "I") and np.array_equal(predict.preprocess(deep, config), expected)
+    with pytest.raises(predict.PredictError, match="floating-point"):
+        predict.preprocess(grey.convert("F"), config)
 
 
 def test_defaults_are_those_of_timm():
