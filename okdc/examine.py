@@ -33,7 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 
 WIDTH = 0.5  # of the narrower branch that is tried
-NARROWING_SECONDS = 100  # Torch-Pruning follows some networks (nest) for minutes
+NARROWING_SECONDS = 20  # Torch-Pruning follows some networks (nest) for minutes
 COPIES = 3  # of the weights at least: the target, the copy that proves the cut, a branch
 CLASSES = 10  # networks get a new classifier, as with data; some of timm's are made without one
 VERSIONS = f"timm {timm.__version__}, torch {torch.__version__.partition('+')[0]}, python {platform.python_version()}"
@@ -56,7 +56,8 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         row |= _share_and_grow(network, images, anatomy)
         if row["shared"] == "exact":
             with _limited(NARROWING_SECONDS):
-                row["narrowed"] = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
+                narrowed = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
+            row["narrowed"] = narrowed.partition(". Cut elsewhere")[0]
         if compiles:
             row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy.cut()))
         if onnx:

@@ -166,7 +166,9 @@ def test_own_block_or_fallback() -> None:
     resnet = timm.create_model("resnet18", num_classes=4)
     images = example(64)
     assert Cohort(resnet, images, [Branch("layer3", (2,))]).grown == ["2 x BasicBlock after layer4.1"]
-    assert Cohort(networks.Tiny(), example(), [Branch("early", (1,))]).grown == ["1 x ResidualConv after late"]
+    assert Cohort(networks.Tiny(), example(), [Branch("early", (1,))]).grown == [
+        "1 x Conv2d-BatchNorm2d-ReLU after late.2"
+    ]
     vgg = timm.create_model("vgg11_bn", num_classes=4, mlp_ratio=0.02)
     cohort = Cohort(vgg, images, [Branch("features.21", (1,))])
     assert cohort.grown == ["1 x Conv2d-BatchNorm2d-ReLU after features.27"], "before the pooling that ends the stage"
