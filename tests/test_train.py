@@ -111,7 +111,7 @@ def summary(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 
 
 def assert_same_run(one: TrainState, other: TrainState, folder: Path, other_folder: Path) -> None:
@@ -464,7 +464,7 @@ def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
     state = run(tmp_path)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,loss/ce,loss/kl,top1/target,top1/branch1,top1/branch2,"
-    assert lines[0] == header + "top1/ensemble,seconds,images_per_second,skipped_steps"
+    assert lines[0] == header + "top1/ensemble,seconds,images_per_second,data_wait,skipped_steps"
     assert len(lines) == 1 + SETTINGS.epochs
     row = state.history[-1]
     assert row["train_loss"] == pytest.approx(row["loss/ce"] + row["loss/kl"])
