@@ -67,6 +67,8 @@ def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> No
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if "DataLoader worker" in str(error):  # and so a data worker's death, at any time
+            raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         before = "The file that was there is unharmed; f" if path.exists() else "F"
         raise RunError(

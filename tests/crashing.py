@@ -28,6 +28,7 @@ class Accident:
 
     step: SIGKILL from outside when the line of step `at` (of all steps of the run) has been printed.
     SIGTERM, SIGINT: the same, with that signal to the whole process group, as a scheduler or a terminal sends it.
+    worker killed, worker stopped: the same, with SIGKILL or SIGSTOP to a data worker.
     file: SIGKILL just before the `at`-th time that a file of the run is opened for writing, linked, renamed or removed.
     torn: SIGKILL when only the part `part` of the `at`-th file that is synced has been written.
     full, read-only: from the `at`-th of those times on nothing more fits on the disk, or nothing can be written.
@@ -37,6 +38,9 @@ class Accident:
     at: int
     delay: float = 0.0
     part: float = 0.0
+
+
+OUTSIDE = ("step", "SIGTERM", "SIGINT", "worker killed", "worker stopped")
 
 
 class Server:
@@ -93,7 +97,7 @@ def serve() -> None:
 
 def _watch(pid: int, log: Path, accident: Accident | None) -> int | None:
     """Wait for the process, and let the accidents happen that come from outside."""
-    awaited = accident.at if accident and accident.what in ("step", "SIGTERM", "SIGINT") else None
+    awaited = accident.at if accident and accident.what in OUTSIDE else None
     start = time.monotonic()
     while time.monotonic() < start + TIMEOUT:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -101,15 +105,22 @@ def _watch(pid: int, log: Path, accident: Accident | None) -> int | None:
             return os.waitstatus_to_exitcode(status)
         if accident and awaited and log.read_text().count(" step ") >= awaited:
             time.sleep(accident.delay)
-            if accident.what == "step":
-                os.kill(pid, signal.SIGKILL)
-            else:
-                os.killpg(pid, signal.Signals[accident.what])
+            _strike(pid, accident.what)
             awaited = None
         time.sleep(0.002)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
+
+
+def _strike(pid: int, what: str) -> None:
+    if what == "step":
+        os.kill(pid, signal.SIGKILL)
+    elif what.startswith("worker"):
+        worker = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+        os.kill(int(worker), signal.SIGKILL if what.endswith("killed") else signal.SIGSTOP)
+    else:
+        os.killpg(pid, signal.Signals[what])
 
 
 def _prepare(accident: Accident | None, runs: Path) -> None:

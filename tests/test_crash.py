@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from tests.crashing import Accident, Server
 
 CLASSES, PER_CLASS, BATCH = 4, 12, 8
 STEPS = CLASSES * PER_CLASS // BATCH
-TIMES = ("seconds", "images_per_second", "data_wait")
+TIMES = ("seconds", "images_per_second", "data_wait", "between", "waited")
+TYPED = "args"  # the recipe, which says also where the images are and how many workers read them
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,9 @@ SHORT = [
     Plan("lmcl", 2, ema=True),
     Plan("afd", 0, mixup=True),
 ]
+PLAIN = Plan("baseline", 2)
 FULL = [
-    Plan(method, 0, ema, mixup, bf16, epochs=3, kills=5)
+    Plan(method, 0, ema, mixup, bf16, kills=3)
     for method, ema, mixup, bf16 in itertools.product(("baseline", "ahbf", "pcl", "lmcl", "afd"), *[(False, True)] * 3)
 ]
 
@@ -116,9 +120,9 @@ def finish(server: Server, plan: Plan, images: Path, folder: Path, accidents: li
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places at which two checkpoints differ, but for times."""
+    """The places at which two checkpoints differ, but for times and what was typed."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = [key for key in one | other if key not in TIMES]
+        keys = [key for key in one | other if key not in (*TIMES, TYPED)]
         lost = [f"{where}.{key}" for key in keys if key not in one or key not in other]
         return lost or [d for key in keys for d in differences(one[key], other[key], f"{where}.{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
@@ -150,6 +154,72 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(server
     happened = finish(server, plan, images, tmp_path / "killed", accidents)
     assert happened
     assert compared(tmp_path / "whole" / "runs" / "run", tmp_path / "killed" / "runs" / "run") == []
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run of `PLAIN`, to which nothing happened."""
+    folder = tmp_path_factory.mktemp("plain") / "whole"
+    finish(server, PLAIN, images, folder, [])
+    return folder / "runs" / "run"
+
+
+def stop_and_go_on(
+    server: Server, images: Path, folder: Path, accident: Accident | None, *flags: str, mend: Any = lambda: None
+) -> tuple[int | None, str]:
+    """Exit code and output of the run that something happened to, which is then finished."""
+    folder.mkdir(exist_ok=True)
+    words = [*PLAIN.words(images), *flags, "--experiment", "run", "--resume", "auto"]
+    code, output = server.run(words, folder, accident)
+    assert "Traceback" not in output, output
+    mend()
+    again, rest = server.run(words, folder)
+    assert again == 0 and "Continuing" in rest, output + rest
+    return code, " ".join(output.split())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_all_processes_of_a_run_saves_it(server, images, whole, tmp_path, name, code):
+    stopped, output = stop_and_go_on(server, images, tmp_path, Accident(name, 4))
+    assert stopped == code and "Continue with: okdc compress --resume" in output, output
+    assert compared(whole, tmp_path / "runs" / "run") == []
+
+
+@pytest.mark.parametrize(("what", "reason"), [("full", "File too large"), ("read-only", "Read-only file system")])
+def test_a_disk_that_fails_stops_the_run_and_keeps_the_last_state(server, images, whole, tmp_path, what, reason):
+    code, output = stop_and_go_on(server, images, tmp_path, Accident(what, 20))
+    assert code == 2 and "could not write" in output and reason in output and "--resume auto" in output, output
+    assert compared(whole, tmp_path / "runs" / "run") == []
+
+
+def test_a_data_worker_that_is_killed_is_an_error_that_says_so(server, images, whole, tmp_path):
+    code, output = stop_and_go_on(server, images, tmp_path, Accident("worker killed", 3))
+    assert code == 1 and "is killed by signal: Killed" in output and "epoch 1" in output, output
+    assert "fewer workers, -j N" in output
+    assert compared(whole, tmp_path / "runs" / "run") == []
+
+
+def test_a_data_worker_that_hangs_is_an_error_that_says_where(server, images, whole, tmp_path):
+    code, output = stop_and_go_on(server, images, tmp_path, Accident("worker stopped", 3), "--timeout", "5")
+    assert code == 1 and "no data came for 5 seconds, in step" in output and "what was done is saved" in output, output
+    assert compared(whole, tmp_path / "runs" / "run") == []
+
+
+@pytest.mark.parametrize(("split", "where"), [("train", "in step"), ("val", "in the validation of epoch 1")])
+def test_an_image_that_never_comes_is_an_error(server, images, whole, tmp_path, split, where):
+    copy = tmp_path / images.name
+    shutil.copytree(images, copy)
+    image = copy / split / "class0" / "0.png"
+    image.unlink()
+    os.mkfifo(image)  # opening it waits for somebody to write, as on a network disk that is gone
+
+    def mend() -> None:
+        image.unlink()
+        shutil.copy(images / image.relative_to(copy), image)
+
+    code, output = stop_and_go_on(server, copy, tmp_path, None, "-j", "0", "--timeout", "4", mend=mend)
+    assert code == 1 and f"no data came for 4 seconds, {where}" in output, output
+    assert compared(whole, tmp_path / "runs" / "run") == []
 
 
 @pytest.mark.crash

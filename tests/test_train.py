@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,9 @@ from torch import Tensor, nn
 
 from okdc import checkpoint
 from okdc._machine import Machine, StopSignal, choose_device
+from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.data import wrap
 from okdc.errors import RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.settings import TrainSettings
@@ -507,6 +511,94 @@ def test_plain_timm_loads_the_student_from_the_best_checkpoint(tmp_path, model_e
     assert payload["arch"] == "mobilenetv3_small_050" and payload["version"] == 2 and payload["epoch"] == 0
     assert payload["metric"] == state.best and payload["args"] == {"train": {"epochs": 1}}
     assert checkpoint.student_weights(payload).keys() == loaded.keys()
+
+
+class Slow(list):
+    """Validation batches that take their time."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.12)
+            yield batch
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_time_left_is_right_at_half_of_the_steps(tmp_path, monkeypatch, resumed):
+    seen = {}
+
+    class Noting(Display):
+        def step(self, epoch: int, step: int, losses, lr: float, speed: float, left: float) -> None:
+            seen[epoch, step] = time.perf_counter(), left
+
+    monkeypatch.setattr("okdc.train.Display", Noting)
+    settings, middle = replace(SETTINGS, epochs=4, recovery_interval=1), (2, 1)
+
+    def data(before=lambda *position: None) -> SimpleNamespace:
+        slow = tiny_data(lambda *position: (before(*position), time.sleep(0.06)))
+        slow.validation = Slow(slow.validation)
+        return slow
+
+    if resumed:
+        with pytest.raises(Crash):
+            run(tmp_path, settings, data=data(crash_at(1, 4)))
+    run(tmp_path, settings, data=data(), resume=tmp_path / "last.pth.tar" if resumed else None)
+    then, left = seen[middle]
+    assert left == pytest.approx(time.perf_counter() - then, rel=0.2)
+
+
+def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
+    recipe = {"data": {"data": "images", "workers": 0}, "train": {"epochs": 2}}
+    state = run(
+        tmp_path / "slow", replace(SETTINGS, epochs=2), data=tiny_data(lambda *_: time.sleep(0.1)), recipe=recipe
+    )
+    told = capsys.readouterr().err
+    assert all(50 < row["data_wait"] <= 100 for row in state.history)
+    assert f"data wait {state.history[0]['data_wait']:.0f} %" in told and told.count("-j ") == 1
+    assert (
+        float(list(csv.DictReader((tmp_path / "slow" / "summary.csv").read_text().splitlines()))[1]["data_wait"])
+        == state.history[1]["data_wait"]
+    )
+    assert faster_data({"data": {"data": "loader", "workers": 0}}).count("num_workers")
+    method = Tiny()
+    method.after_step = lambda images, labels: time.sleep(0.05)
+    state = run(tmp_path / "quick", replace(SETTINGS, epochs=1), method=method, recipe=recipe)
+    assert state.history[0]["data_wait"] < 10 and "-j " not in capsys.readouterr().err
+
+
+# --- data that do not come --------------------------------------------------------------------------------------------
+
+
+class Sleepy(torch.utils.data.Dataset):
+    """Images of which one is never there, in the process that loads it."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int):
+        time.sleep(1000 if index == 20 else 0)
+        return torch.zeros(3, 8, 8), index % CLASSES
+
+
+@pytest.mark.parametrize("loader", [
+    [(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))],
+    *(torch.utils.data.DataLoader(Sleepy(), 8, num_workers=workers) for workers in (0, 1)),
+    torch.utils.data.DataLoader(Sleepy(), 8, num_workers=1, persistent_workers=True),
+], ids=["iterable", "j0", "j1", "persistent"])  # fmt: skip
+def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
+    class Hangs(list):
+        def __iter__(self):
+            yield from super().__iter__()
+            time.sleep(1000)
+
+    data = wrap(Hangs(loader * 3) if isinstance(loader, list) else loader, num_classes=CLASSES)
+    began = time.perf_counter()
+    with pytest.raises(
+        TrainingError, match="no data came for 2 seconds, in step [34] of epoch 1; what was done is saved"
+    ):
+        run(tmp_path, replace(SETTINGS, timeout=2.0), data=data)
+    assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
+    assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] in (2, 3)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
