@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
@@ -95,10 +96,18 @@ def data_that_stops(state: TrainState, run: Run) -> Iterator[None]:
             f"is saved. See to the disk or network that the images are on, then continue {run.last}, with --timeout "
             "SECONDS (0: for ever) if that was not long enough."
         ) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if not _of_a_dead_worker(error):
             raise
         raise TrainingError(
-            f"{str(error).splitlines()[0].strip(' .')}, about step {state.step + 1} of epoch {state.epoch + 1}. Was "
-            f"memory short, or /dev/shm? The last good state is kept: continue {run.last} with fewer workers, -j N."
+            f"a data worker died about step {state.step + 1} of epoch {state.epoch + 1} ({type(error).__name__}: "
+            f"{str(error).partition('. ')[0]}). Was memory short, or /dev/shm? The last good state is kept: continue "
+            f"{run.last} with fewer workers, -j N."
         ) from error
+
+
+def _of_a_dead_worker(error: Exception) -> bool:
+    """Whether this is torch's complaint of one, or the end of the pipe through which one handed over its tensors."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    return "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
