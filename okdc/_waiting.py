@@ -100,9 +100,9 @@ def data_that_stops(state: TrainState, run: Run) -> Iterator[None]:
         if not _of_a_dead_worker(error):
             raise
         raise TrainingError(
-            f"a data worker died about step {state.step + 1} of epoch {state.epoch + 1} ({type(error).__name__}: "
-            f"{str(error).partition('. ')[0]}). Was memory short, or /dev/shm? The last good state is kept: continue "
-            f"{run.last} with fewer workers, -j N."
+            f"a data worker died about step {state.step + 1} of epoch {state.epoch + 1} "
+            f"({str(error).partition('. ')[0] or type(error).__name__}). Was memory short, or /dev/shm? The last good "
+            f"state is kept: continue {run.last} with fewer workers, -j N."
         ) from error
 
 
