@@ -90,20 +90,22 @@ def data_that_stops(state: TrainState, run: Run) -> Iterator[None]:
     except Stuck:
         if state.step:  # else nothing has changed since the last save
             save(state, run)
-        place = f"step {state.step + 1}" if state.step < run.steps else "the validation"
         raise TrainingError(
-            f"no data came for {run.settings.timeout:g} seconds, in {place} of epoch {state.epoch + 1}; what was done "
-            f"is saved. See to the disk or network that the images are on, then continue {run.last}, with --timeout "
-            "SECONDS (0: for ever) if that was not long enough."
+            f"no data came for {run.settings.timeout:g} seconds, in {_place(state, run)}; what was done is saved. "
+            f"See to the disk or network that the images are on, then continue {run.last}, with --timeout SECONDS (0: for "
+            "ever) if that was not long enough."
         ) from None
     except (RuntimeError, EOFError, ConnectionError) as error:
         if not _of_a_dead_worker(error):
             raise
         raise TrainingError(
-            f"a data worker died about step {state.step + 1} of epoch {state.epoch + 1} "
-            f"({str(error).partition('. ')[0] or type(error).__name__}). Was memory short, or /dev/shm? The last good "
-            f"state is kept: continue {run.last} with fewer workers, -j N."
+            f"a data worker died in {_place(state, run)} ({str(error).partition('. ')[0] or type(error).__name__}). "
+            f"Was memory short, or /dev/shm? The last good state is kept: continue {run.last} with fewer workers, -j N."
         ) from error
+
+
+def _place(state: TrainState, run: Run) -> str:
+    return f"{f'step {state.step + 1}' if state.step < run.steps else 'the validation'} of epoch {state.epoch + 1}"
 
 
 def _of_a_dead_worker(error: Exception) -> bool:

