@@ -92,8 +92,8 @@ def data_that_stops(state: TrainState, run: Run) -> Iterator[None]:
             save(state, run)
         raise TrainingError(
             f"no data came for {run.settings.timeout:g} seconds, in {_place(state, run)}; what was done is saved. "
-            f"See to the disk or network that the images are on, then continue {run.last}, with --timeout SECONDS (0: for "
-            "ever) if that was not long enough."
+            f"See to the disk or network that the images are on, then continue {run.last}, with --timeout SECONDS (0: "
+            "for ever) if that was not long enough."
         ) from None
     except (RuntimeError, EOFError, ConnectionError) as error:
         if not _of_a_dead_worker(error):

@@ -194,7 +194,7 @@ def test_a_disk_that_fails_stops_the_run_and_keeps_the_last_state(server, images
 
 def test_a_data_worker_that_is_killed_is_an_error_that_says_so(server, images, whole, tmp_path):
     code, output = stop_and_go_on(server, images, tmp_path, Accident("worker killed", 3))
-    assert code == 1 and "a data worker died about step" in output and "fewer workers, -j N" in output, output
+    assert code == 1 and "a data worker died in step" in output and "fewer workers, -j N" in output, output
     assert compared(whole, tmp_path / "runs" / "run") == []
 
 
