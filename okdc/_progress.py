@@ -6,6 +6,7 @@ import contextlib
 import csv
 import importlib.util
 import io
+import os
 import sys
 import time
 import warnings
@@ -24,18 +25,20 @@ from okdc.checkpoint import atomically
 Row = dict[str, Any]
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
+LONG_WAIT = 10  # per cent of a step, spent waiting for data
 
 
 class Display:
     """Shows a run of `epochs` times `steps` on stderr; a context manager, so that the terminal is always given back."""
 
-    def __init__(self, epochs: int, steps: int, log_interval: int) -> None:
+    def __init__(self, epochs: int, steps: int, log_interval: int, advice: str = "") -> None:
+        self.advice = advice  # for whoever waits for data for long; given once
         self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
         self.console = Console(stderr=True)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), auto_refresh=False)
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
-        self.started, self.shown, self.drawn = time.perf_counter(), 0, 0.0
+        self.drawn = 0.0
         bar = self.console.is_terminal and not self.console.is_dumb_terminal
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
         self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
@@ -56,9 +59,9 @@ class Display:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float) -> None:
-        """Step `step` of epoch `epoch` is done, at `speed` images per second; no `losses` when it was skipped."""
-        self.shown += 1
+    def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float, left: float) -> None:
+        """Step `step` of epoch `epoch` is done, at `speed` images per second, with `left` seconds to the end of the
+        run; no `losses` when it was skipped."""
         now = time.perf_counter()
         if now < self.drawn + SECONDS_BETWEEN_DRAWINGS if self.live else step % self.log_interval:
             return
@@ -66,7 +69,7 @@ class Display:
         loss = f"loss {sum(losses.values()):.4g}" if losses else "step skipped, not finite"
         parts = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
         # The parts last: they are what a narrow terminal may cut off.
-        self.status = f"{loss} · lr {lr:.3g} · {speed:.0f} images/s · {self._time_left(epoch, step)} left · {parts}"
+        self.status = f"{loss} · lr {lr:.3g} · {speed:.0f} images/s · {timedelta(seconds=round(left))} left · {parts}"
         if self.live:
             self.bar.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}", completed=step)
             self.live.refresh()
@@ -82,16 +85,14 @@ class Display:
             line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f} · top-1 of {self.accuracies}"
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
-        self.note(f"{line} · {row['seconds']:.1f} s")
+        self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")
+        if row["data_wait"] > LONG_WAIT and self.advice:
+            self.note(f"The steps waited for data for {row['data_wait']:.0f} % of their time. {self.advice}")
+            self.advice = ""
 
     def _render(self) -> Group:
         accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
-
-    def _time_left(self, epoch: int, step: int) -> timedelta:
-        left = (self.epochs - epoch) * self.steps - step
-        seconds = (time.perf_counter() - self.started) / max(1, self.shown) * left
-        return timedelta(seconds=round(seconds))
 
 
 class Events:
@@ -121,6 +122,16 @@ class Events:
         if self.writer is not None:
             with contextlib.suppress(Exception):
                 self.writer.close()
+
+
+def faster_data(recipe: dict[str, Any]) -> str:
+    """What to type when a run with this recipe waits for its data."""
+    data, cores = recipe.get("data", {}), os.cpu_count() or 1
+    if data.get("data") == "loader":
+        return "Let your loader do its work in processes (num_workers=N), or do less for each image."
+    if (workers := data.get("workers", 0)) < cores:
+        return f"Try more data loading processes: -j {min(cores, max(2, 2 * workers))}."
+    return f"All {cores} cores load data already: store smaller images, or augment them less (--aa, --reprob)."
 
 
 def write_summary(path: Path, history: list[Row]) -> None:

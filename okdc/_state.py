@@ -41,6 +41,7 @@ class TrainState:
     best: float | None = None  # the student's best validation top-1, per cent
     best_epoch: int | None = None
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
+    between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
     @property
     def student(self) -> nn.Module:
@@ -56,6 +57,12 @@ class TrainState:
     def speed(self) -> float:
         """Training images per second in this epoch so far."""
         return self.sums["images"] / self.sums["seconds"]
+
+    def seconds_left(self, run: Run) -> float:
+        """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time."""
+        pace = self.sums["seconds"] / (self.sums["steps"] + self.sums["skipped"])
+        epochs = run.settings.epochs - self.epoch
+        return pace * (epochs * run.steps - self.step) + self.between * epochs
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
         payload["amp_scaler"] = state.scaler.state_dict()
     if state.student is not state.method.cohort.target:
         payload["state_dict_ema"] = state.student.state_dict()
-    names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history")
+    names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history", "between")
     own = {name: getattr(state, name) for name in names}
     payload["okdc"] = {"facts": _facts(state, run), "steps": run.steps, "method": state.method.state_dict(), "run": own}
     return payload

@@ -67,6 +67,8 @@ def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> No
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if "DataLoader worker" in str(error):  # and so a data worker's death, at any time
+            raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         before = "The file that was there is unharmed; f" if path.exists() else "F"
         raise RunError(
@@ -100,16 +102,23 @@ def load(path: Path | str) -> dict[str, Any]:
 
 
 def load_run(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint that a run can continue from; a damaged file is replaced by the one kept before it, loudly."""
+    """Read a checkpoint that a run can continue from; in place of a damaged or foreign one the newest good one that was
+    kept beside it, loudly."""
     path = Path(path)
+    kept = [*history(path, 100)[1:], *([path.with_name(BEST)] if path.name == LAST else [])]
     try:
-        payload = load(path)
+        return _load_state(path)
     except RunError as error:
-        kept = next((p for p in history(path, 100)[1:] if p.is_file()), None)
-        if kept is None:
-            raise
-        _logger.warning("%s\nContinuing from the one kept before it, %s.", error, kept)
-        payload = load(kept)
+        for other in filter(Path.is_file, kept):
+            with contextlib.suppress(RunError):
+                payload = _load_state(other)
+                _logger.warning("%s\nContinuing from the one kept before it, %s.", error, other)
+                return payload
+        raise
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    payload = load(path)
     if "okdc" not in payload:
         raise RunError(
             f"{path} holds weights but no okdc training state, so a run cannot continue from it. "

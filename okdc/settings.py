@@ -127,6 +127,7 @@ class TrainSettings:
     model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
     seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 …")
+    timeout: float = _setting(600.0, "seconds to wait for data before a run stops, saved; 0: for ever", at_least=0)
     recovery_interval: int = _setting(
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )

@@ -17,8 +17,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from okdc import checkpoint
 from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
-from okdc._progress import Display, Events, Row, write_summary
+from okdc._progress import Display, Events, Row, faster_data, write_summary
 from okdc._state import Run, TrainState, build, restore, save
+from okdc._waiting import Waiting, data_that_stops
 from okdc.errors import DataError, TrainingError
 from okdc.settings import TrainSettings
 
@@ -52,6 +53,7 @@ def fit(
     returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
     RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
     that timm does not know, SystemExit with 130 or 143 after Ctrl-C or SIGTERM, the step finished and saved.
+    TrainingError also when no data comes for `settings.timeout` seconds, saved too, or when a data worker dies.
     """
     folder = Path(folder)
     if not len(data.train):
@@ -60,39 +62,48 @@ def fit(
         )
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
-    with own_randomness(), StopSignal() as stop, Display(settings.epochs, steps, settings.log_interval) as display:
+    show = Display(settings.epochs, steps, settings.log_interval, faster_data(recipe))
+    with own_randomness(), StopSignal() as stop, show as display:
         state = build(method, run)
         if resume is not None:
             restore(state, checkpoint.load_run(resume), Path(resume), run)
         begin()
         folder.mkdir(parents=True, exist_ok=True)
-        if resume is not None:
+        if resume is None:
+            save(state, run)  # so that whatever happens from here on, there is something to continue from
+        else:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.")
             write_summary(folder / "summary.csv", state.history)
         if state.epoch < settings.epochs:
-            with contextlib.closing(Events(folder, state.epoch)) as events:
-                _train(state, data, run, stop, display, events)
+            events, waiting = Events(folder, state.epoch), Waiting(settings.timeout)
+            with contextlib.closing(events), waiting, data_that_stops(state, run):
+                _train(state, data, run, stop, display, events, waiting)
     method.eval()
     return state
 
 
-def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: Display, events: Events) -> None:
+def _train(
+    state: TrainState, data: Data, run: Run, stop: StopSignal, display: Display, events: Events, waiting: Waiting
+) -> None:
     method, settings = state.method, run.settings
     learner = torch.compile(method) if settings.torchcompile else method  # what DDP would wrap
     buffers = _Buffers(method)
+    clock = None
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
-        _begin_epoch(state, data, run)
+        _begin_epoch(state, data, run, waiting)
         method.train()
-        batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
-        clock = time.perf_counter()
+        batches = waiting.over(data.train.batches(state.epoch, state.step * settings.grad_accum_steps))
+        now = time.perf_counter()
+        state.between, clock = now - clock if clock else state.between, now
+        waiting.taken()
         while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
             losses = _step(state, learner, group, buffers, run)
             state.step += 1
             if state.schedule is not None:
                 state.schedule.step_update(state.epoch * run.steps + state.step)
-            clock = _count(state, losses, group, clock)
-            display.step(state.epoch, state.step, losses, state.lr, state.speed)
+            clock = _count(state, losses, group, clock, waiting)
+            display.step(state.epoch, state.step, losses, state.lr, state.speed, state.seconds_left(run))
             _leave_if_asked(state, run, stop, display)
             if settings.recovery_interval and state.step % settings.recovery_interval == 0:
                 save(state, run)
@@ -102,9 +113,10 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
         state.step = run.steps  # also where the data gave fewer batches than it promised
         metrics = None
         if data.validation is not None:
-            metrics = _evaluate(state, data.validation, run.machine, stop)
+            metrics = _evaluate(state, waiting.over(data.validation), run.machine, stop)
             _leave_if_asked(state, run, stop, display)
-        row = _row(state, metrics, time.perf_counter() - clock)
+        state.between = time.perf_counter() - clock
+        row = _row(state, metrics)
         _finish_epoch(state, row, run)
         display.epoch(row)
         events.epoch(row)
@@ -112,13 +124,13 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
 
 
 @torch.no_grad()
-def _begin_epoch(state: TrainState, data: Data, run: Run) -> None:
+def _begin_epoch(state: TrainState, data: Data, run: Run, waiting: Waiting) -> None:
     """Show the method the images that were set aside for it, in eval mode; not again when an epoch is resumed."""
     if data.held_out is None or state.step:
         return
     state.method.eval()
     seed_everything(run.settings.seed, state.epoch)
-    batches = (run.machine.move(*batch) for batch in data.held_out)
+    batches = (run.machine.move(*batch) for batch in waiting.over(data.held_out))
     with run.machine.autocast():
         state.method.before_epoch((images, labels) for images, labels in batches)
 
@@ -192,18 +204,19 @@ def _skip(state: TrainState, name: str, run: Run) -> None:
     if state.skipped_in_a_row < (PATIENCE_FP16 if scaling else PATIENCE):
         return
     what = "the gradient" if name == "gradient" else f"the loss term {name!r}"
-    kept = f"The last good state is kept: continue {run.last}" if run.last.exists() else "Start again"
     raise TrainingError(
         f"{what} was not finite for {state.skipped_in_a_row} steps in a row, up to step {state.step + 1} of epoch "
-        f"{state.epoch + 1}. {kept} with a lower --lr, --clip-grad 1, or --amp-dtype bfloat16 where it was float16."
+        f"{state.epoch + 1}. The last good state is kept: continue {run.last} with a lower --lr, --clip-grad 1, or "
+        "--amp-dtype bfloat16 where it was float16."
     )
 
 
-def _count(state: TrainState, losses: dict[str, float], group: list[Batch], clock: float) -> float:
+def _count(state: TrainState, losses: dict[str, float], group: list[Batch], clock: float, waiting: Waiting) -> float:
     """Add one step to the sums of the epoch; the time at which the next step begins, seconds."""
     now = time.perf_counter()
     images = sum(len(labels) for _, labels, *_ in group)
-    counts = {"steps": bool(losses), "skipped": not losses, "images": images, "seconds": now - clock}
+    counts: dict[str, float] = {"steps": bool(losses), "skipped": not losses, "images": images}
+    counts |= {"seconds": now - clock, "waited": waiting.taken()}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
         state.sums[name] = state.sums.get(name, 0) + value
     return now
@@ -235,7 +248,7 @@ def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSi
     return {name: value if name == "eval_loss" else 100 * value for name, value in means.items()}
 
 
-def _row(state: TrainState, metrics: dict[str, float] | None, evaluation_seconds: float) -> Row:
+def _row(state: TrainState, metrics: dict[str, float] | None) -> Row:
     """The line of the history for the epoch that has just been trained; timm's columns come first."""
     sums, metrics = state.sums, metrics or {}
     losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
@@ -247,8 +260,9 @@ def _row(state: TrainState, metrics: dict[str, float] | None, evaluation_seconds
         "lr": state.lr,
         **losses,
         **{name: metrics.get(name) for name in members},
-        "seconds": sums["seconds"] + evaluation_seconds,
+        "seconds": sums["seconds"] + state.between,
         "images_per_second": state.speed,
+        "data_wait": 100 * sums["waited"] / sums["seconds"],  # per cent of the steps' time
         "skipped_steps": int(sums["skipped"]),
     }
 

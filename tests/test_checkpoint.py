@@ -119,6 +119,20 @@ def test_a_foreign_file_is_told_apart(tmp_path, content, words):
         checkpoint.load_run(path)
 
 
+@pytest.mark.parametrize("content", [b"PK\x03\x04 cut short", {"state_dict": {}}], ids=["damaged", "foreign"])
+def test_the_newest_good_file_stands_in_for_those_that_are_not(tmp_path, caplog, content):
+    last, older = tmp_path / checkpoint.LAST, tmp_path / "last.1.pth.tar"
+    for path in (last, older):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    checkpoint.save(tmp_path / checkpoint.BEST, PAYLOAD | {"number": 1})
+    assert checkpoint.load_run(last)["number"] == 1
+    assert f"{last} " in caplog.text and f"kept before it, {tmp_path / checkpoint.BEST}" in caplog.text
+    checkpoint.save(tmp_path / "last.2.pth.tar", PAYLOAD | {"number": 2})
+    assert checkpoint.load_run(last)["number"] == 2
+    with pytest.raises(RunError, match=r"last\.1\.pth\.tar"):  # nothing stands in for a file that was named itself
+        checkpoint.load_run(older)
+
+
 def test_a_missing_file_or_a_folder_is_told_apart(tmp_path):
     with pytest.raises(RunError, match=r"there is no checkpoint .*nowhere\.pth\.tar"):
         checkpoint.load(tmp_path / "nowhere.pth.tar")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from okdc._waiting import Stuck, Waiting
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError
 from okdc.settings import DataSettings
@@ -487,6 +488,24 @@ def test_webdataset_streams_are_the_same_each_time_an_epoch_is_read(shards: Path
     labels = torch.cat([labels for _, labels in data.validation or ()]).tolist()
     assert labels == [0, 1, 2] * 3 == [label for _, label in data.validation_images or ()]
     assert generator_states() == before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("kind", ["images", "stream"])
+def test_workers_that_hang_are_noticed_and_ended(folder: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    given = settings(folder, workers=1)
+    if kind == "stream":
+        shards = request.getfixturevalue("shards")
+        splits = {"train_split": "train-{0..1}.tar|24", "val_split": "val-0.tar|9"}
+        given = settings(f"wds/{shards}", class_map=str(shards / "classes.txt"), workers=1, **splits)
+    with Waiting(5.0) as waiting:
+        batches = waiting.over(loaded(given, batch_size=2).train.batches(0))
+        next(batches)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal.SIGSTOP)
+        with pytest.raises(Stuck):
+            list(batches)
+        assert multiprocessing.active_children() == [] and waiting.seconds > 5
 
 
 # -- the user's own loaders -----------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,9 @@ from torch import Tensor, nn
 
 from okdc import checkpoint
 from okdc._machine import Machine, StopSignal, choose_device
+from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.data import wrap
 from okdc.errors import RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.settings import TrainSettings
@@ -111,7 +115,7 @@ def summary(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 
 
 def assert_same_run(one: TrainState, other: TrainState, folder: Path, other_folder: Path) -> None:
@@ -464,7 +468,7 @@ def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
     state = run(tmp_path)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,loss/ce,loss/kl,top1/target,top1/branch1,top1/branch2,"
-    assert lines[0] == header + "top1/ensemble,seconds,images_per_second,skipped_steps"
+    assert lines[0] == header + "top1/ensemble,seconds,images_per_second,data_wait,skipped_steps"
     assert len(lines) == 1 + SETTINGS.epochs
     row = state.history[-1]
     assert row["train_loss"] == pytest.approx(row["loss/ce"] + row["loss/kl"])
@@ -507,6 +511,101 @@ def test_plain_timm_loads_the_student_from_the_best_checkpoint(tmp_path, model_e
     assert payload["arch"] == "mobilenetv3_small_050" and payload["version"] == 2 and payload["epoch"] == 0
     assert payload["metric"] == state.best and payload["args"] == {"train": {"epochs": 1}}
     assert checkpoint.student_weights(payload).keys() == loaded.keys()
+
+
+class Slow(list):
+    """Validation batches that take their time."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            time.sleep(0.12)
+            yield batch
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_time_left_is_right_at_half_of_the_steps(tmp_path, monkeypatch, resumed):
+    seen = {}
+
+    class Noting(Display):
+        def step(self, epoch: int, step: int, losses, lr: float, speed: float, left: float) -> None:
+            seen[epoch, step] = time.perf_counter(), left
+
+    monkeypatch.setattr("okdc.train.Display", Noting)
+    settings, middle = replace(SETTINGS, epochs=4, recovery_interval=1), (2, 1)
+
+    def data(before=lambda *position: None) -> SimpleNamespace:
+        slow = tiny_data(lambda *position: (before(*position), time.sleep(0.06)))
+        slow.validation = Slow(slow.validation)
+        return slow
+
+    if resumed:
+        with pytest.raises(Crash):
+            run(tmp_path, settings, data=data(crash_at(1, 4)))
+    run(tmp_path, settings, data=data(), resume=tmp_path / "last.pth.tar" if resumed else None)
+    then, left = seen[middle]
+    assert left == pytest.approx(time.perf_counter() - then, rel=0.2)
+
+
+def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
+    recipe = {"data": {"data": "images", "workers": 0}, "train": {"epochs": 2}}
+    state = run(tmp_path, replace(SETTINGS, epochs=2), data=tiny_data(lambda *_: time.sleep(0.1)), recipe=recipe)
+    told = capsys.readouterr().err
+    assert all(50 < row["data_wait"] <= 100 for row in state.history)
+    assert f"data wait {state.history[0]['data_wait']:.0f} %" in told and told.count("-j ") == 1
+    with open(tmp_path / "summary.csv", newline="") as file:
+        assert [float(row["data_wait"]) for row in csv.DictReader(file)] == [r["data_wait"] for r in state.history]
+    method = Tiny()
+    method.after_step = lambda images, labels: time.sleep(0.05)
+    state = run(tmp_path / "quick", replace(SETTINGS, epochs=1), method=method, recipe=recipe)
+    assert state.history[0]["data_wait"] < 10 and "-j " not in capsys.readouterr().err
+
+
+def test_advice_for_whoever_waits_for_data_is_what_helps():
+    cores = os.cpu_count() or 1
+    assert "(num_workers=N)" in faster_data({"data": {"data": "loader", "workers": 0}})
+    assert f"-j {min(cores, 2)}." in faster_data({"data": {"data": "images", "workers": 0}}) or cores == 1
+    assert "--aa" in faster_data({"data": {"data": "images", "workers": cores}})
+
+
+# --- data that do not come --------------------------------------------------------------------------------------------
+
+
+class Sleepy(torch.utils.data.Dataset):
+    """Images of which one is never there, in the process that loads it."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int):
+        time.sleep(1000 if index == 20 else 0)
+        return torch.zeros(3, 8, 8), index % CLASSES
+
+
+class TwoOfThree(list):
+    """Three batches, of which only two come."""
+
+    def __iter__(self):
+        yield from self[:2]
+        time.sleep(1000)
+
+
+OWN_LOADERS = {
+    "iterable": lambda: TwoOfThree([(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))] * 3),
+    "no workers": lambda: torch.utils.data.DataLoader(Sleepy(), 8),
+    "a worker": lambda: torch.utils.data.DataLoader(Sleepy(), 8, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("loader", OWN_LOADERS)
+def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
+    data, began = wrap(OWN_LOADERS[loader](), num_classes=CLASSES), time.perf_counter()
+    with pytest.raises(
+        TrainingError, match=r"no data came for 3 seconds, in step 3 of epoch 1; what was done is saved"
+    ):
+        run(tmp_path, replace(SETTINGS, timeout=3.0), data=data)
+    assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
+    assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] == 2
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):

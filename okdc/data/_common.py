@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,3 +130,20 @@ def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
+
+
+def leave_signals(worker: int) -> None:
+    """For a data worker: a terminal's Ctrl-C and a scheduler's SIGTERM, which all processes get, do not end it.
+
+    The main process needs data to finish its step; it ends its workers itself, also by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -13,7 +12,18 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from okdc.data._common import BadImages, Batch, Data, Source, TrainBatch, borrowed_generators, derive_seed, log, reseed
+from okdc.data._common import (
+    BadImages,
+    Batch,
+    Data,
+    Source,
+    TrainBatch,
+    borrowed_generators,
+    derive_seed,
+    leave_signals,
+    log,
+    reseed,
+)
 from okdc.data._images import Images, listed
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.data._streams import Stream, load_stream
@@ -257,7 +267,7 @@ def _loader(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_as_loaded,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=leave_signals,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # drawn from at each epoch, so it must not be the one that the network uses
@@ -268,10 +278,6 @@ def _loader(
 
 def _as_loaded(batch: Any) -> Any:
     return batch
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShuffledBatches:

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.class_map import load_class_map
 
-from okdc.data._common import Batch, Data, Source, iterate_seeded
+from okdc.data._common import Batch, Data, Source, iterate_seeded, leave_signals
 from okdc.data._images import names_by_index
 from okdc.data._transforms import MODES, BatchAugmentation, image_transform
 from okdc.errors import DataError
@@ -79,10 +79,16 @@ def load_stream(
 def _loader(dataset: Any, settings: DataSettings, config: dict[str, Any], training: bool, **options: Any) -> Any:
     dataset.reader.input_img_mode = MODES[config["input_size"][0]]
     # Workers do not outlive an epoch: a reader that has been read from goes on with the random numbers it has left.
-    options |= {"is_training": training, "persistent_workers": False, "mean": config["mean"], "std": config["std"]}
+    options |= {"is_training": training, "persistent_workers": False, "worker_seeding": _begin_worker}
+    options |= {"mean": config["mean"], "std": config["std"]}
     loader = create_loader(dataset, config["input_size"], **options)
     dataset.transform = image_transform(settings, config, training)
     return loader
+
+
+def _begin_worker(info: Any) -> int:
+    leave_signals(info.id)
+    return info.seed  # timm's own choice
 
 
 def _read(loader: Any, *key: int) -> Iterator[Batch]:
