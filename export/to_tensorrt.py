@@ -1,8 +1,8 @@
 """Export target `tensorrt`: model.engine for the GPU of this machine, and model.engine.json: what it is tied to.
 
-Needs torch, numpy, tensorrt 10.12 or newer and an NVIDIA GPU; onnx, onnxscript and onnxruntime only when the ONNX is
-not there yet. One path serves TensorRT 10 and 11: strongly typed, so the precision is the one written in the ONNX.
-On the device, without anything else of okdc: python to_tensorrt.py model.onnx
+Needs torch, numpy, tensorrt 10.12 or newer and an NVIDIA GPU. One path serves TensorRT 10 and 11: strongly typed, so
+the precision is the one written in the ONNX (float32, float16, or int8 with symmetric Q/DQ nodes), and float32 means
+it: no TF32. On the device, without anything else of okdc: python to_tensorrt.py model.onnx
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.engine"
+LATENCY = {"cuda_graph": True}  # how `runner` is asked for when its latency is measured
 
 _OLDEST = (10, 12)
 _INSTALL = "pip install 'tensorrt>=10.12'"
@@ -46,7 +47,7 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return (
             "TensorRT needs an NVIDIA GPU and torch sees none: "
-            "copy the ONNX to the device and run there: python to_tensorrt.py model.onnx"
+            "copy the bundle to the device and type there: python to_tensorrt.py model.onnx"
         )
     try:
         import tensorrt
@@ -63,26 +64,25 @@ def write(
     path: str | Path,
     *,
     onnx: str | Path | None = None,
-    opset: int = 20,
-    metadata: dict[str, str] | None = None,
     profile: tuple[int, int, int] = (1, 8, 32),
     workspace: int = 4 << 30,
     timing_cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Build an engine from the ONNX file `onnx` (else from `student`, written beside) and say what was built.
+    """Write the engine of the ONNX file `onnx`, from which alone it is built, and its sidecar; say what was built.
 
+    The precision is the graph's; a `path` such as model.fp16.engine promises it, and an engine without it is refused.
     `profile`: smallest, best and largest batch; `workspace`: bytes that a layer may use; `timing_cache`: file that
     makes the next build fast, in the user's cache by default. Raises RuntimeError when TensorRT is not available,
     refuses the graph, or builds it in another precision than asked.
     """
     trt = _tensorrt()
-    started, path = time.perf_counter(), Path(path)
-    _check_profile(profile)
-    source = Path(onnx) if onnx else _write_onnx(student, example, path, opset=opset, metadata=metadata)
+    if onnx is None:
+        raise RuntimeError("An engine is built from ONNX: give onnx=path of a model.onnx, or export with --onnx too.")
+    started, path, source = time.perf_counter(), Path(path), Path(onnx)
     here = _here(trt)
     plan, asked, shapes = _build(trt, source, profile, workspace, Path(timing_cache or _default_cache(here)))
     built = _built_precisions(trt, plan, shapes)
-    _check_precisions(asked, built)
+    _check_precisions(asked | _promised(path), built)
     sidecar = {
         **here,
         "profile": shapes,
@@ -111,19 +111,6 @@ def runner(
 # ---- building
 
 
-def _write_onnx(student: Any, example: Any, path: Path, **options: Any) -> Path:
-    """Write model.onnx beside the engine with the export target next to this file."""
-    if student is None:
-        raise RuntimeError("There is nothing to build an engine from: give the network, or onnx=path of a model.onnx.")
-    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
-    assert spec is not None and spec.loader is not None
-    to_onnx = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(to_onnx)
-    source = path.with_name(to_onnx.FILE)
-    to_onnx.write(student, example, source, **options)
-    return source
-
-
 def _build(
     trt: Any, source: Path, batches: tuple[int, int, int], workspace: int, cache: Path
 ) -> tuple[bytes, set[str], dict[str, list[list[int]]]]:
@@ -138,6 +125,7 @@ def _build(
         raise RuntimeError(_parser_errors(source, (parser.get_error(i) for i in range(parser.num_errors))))
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and costs float32 three digits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector reads the precisions from this
     shapes = _add_profile(builder, network, config, batches)
     timings = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
@@ -160,7 +148,9 @@ def _add_profile(builder: Any, network: Any, config: Any, batches: tuple[int, in
     profile = builder.create_optimization_profile()
     profile.set_shape(tensor.name, *shapes)
     if not profile or config.add_optimization_profile(profile) < 0:
-        raise RuntimeError(f"TensorRT refuses the batch sizes {batches} for an input of shape {tuple(tensor.shape)}.")
+        raise RuntimeError(
+            f"TensorRT refuses profile={batches}: give the smallest, best and largest batch, such as (1, 8, 32)."
+        )
     return {tensor.name: shapes}
 
 
@@ -194,12 +184,12 @@ class _Engine:
         trt = _tensorrt()
         import torch
 
-        self._device = torch.device("cuda" if device == "cpu" else device)
+        self._device = _gpu(device)
         with torch.cuda.device(self._device):
             plan = _read_engine(path, _here(trt))
             self._log = _logger(trt)  # must outlive the runtime
             self._runtime = trt.Runtime(self._log)
-            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path)})")
+            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path, 'model.onnx')})")
             self._engine, self._context = engine, _context(engine)
             self._stream = torch.cuda.Stream()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -328,6 +318,12 @@ def _here(trt: Any) -> dict[str, Any]:
     return {"tensorrt": trt.__version__, "cuda": torch.version.cuda, "gpu": gpu, "compute_capability": capability}
 
 
+def _gpu(device: str) -> torch.device:
+    import torch
+
+    return torch.device("cuda" if device == "cpu" else device)
+
+
 # ---- pure helpers
 
 
@@ -339,11 +335,6 @@ def _default_cache(here: dict[str, Any]) -> Path:
     """One file per TensorRT and kind of GPU, as timings of another are of no use."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "okdc"
     return folder / f"tensorrt-{here['tensorrt']}-sm{here['compute_capability']}.timing"
-
-
-def _check_profile(batches: tuple[int, int, int]) -> None:
-    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
-        raise RuntimeError(f"profile={batches} must be the smallest, best and largest batch, such as (1, 8, 32).")
 
 
 def _parser_errors(source: Path, errors: Iterable[Any]) -> str:
@@ -367,6 +358,11 @@ def _layer_precisions(information: str) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
+def _promised(path: Path) -> set[str]:
+    """The precision in the name of an engine, such as fp16 in model.fp16.engine."""
+    return {"fp16", "int8"} & set(path.name.split("."))
+
+
 def _check_precisions(asked: set[str], built: dict[str, int]) -> None:
     """fp32 is everywhere (inputs, logits, scales); what counts is which cheaper types are there."""
     if not built:
@@ -378,16 +374,23 @@ def _check_precisions(asked: set[str], built: dict[str, int]) -> None:
 
 
 def _read_engine(path: Path, here: dict[str, Any]) -> bytes:
-    """The engine's bytes, if its sidecar says that it belongs to this machine."""
+    """The engine's bytes, if its sidecar says that it belongs to this machine and to the ONNX beside it."""
     try:
         plan, sidecar = path.read_bytes(), json.loads(_sidecar(path).read_text())
     except (OSError, ValueError) as error:
-        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {_rebuild(path)}") from error
+        source = path.with_suffix(".onnx").name
+        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {_rebuild(path, source)}") from error
+    source = path.with_name(sidecar.get("onnx", "model.onnx"))
+    rebuild = _rebuild(path, source.name)
     for key in ("tensorrt", "compute_capability"):
         if sidecar.get(key) != here[key]:
-            raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {_rebuild(path)}")
+            raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {rebuild}")
     if sidecar.get("engine_sha256") != hashlib.sha256(plan).hexdigest():
-        raise RuntimeError(f"{path} is not the engine that its {_sidecar(path).name} describes. {_rebuild(path)}")
+        raise RuntimeError(f"{path} is not the engine that its {_sidecar(path).name} describes. {rebuild}")
+    if not _promised(path) <= set(sidecar.get("precisions", ())):
+        raise RuntimeError(f"{path} has no layer in the precision of its name: {sidecar.get('precisions')}. {rebuild}")
+    if source.is_file() and sidecar.get("onnx_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
+        raise RuntimeError(f"{path} was built from another {source.name} than the one beside it. {rebuild}")
     return plan
 
 
@@ -395,8 +398,8 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _rebuild(path: Path) -> str:
-    return f"Build it here: python {Path(__file__).name} {path.with_name('model.onnx')}"
+def _rebuild(path: Path, source: str) -> str:
+    return f"Build it here: python {Path(__file__)} {path.with_name(source)}"
 
 
 def _last(errors: list[str]) -> str:
@@ -421,6 +424,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python to_tensorrt.py model.onnx")
     try:
-        print(json.dumps(write(None, None, Path(sys.argv[1]).with_name(FILE), onnx=sys.argv[1]), indent=2))
+        print(json.dumps(write(None, None, Path(sys.argv[1]).with_suffix(".engine"), onnx=sys.argv[1]), indent=2))
     except RuntimeError as error:
         sys.exit(str(error))
