@@ -29,7 +29,13 @@ _INPUT, _OUTPUT = "input", "logits"
 # Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.
 _OPSETS = range(18, 23)
 _SAME = 1e-3  # rounding is a hundred times smaller; more than this is another network
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What runs on which device, and how: float32 means it on CUDA too, so no TF32 (TensorRT's provider has no such switch).
+_PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    "tensorrt": ("TensorrtExecutionProvider", {}),
+}
+_LARGEST = 32  # images at once that TensorRT's provider is prepared for; more make it build again
 
 
 def available() -> str | None:
@@ -87,29 +93,41 @@ class _Session:
         import onnxruntime
 
         kind, _, index = device.partition(":")
-        wanted = _PROVIDERS.get(kind)
-        if wanted is None:
-            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda or cuda:N.")
+        if kind not in _PROVIDERS:
+            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda, cuda:N or tensorrt.")
+        wanted, settings = _PROVIDERS[kind]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: a GPU build says much on a machine without one
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        settings = {"device_id": index} if index else {}
+        settings = settings | ({"device_id": index} if index else {})
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[(wanted, settings)])
+            if kind == "tensorrt":
+                settings = _shapes(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+            # Else onnxruntime goes on on the CPU, now or in the middle of a run, when the provider fails.
+            self._session = onnxruntime.InferenceSession(model, options, [(wanted, settings)], enable_fallback=0)
         except Exception as error:  # onnxruntime's own errors share no base class
             name = model if isinstance(model, str) else "the exported model"
             raise RuntimeError(f"onnxruntime cannot load {name}: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
             raise RuntimeError(
-                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the CUDA libraries it needs are "
-                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]', or use the cpu device."
+                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the libraries it needs are "
+                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]' (and, for the TensorRT "
+                "provider, 'tensorrt<11'), or use the cpu device."
             )
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: images})[0]
+
+
+def _shapes(session: Any) -> dict[str, str]:
+    """The batch sizes that TensorRT's provider shall be prepared for, so that it builds once."""
+    image = session.get_inputs()[0]
+    sides = "x".join(str(side) for side in image.shape[1:])
+    sizes = {"min": 1, "opt": 8, "max": _LARGEST}
+    return {f"trt_profile_{key}_shapes": f"{image.name}:{batch}x{sides}" for key, batch in sizes.items()}
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ class _Engine:
             plan = _read_engine(path, _here(trt))
             self._log = _logger(trt)  # must outlive the runtime
             self._runtime = trt.Runtime(self._log)
-            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path, 'model.onnx')})")
+            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path.with_suffix('.onnx'))})")
             self._engine, self._context = engine, _context(engine)
             self._stream = torch.cuda.Stream()
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -375,13 +375,13 @@ def _check_precisions(asked: set[str], built: dict[str, int]) -> None:
 
 def _read_engine(path: Path, here: dict[str, Any]) -> bytes:
     """The engine's bytes, if its sidecar says that it belongs to this machine and to the ONNX beside it."""
+    rebuild = _rebuild(path.with_suffix(".onnx"))
     try:
         plan, sidecar = path.read_bytes(), json.loads(_sidecar(path).read_text())
-    except (OSError, ValueError) as error:
-        source = path.with_suffix(".onnx").name
-        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {_rebuild(path, source)}") from error
-    source = path.with_name(sidecar.get("onnx", "model.onnx"))
-    rebuild = _rebuild(path, source.name)
+        source = path.with_name(sidecar["onnx"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {rebuild}") from error
+    rebuild = _rebuild(source)
     for key in ("tensorrt", "compute_capability"):
         if sidecar.get(key) != here[key]:
             raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {rebuild}")
@@ -398,8 +398,8 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _rebuild(path: Path, source: str) -> str:
-    return f"Build it here: python {Path(__file__)} {path.with_name(source)}"
+def _rebuild(source: Path) -> str:
+    return f"Build it here: python {Path(__file__)} {source}"
 
 
 def _last(errors: list[str]) -> str:

@@ -133,12 +133,15 @@ def settle_loader(folder: Path) -> str | None:
 
 def load_student(folder: Path) -> nn.Module | None:
     """The student of a bundle, or None if neither timm nor torchvision can build it."""
+    return _build(folder, read_json(folder / CONFIG)).eval() if can_load(folder) else None
+
+
+def can_load(folder: Path) -> bool:
+    """Whether timm or torchvision build the student of a bundle."""
     config = read_json(folder / CONFIG)
     loader = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
-    if loader == "state_dict" or loader != _library(config["architecture"]):
-        return None
-    return _build(folder, config).eval()
+    return loader != "state_dict" and loader == _library(config["architecture"])
 
 
 def _library(architecture: str) -> str:

@@ -17,6 +17,8 @@ _FILES = {
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
+    "to_tensorrt.py": "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it",
+    "triton": "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",

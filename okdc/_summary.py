@@ -77,6 +77,24 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
         _next(next_command)
 
 
+def show_benchmark(report: dict[str, Any]) -> None:
+    """One line per format and batch size; what is not available is listed below, with the reason."""
+    from okdc import benchmark
+
+    table = _table(*(column for column in benchmark.COLUMNS if column != "status"))
+    for name, status, *cells in benchmark.lines(report):
+        if not status.startswith("unavailable"):
+            table.add_row(escape(name) if status == "ok" else f"[red]{escape(name)}[/]", *cells)
+    console = _console()
+    console.print("\n", table, sep="")
+    console.print(f"\n{benchmark.title(report)}")
+    for row in report["rows"]:
+        if row["status"] != "ok":
+            console.print(f"[yellow]{row['format']}[/]: {escape(row['status'])}", soft_wrap=True)
+    if any(each["contended"] for row in report["rows"] for each in row["latency"]):
+        console.print("Contended: something else was using the processor; measure again on a quiet machine.")
+
+
 def settings_of(name: str) -> str:
     """The settings of a method with their types and defaults, as text."""
     from okdc import methods

@@ -152,6 +152,36 @@ def verify(bundle: str, **_: Any) -> None:
         raise GateError(exporting.failures(verification))
 
 
+@main.command(cls=_flags.GroupedCommand, short_help="Time every format of a network in one fair table.")
+@click.argument("source", metavar="BUNDLE|RUN|NAME")
+@click.option(
+    "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
+)
+@click.option("--device", default="auto", show_default=True, help="Where: auto, cpu, cuda, cuda:1 …")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
+@_flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data")
+@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
+def benchmark(source: str, output: tuple[str, ...], device: str, compiled: bool, **_: Any) -> None:
+    """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
+
+    A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
+    NAME is built with random weights and exported to a temporary folder: for speed alone.
+
+    \b
+    okdc benchmark runs/NAME --batch-sizes 1,8,32 --output speed.md
+    okdc benchmark resnet18 --threads 2 --no-compile
+    """
+    from okdc import _summary
+    from okdc import benchmark as benchmarks
+
+    paths = [Path(each) for each in output]
+    benchmarks.check_output(paths)
+    report = benchmarks.benchmark(source, device=device, compiled=compiled, **_flags.given())
+    for path in paths:
+        benchmarks.write(report, path)
+    _summary.show_benchmark(report)
+
+
 @main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")

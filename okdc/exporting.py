@@ -10,6 +10,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _shipped, verify
+from okdc import _bundle, _shipped, _triton, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
 from okdc._portable import one_line, without_paths
@@ -25,10 +26,15 @@ from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings
 
 __all__ = [
-    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
+    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "flags", "read",
+    "row_name", "verify_bundle",
 ]  # fmt: skip
 
-_FLAGS = {"tensorrt": "trt"}  # where the name of a setting is not that of the export target
+# The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
+# from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
+_FLAGS = {"tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8")}
+GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
+_LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
 _ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
 
 
@@ -75,7 +81,7 @@ def export_bundle(
         targets, unavailable, notes = _write_targets(part, student, arch, settings, classes, preprocess, info)
         verification = verify.compare(
             student,
-            targets,
+            targets | _further(targets),
             data,
             input_size=preprocess["input_size"],
             device=device or _device(student),
@@ -85,8 +91,9 @@ def export_bundle(
             gates=_gates(settings, data, info.get("metrics", {}).get("top1")),
             pipelines=_pipelines(part),
             golden=_bundle.read_golden(part),
+            bundle=part if _bundle.can_load(part) else None,
         )
-        skipped = [*unavailable, *skipped, *_unchecked(verification, part)]
+        skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
         verification |= {"skipped": skipped, "exports": notes, "data": _data_facts(data)}
         _finish(part, arch, verification, info)
         _bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
@@ -115,7 +122,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = verify.compare(
         student,
-        targets,
+        targets | _further(targets),
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -125,12 +132,13 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         gates=_gates(settings, data, known),
         pipelines=_pipelines(folder),
         golden=_bundle.read_golden(folder),
+        bundle=folder if _bundle.can_load(folder) else None,
     )
     wrong_labels = _wrong_labels(facts["classes"], data)
     if wrong_labels:
         verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
         verification["verdict"] = "fail"
-    skipped += _unchecked(verification, folder)
+    skipped += [*verification["skipped"], *_unchecked(verification, folder)]
     return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
 
 
@@ -191,10 +199,11 @@ def _write_targets(
     """Every export target that is asked for: the files, what is not available here, and each writer's notes."""
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
+    largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     targets: dict[str, verify.Exported] = {}
     skipped, notes = [], {}
     for name in _shipped.targets():
-        if not getattr(settings, _FLAGS.get(name, name), False):
+        if not _wanted(name, settings):
             continue
         module = _shipped.target(name)
         reason = module.available()
@@ -203,18 +212,46 @@ def _write_targets(
             continue
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
-        offered = {"opset": settings.opset, "metadata": metadata, **written}
+        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest), **written}
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:
             notes[name] = module.write(student, example, part / module.FILE, **options)
         except Exception as error:  # an exporter may raise anything; the other files are still written
             problem = f"it could not be written: {one_line(error)}"
-        targets[_ROWS.get(name, name)] = verify.Exported(part / module.FILE, module, problem)
+        targets[row_name(name)] = verify.Exported(part / module.FILE, module, problem)
     if "onnx" in targets:
         shutil.copyfile(_shipped.folder("export") / "predict.py", part / "predict.py")
         (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
+    if settings.trt:  # it builds the engine where it cannot be built here
+        shutil.copyfile(_shipped.targets()["tensorrt"], part / "to_tensorrt.py")
+    if settings.triton:
+        _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
+
+
+def flags(name: str) -> tuple[str, ...]:
+    """The settings that together ask for an export target."""
+    return _FLAGS.get(name, (name,))
+
+
+def row_name(name: str) -> str:
+    """What the row of an export target is called in a verification."""
+    return _ROWS.get(name, name)
+
+
+def _wanted(name: str, settings: ExportSettings) -> bool:
+    asked = all(getattr(settings, flag, False) for flag in flags(name))
+    return asked or (name == "onnx" and (settings.trt or settings.triton))  # from which those are made
+
+
+def _further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported]:
+    """onnxruntime's providers for GPUs, where there is one: further runners of the same model.onnx."""
+    onnx = targets.get("onnx")
+    if onnx is None or onnx.problem or not torch.cuda.is_available():
+        return {}
+    tf32 = {"tensorrt": 5e-3}  # this provider cannot be told to do without
+    return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
 
 
 def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
@@ -224,7 +261,7 @@ def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[di
         if (folder / module.FILE).is_file():
             reason = module.available()
             if reason is None:
-                targets[_ROWS.get(name, name)] = verify.Exported(folder / module.FILE, module)
+                targets[row_name(name)] = verify.Exported(folder / module.FILE, module)
             else:
                 skipped.append({"target": name, "reason": without_paths(reason)})
     return targets, skipped

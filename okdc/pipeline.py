@@ -146,7 +146,7 @@ def export(
     )
 
 
-def verify(bundle: str | Path, **settings: Any) -> dict[str, Any]:
+def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> dict[str, Any]:
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     folder = Path(bundle)
     run = folder if (folder / runs.STUDENT).is_file() else folder.parent
@@ -155,7 +155,7 @@ def verify(bundle: str | Path, **settings: Any) -> dict[str, Any]:
     has_recipe = (run / runs.RECIPE).is_file()
     wanted = override(load_recipe(run / runs.RECIPE, typed=None) if has_recipe else Recipe(), settings)
     data = _images(wanted, facts["preprocess"]) if has_recipe or "data" in settings else None
-    return exporting.verify_bundle(folder, data, wanted.export)
+    return exporting.verify_bundle(folder, data, wanted.export, device=device)
 
 
 def _recipe(

@@ -137,7 +137,8 @@ class ExportSettings:
 
     onnx: bool = _setting(True, "write model.onnx")
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
-    trt: bool = _setting(False, "write model.engine (TensorRT)", "--tensorrt")
+    trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
+    triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
     opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)

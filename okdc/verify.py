@@ -37,11 +37,17 @@ Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was exported, the export target's module that can run it, and why it could not be written, if so."""
+    """A file that was exported, the export target's module that can run it, and why it could not be written, if so.
+
+    device: the one it is for, whatever the others run on; where that is not to be had, the file is skipped.
+    tolerance: that of its logits, where it is not the module's TOLERANCE.
+    """
 
     path: Path
     module: ModuleType
     problem: str | None = None
+    device: str | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ def compare(
     gates: Gates = Gates(),
     pipelines: Mapping[str, Pipeline] | None = None,
     golden: tuple[np.ndarray, np.ndarray] | None = None,
+    bundle: Path | None = None,
 ) -> dict[str, Any]:
     """Run every exported file and the student on the same validation images, and judge them: a verification.
 
@@ -88,7 +95,8 @@ def compare(
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
     pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
-    "skipped" and "environment" are left empty: only the caller knows them.
+    bundle: a folder with the student's weights, so that torch too is timed in a process of its own. "skipped" holds
+    the targets whose own device is not here, "environment" nothing: only the caller knows more.
     """
     session = _Session(student, targets, pipelines or {}, device)
     labelled = data is not None and data.validation is not None
@@ -96,7 +104,7 @@ def compare(
     session.probe(first, golden)
     rows = session.rows(labelled, gates)
     if batch_sizes:
-        session.time(rows, first, batch_sizes, threads)
+        session.time(rows, first, batch_sizes, threads, bundle)
     verdict = "pass" if labelled else "parity_only"
     return {
         "schema_version": 1,
@@ -105,7 +113,7 @@ def compare(
         "device": device,
         "threads": threads,
         "rows": rows,
-        "skipped": [],
+        "skipped": [{"target": name, "reason": reason} for name, reason in session.absent.items()],
         "environment": {},
     }
 
@@ -116,7 +124,7 @@ class _Session:
     def __init__(
         self, student: nn.Module | None, targets: Mapping[str, Exported], pipelines: Mapping[str, Pipeline], device: str
     ) -> None:
-        self.student, self.targets, self.pipelines, self.device = student, targets, pipelines, device
+        self.student, self.targets, self.pipelines, self.device = student, dict(targets), pipelines, device
         self.reference = torch_runner(student, device) if student is not None else None
         self.runners: dict[str, Run] = {}
         self.providers: dict[str, str] = {}
@@ -124,12 +132,16 @@ class _Session:
         self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
         self.tallies = {name: Tally() for name in ("torch", *targets, *pipelines)}
         self.count = 0
+        self.absent: dict[str, str] = {}
         for name, exported in targets.items():
             if name in self.problems:
                 continue
             with self._blame(name, "it cannot be loaded"):
                 self.runners[name], self.devices[name] = _start(exported, device)
                 self.providers[name] = str(getattr(self.runners[name], "provider", ""))
+            if exported.device and name in self.problems:
+                self.absent[name] = self.problems[name]
+                del self.targets[name]
 
     @contextlib.contextmanager
     def _blame(self, name: str, what: str) -> Iterator[None]:
@@ -201,7 +213,7 @@ class _Session:
         for name, exported in self.targets.items():
             megabytes = exported.path.stat().st_size / 1e6 if exported.path.is_file() else None
             row = self._row(name, exported.path.name, megabytes, labelled)
-            tolerance = getattr(exported.module, "TOLERANCE", TOLERANCE)
+            tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
             rows.append(_judge(row, expected, gates, tolerance))
         for name in self.pipelines:
             if self.tallies[name].images or name in self.problems:
@@ -218,7 +230,14 @@ class _Session:
             _fail(row, reason)
         return row
 
-    def time(self, rows: list[dict[str, Any]], images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> None:
+    def time(
+        self,
+        rows: list[dict[str, Any]],
+        images: np.ndarray,
+        batch_sizes: Sequence[int],
+        threads: int,
+        bundle: Path | None,
+    ) -> None:
         """Fill in the latency of torch and of every file that runs: one process each, and nothing beside it."""
         self.runners.clear()  # no idle thread pool disturbs the clock
         images = _repeat(images, max(batch_sizes))
@@ -231,7 +250,9 @@ class _Session:
                     row["latency"] = _latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
                 except RuntimeError as error:
                     _fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
-            elif name == "torch" and self.reference is not None:
+            elif name == "torch" and bundle is not None:
+                row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
+            elif name == "torch" and self.reference is not None:  # nobody else can build the network
                 row["latency"] = self._time_torch(images, batch_sizes, threads)
 
     def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[dict[str, Any]]:
@@ -245,6 +266,14 @@ class _Session:
             torch.set_num_threads(before)
 
 
+def time_torch(
+    bundle: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int, compiled: bool = False
+) -> list[dict[str, Any]]:
+    """The latency of a bundle's student in torch, in a process of its own; RuntimeError where it cannot be built."""
+    module = Path(__file__).with_name("_torch_runner.py")
+    return _latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
+
+
 def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray | None) -> np.ndarray:
     """What the runner gives, (B, C); raises ValueError if its shape is not the reference's."""
     out = run(images)
@@ -254,7 +283,9 @@ def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray
 
 
 def _start(exported: Exported, device: str) -> tuple[Run, str]:
-    """A runner on the device, or on the CPU where that backend has no such device; the row's provider says which."""
+    """A runner on its own device, else on `device`, or on the CPU where that backend has none; its provider tells."""
+    if exported.device:
+        return exported.module.runner(exported.path, device=exported.device), exported.device
     try:
         return exported.module.runner(exported.path, device=device), device
     except Exception:

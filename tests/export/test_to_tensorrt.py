@@ -138,7 +138,7 @@ def test_wrong_precision_is_an_error(asked, built, message):
 def engine_file(folder: Path, **changed: str) -> Path:
     path = folder / to_tensorrt.FILE
     path.write_bytes(b"plan")
-    sidecar = HERE | {"engine_sha256": hashlib.sha256(b"plan").hexdigest()} | changed
+    sidecar = HERE | {"onnx": "model.onnx", "engine_sha256": hashlib.sha256(b"plan").hexdigest()} | changed
     (folder / "model.engine.json").write_text(json.dumps(sidecar))
     return path
 
