@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.engine"
+PRECISION = "fp32"
 LATENCY = {"cuda_graph": True}  # how `runner` is asked for when its latency is measured
 
 _OLDEST = (10, 12)
@@ -81,7 +82,7 @@ def write(
     started, path, source = time.perf_counter(), Path(path), Path(onnx)
     here = _here(trt)
     plan, asked, shapes = _build(trt, source, profile, workspace, Path(timing_cache or _default_cache(here)))
-    built = _built_precisions(trt, plan, shapes)
+    built = _built_precisions(trt, plan)
     _check_precisions(asked | _promised(path), built)
     sidecar = {
         **here,
@@ -102,8 +103,9 @@ def runner(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on TensorRT; `.provider` says so, `.infer` takes tensors.
 
-    An engine always runs on a GPU: `device` "cpu" is the first one. `cuda_graph` replays one captured graph per batch
-    size. Raises RuntimeError with the command that rebuilds when the engine is of another TensorRT or another GPU.
+    `.precisions` counts the engine's layers by number type. An engine always runs on a GPU: `device` "cpu" is the first
+    one. `cuda_graph` replays one captured graph per batch size. Raises RuntimeError with the command that rebuilds when
+    the engine is of another TensorRT or another GPU.
     """
     return _Engine(Path(path), device, cuda_graph)
 
@@ -161,14 +163,16 @@ def _asked_precisions(network: Any) -> set[str]:
     return {_NETWORK_TYPES[name] for name in names if name in _NETWORK_TYPES}
 
 
-def _built_precisions(trt: Any, plan: bytes, shapes: dict[str, list[list[int]]]) -> dict[str, int]:
-    """How many layers of the built engine use each number type."""
+def _built_precisions(trt: Any, plan: bytes) -> dict[str, int]:
+    """How many layers of the engine just built use each number type."""
     log = _logger(trt)
-    runtime = trt.Runtime(log)
-    engine = _load(runtime, plan, log, "the engine just built")
-    context = _context(engine)
-    for name, (_, best, _) in shapes.items():
-        context.set_input_shape(name, tuple(best))
+    runtime = trt.Runtime(log)  # must live as long as the engine
+    return _precisions(trt, _load(runtime, plan, log, "the engine just built"))
+
+
+def _precisions(trt: Any, engine: Any) -> dict[str, int]:
+    context, name = _context(engine), _names(trt, engine)[0]
+    context.set_input_shape(name, tuple(engine.get_tensor_profile_shape(name, 0)[1]))
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context  # without shapes the formats of a dynamic engine are not told
     return _layer_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
@@ -192,9 +196,10 @@ class _Engine:
             engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path.with_suffix('.onnx'))})")
             self._engine, self._context = engine, _context(engine)
             self._stream = torch.cuda.Stream()
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self._input = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
-        self._output = next(name for name in names if name != self._input)
+            self.precisions = _precisions(trt, engine)
+        if not _promised(path) <= set(self.precisions):
+            raise RuntimeError(f"{path} has no layer in the precision of its name, only {', '.join(self.precisions)}.")
+        self._input, self._output = _names(trt, engine)
         types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
         self._types = types[engine.get_tensor_dtype(self._input)], types[engine.get_tensor_dtype(self._output)]
         self._largest = engine.get_tensor_profile_shape(self._input, 0)[2][0]
@@ -272,6 +277,13 @@ def _load(runtime: Any, plan: bytes, log: Any, name: str) -> Any:
     if engine is None:
         raise RuntimeError(f"TensorRT cannot load {name}: {_last(log.errors)}")
     return engine
+
+
+def _names(trt: Any, engine: Any) -> tuple[str, str]:
+    """The names of the input and of the output."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    image = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+    return image, next(name for name in names if name != image)
 
 
 def _context(engine: Any) -> Any:
@@ -387,8 +399,6 @@ def _read_engine(path: Path, here: dict[str, Any]) -> bytes:
             raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {rebuild}")
     if sidecar.get("engine_sha256") != hashlib.sha256(plan).hexdigest():
         raise RuntimeError(f"{path} is not the engine that its {_sidecar(path).name} describes. {rebuild}")
-    if not _promised(path) <= set(sidecar.get("precisions", ())):
-        raise RuntimeError(f"{path} has no layer in the precision of its name: {sidecar.get('precisions')}. {rebuild}")
     if source.is_file() and sidecar.get("onnx_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
         raise RuntimeError(f"{path} was built from another {source.name} than the one beside it. {rebuild}")
     return plan

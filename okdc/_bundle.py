@@ -138,10 +138,15 @@ def load_student(folder: Path) -> nn.Module | None:
 
 def can_load(folder: Path) -> bool:
     """Whether timm or torchvision build the student of a bundle."""
+    return loader(folder) != "state_dict"
+
+
+def loader(folder: Path) -> str:
+    """Who builds the student of a bundle: "timm", "torchvision", or nobody: "state_dict"."""
     config = read_json(folder / CONFIG)
-    loader = config.get("okdc", {}).get("loader", "state_dict")
+    claimed = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
-    return loader != "state_dict" and loader == _library(config["architecture"])
+    return claimed if claimed == _library(config["architecture"]) else "state_dict"
 
 
 def _library(architecture: str) -> str:

@@ -112,8 +112,11 @@ def compress(
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
 @click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
+@click.option(
+    "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
+)
 @_flags.settings("export", "data.data")
-def export(source: str, output: str | None, **_: Any) -> None:
+def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
     """Write SOURCE in deployable formats, and verify each against torch on the same images.
 
     SOURCE is a run folder, a saved student, or the name of a network.
@@ -121,10 +124,12 @@ def export(source: str, output: str | None, **_: Any) -> None:
     \b
     okdc export runs/NAME --onnx --trt
     okdc export runs/NAME --onnx --data /imagenet --output deploy
+    okdc export runs/NAME --triton --push-to-hub USER/NAME
     """
     from okdc import _summary, pipeline
 
-    verification = pipeline.export(source, output=output, **_flags.given())  # `model` among them, if it was typed
+    # `model` is among the settings, if it was typed
+    verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **_flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
     _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
@@ -157,11 +162,10 @@ def verify(bundle: str, **_: Any) -> None:
 @click.option(
     "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
 )
-@click.option("--device", default="auto", show_default=True, help="Where: auto, cpu, cuda, cuda:1 …")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
-@_flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data")
+@_flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data", "train.device")
 @_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
-def benchmark(source: str, output: tuple[str, ...], device: str, compiled: bool, **_: Any) -> None:
+def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
 
     A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
@@ -176,7 +180,7 @@ def benchmark(source: str, output: tuple[str, ...], device: str, compiled: bool,
 
     paths = [Path(each) for each in output]
     benchmarks.check_output(paths)
-    report = benchmarks.benchmark(source, device=device, compiled=compiled, **_flags.given())
+    report = benchmarks.benchmark(source, compiled=compiled, **_flags.given())
     for path in paths:
         benchmarks.write(report, path)
     _summary.show_benchmark(report)

@@ -20,7 +20,7 @@ def imported(nodes) -> set[str]:
 
 
 def test_the_targets_are_found():
-    assert set(TARGETS) == {"onnx", "tensorrt", "torch"}
+    assert set(TARGETS) == {"onnx", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"}
 
 
 @pytest.mark.parametrize("name", TARGETS)
