@@ -48,7 +48,7 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return (
             "TensorRT needs an NVIDIA GPU and torch sees none: "
-            "copy the bundle to the device and type there: python to_tensorrt.py model.onnx"
+            "copy to_tensorrt.py and model.onnx to the device and type there: python to_tensorrt.py model.onnx"
         )
     try:
         import tensorrt

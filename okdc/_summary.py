@@ -88,11 +88,12 @@ def show_benchmark(report: dict[str, Any]) -> None:
     console = _console()
     console.print("\n", table, sep="")
     console.print(f"\n{benchmark.title(report)}")
-    for row in report["rows"]:
-        if row["status"] != "ok":
-            console.print(f"[yellow]{row['format']}[/]: {escape(row['status'])}", soft_wrap=True)
+    statuses = dict.fromkeys(row["status"] for row in report["rows"] if row["status"] != "ok")
+    for status in statuses:
+        names = ", ".join(row["format"] for row in report["rows"] if row["status"] == status)
+        console.print(f"[yellow]{names}[/]: {escape(status)}", soft_wrap=True)
     if any(each["contended"] for row in report["rows"] for each in row["latency"]):
-        console.print("Contended: something else was using the processor; measure again on a quiet machine.")
+        console.print("Busy: something else used the processor meanwhile. CPU ms is less disturbed than the others.")
 
 
 def settings_of(name: str) -> str:

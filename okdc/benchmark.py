@@ -23,9 +23,9 @@ from okdc._portable import without_paths
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
 
-COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "contended")
+COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
-_FORMATS = ("onnx", "torch", "fp16", "int8", "trt")  # settings that write one
+_FORMATS = ("onnx", "fp16", "int8", "trt")  # settings that write one
 _BUILDING = ("img_size", "in_chans", "num_classes", "model_kwargs")  # settings of a network that is built here
 
 
