@@ -432,8 +432,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python to_tensorrt.py model.onnx")
+        print("usage: python to_tensorrt.py model.onnx", file=sys.stderr)
+        sys.exit(2)
     try:
         print(json.dumps(write(None, None, Path(sys.argv[1]).with_suffix(".engine"), onnx=sys.argv[1]), indent=2))
     except RuntimeError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -69,7 +69,7 @@ def test_the_name_lists_tell_versions_apart():
     assert "FP16" in NAMES["10.16.1.11"]["BuilderFlag"] and "FP16" not in NAMES["11.0.0.114"]["BuilderFlag"]
 
 
-def test_without_tensorrt_one_sentence(monkeypatch):
+def test_without_tensorrt_one_sentence(monkeypatch, capsys):
     if REASON is None:
         pytest.skip("tensorrt and a CUDA device are here")
     assert REASON.count("\n") == 0 and re.search("python to_tensorrt.py|pip install", REASON)
@@ -78,8 +78,9 @@ def test_without_tensorrt_one_sentence(monkeypatch):
     with pytest.raises(RuntimeError, match=re.escape(REASON)):
         to_tensorrt.runner("never.engine")
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", "model.onnx"])
-    with pytest.raises(SystemExit, match=re.escape(REASON)):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SOURCE), run_name="__main__")
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{REASON}\n"
 
 
 def test_loads_without_torch_or_tensorrt():
