@@ -1,4 +1,4 @@
-"""Export target `tensorrt_int8`: model.int8.engine, built by to_tensorrt.py (beside this) from model.int8.trt.onnx."""
+"""Export target `tensorrt_int8`: model.int8.trt.engine, built by to_tensorrt.py (beside this) from model.int8.trt.onnx."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FILE = "model.int8.engine"
+FILE = "model.int8.trt.engine"
 PRECISION = "int8"
 TOLERANCE = 1.0  # errors as large as the logits; below that, agreement and accuracy judge int8
 LATENCY = {"cuda_graph": True}

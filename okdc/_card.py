@@ -17,6 +17,7 @@ _FILES = {
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
+    "model.engine": "for TensorRT, on the kind of GPU that model.engine.json names",
     "to_tensorrt.py": "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it",
     "triton": "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
