@@ -1,4 +1,4 @@
-"""Export target `tensorrt_int8`: model.int8.trt.engine, built by to_tensorrt.py (beside this) from model.int8.trt.onnx."""
+"""Export target `tensorrt_int8`: model.int8.trt.engine, built by to_tensorrt.py beside this file from the ONNX."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def show_benchmark(report: dict[str, Any]) -> None:
     table = _table(*(column for column in benchmark.COLUMNS if column != "status"))
     for name, status, *cells in benchmark.lines(report):
         if not status.startswith("unavailable"):
-            table.add_row(escape(name) if status == "ok" else f"[red]{escape(name)}[/]", *cells)
+            table.add_row(escape(name) if status.startswith("ok") else f"[red]{escape(name)}[/]", *cells)
     console = _console()
     console.print("\n", table, sep="")
     console.print(f"\n{benchmark.title(report)}")

@@ -38,6 +38,7 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
     """
     where = str(choose_device(device))
     with tempfile.TemporaryDirectory() as scratch:
+        reasons: dict[str, str] = {}
         folder = _find(Path(source))
         building = {key: settings.pop(key) for key in _BUILDING if key in settings}
         if folder is not None and building:
@@ -47,14 +48,14 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
         if folder is None:
             if "data" in settings:
                 raise RecipeError(f"{source} is a name, built with random weights: leave --data out.")
-            folder = _write(override(Recipe(), {"model": str(source), **building}), Path(scratch))
+            folder, reasons = _write(override(Recipe(), {"model": str(source), **building}), Path(scratch))
             settings |= {"max_drop": 100.0, "min_agreement": 0.0}  # random weights agree on little
         verification = pipeline.verify(folder, device=where, **settings)
         export = override(Recipe(), settings).export
         rows = _torch(folder, verification, export, compiled)
         rows += [_row(each) for each in verification["rows"] if each["name"] not in ("torch", "predict.py")]
         skipped = {each["target"]: each["reason"] for each in verification["skipped"] if each["target"] != "predict.py"}
-        rows += [_absent(name, reason) for name, reason in (_missing(folder) | skipped).items()]
+        rows += [_absent(name, reason) for name, reason in (_missing(folder) | reasons | skipped).items()]
     facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
     return {"schema_version": 1, "source": without_paths(str(source)), **facts, "rows": rows}
 
@@ -105,8 +106,8 @@ def _find(path: Path) -> Path | None:
     return None
 
 
-def _write(wanted: Recipe, scratch: Path) -> Path:
-    """The bundle of an untrained network in every format; what cannot be written is missing in it."""
+def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
+    """The bundle of an untrained network in every format, and why some are not in it."""
     name, folder = wanted.network.model, scratch / "export"
     network = networks.load(wanted.network, typed=[name])
     config = networks.data_config(network, wanted.network)
@@ -114,13 +115,17 @@ def _write(wanted: Recipe, scratch: Path) -> Path:
     settings = ExportSettings(**formats, batch_sizes=[], max_drop=100.0, min_agreement=0.0)  # type: ignore[arg-type]
     classes = networks.check_input(network, config["input_size"]).shape[1]
     try:
-        exporting.export_bundle(
+        verification = exporting.export_bundle(
             network, None, settings, folder, arch=name, model_args=dict(wanted.network.model_kwargs),
             preprocess=config, classes=tuple(map(str, range(classes))),
         )  # fmt: skip
-    except exporting.UnfitError:
-        return exporting.failed_folder(folder)
-    return folder
+    except exporting.UnfitError as error:
+        verification, folder = error.verification, exporting.failed_folder(folder)
+    reasons = {
+        each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in _shipped.targets()
+    }
+    missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).is_file())
+    return folder, reasons | {row["name"]: row["reason"] for row in missing}
 
 
 def _torch(
@@ -134,7 +139,7 @@ def _torch(
     if not compiled:
         return [eager]
     sizes, threads = settings.batch_sizes, verification["threads"]
-    shape = max(sizes), *exporting.read(folder)["preprocess"]["input_size"]
+    shape = max(sizes, default=1), *exporting.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
         latency = verify.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
@@ -157,7 +162,7 @@ def _missing(folder: Path) -> dict[str, str]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    status = "ok" if row["pass"] else f"not fit: {row['reason']}"
+    status = "; ".join(filter(None, ["ok", row["reason"]])) if row["pass"] else f"not fit: {row['reason']}"
     return {"format": row["name"], "status": status} | {
         key: row[key] for key in ("file", "mb", "top1", "provider", "latency")
     }

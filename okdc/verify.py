@@ -243,17 +243,17 @@ class _Session:
         images = _repeat(images, max(batch_sizes))
         for row in rows:
             name = row["name"]
-            if name in self.targets and name not in self.problems:
-                exported = self.targets[name]
-                module, where = Path(str(exported.module.__file__)), self.devices[name]
-                try:
+            try:
+                if name in self.targets and name not in self.problems:
+                    exported = self.targets[name]
+                    module, where = Path(str(exported.module.__file__)), self.devices[name]
                     row["latency"] = _latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
-                except RuntimeError as error:
-                    _fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
-            elif name == "torch" and bundle is not None:
-                row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
-            elif name == "torch" and self.reference is not None:  # nobody else can build the network
-                row["latency"] = self._time_torch(images, batch_sizes, threads)
+                elif name == "torch" and bundle is not None:
+                    row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
+                elif name == "torch" and self.reference is not None:  # nobody else can build the network
+                    row["latency"] = self._time_torch(images, batch_sizes, threads)
+            except RuntimeError as error:
+                _fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
 
     def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[dict[str, Any]]:
         assert self.reference is not None
