@@ -103,9 +103,9 @@ def runner(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on TensorRT; `.provider` says so, `.infer` takes tensors.
 
-    `.precisions` counts the engine's layers by number type. An engine always runs on a GPU: `device` "cpu" is the first
-    one. `cuda_graph` replays one captured graph per batch size. Raises RuntimeError with the command that rebuilds when
-    the engine is of another TensorRT or another GPU.
+    `.precisions` counts the engine's layers by number type, `.device` is the GPU: an engine always runs on one, the
+    first where `device` is "cpu". `cuda_graph` replays one captured graph per batch size. Raises RuntimeError with the
+    command that rebuilds when the engine is of another TensorRT or another GPU.
     """
     return _Engine(Path(path), device, cuda_graph)
 
@@ -204,6 +204,7 @@ class _Engine:
         self._types = types[engine.get_tensor_dtype(self._input)], types[engine.get_tensor_dtype(self._output)]
         self._largest = engine.get_tensor_profile_shape(self._input, 0)[2][0]
         self._graphs: dict[int, tuple[Any, ...]] | None = {} if cuda_graph else None
+        self.device = str(self._device)
         self.provider = f"TensorRT {trt.__version__} on {torch.cuda.get_device_name(self._device)}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -287,7 +287,8 @@ def _start(exported: Exported, device: str) -> tuple[Run, str]:
     if exported.device:
         return exported.module.runner(exported.path, device=exported.device), exported.device
     try:
-        return exported.module.runner(exported.path, device=device), device
+        run = exported.module.runner(exported.path, device=device)
+        return run, getattr(run, "device", device)  # an engine has its own, whatever is asked for
     except Exception:
         if device == "cpu":
             raise
