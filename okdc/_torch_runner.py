@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,20 +31,7 @@ def runner(
     forward = torch.compile(network, dynamic=False) if compiled else network
 
     def run(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode():
             return forward(torch.from_numpy(images).to(device)).cpu().numpy()
 
     return run
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the compiler has to say is not about the network."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
