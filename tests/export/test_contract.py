@@ -20,7 +20,7 @@ def imported(nodes) -> set[str]:
 
 
 def test_the_targets_are_found():
-    assert set(TARGETS) == {"onnx", "tensorrt", "torch"}
+    assert set(TARGETS) == {"onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "torch"}
 
 
 @pytest.mark.parametrize("name", TARGETS)
