@@ -139,6 +139,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     wrong_labels = _wrong_labels(facts["classes"], data)
     if wrong_labels:
         verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
+    if not all(row["pass"] for row in verification["rows"]):
         verification["verdict"] = "fail"
     skipped += _unchecked(verification, folder)
     return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
@@ -302,7 +303,8 @@ def _data_facts(data: Any | None) -> dict[str, Any]:
 def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:
     """How the bundle's labels differ from the names of the data's classes, where these have names."""
     names = tuple(getattr(data, "classes", labels))
-    if names == tuple(labels) or names == tuple(str(index) for index in range(len(labels))):
+    numbers = tuple(str(index) for index in range(len(labels)))  # data without names; but they may be the names
+    if names == tuple(labels) or (names == numbers and set(names) != set(labels)):
         return None
     if len(names) != len(labels):
         return f"it has {len(labels)} labels, the data {len(names)} classes"

@@ -24,6 +24,7 @@ from torch import nn
 from okdc import _latency
 from okdc._gates import NO_WISHES, Gates, fail, judge, verdict, weigh
 from okdc._portable import one_line, without_paths
+from okdc._schema import VERSION
 from okdc._tally import Tally
 from okdc.errors import DataError
 
@@ -89,7 +90,7 @@ def compare(
         session.time(rows, first, batch_sizes, threads)
     recommended = weigh(rows)
     return {
-        "schema_version": 2,
+        "schema_version": VERSION,
         "verdict": verdict(rows, labelled),
         "recommended": recommended,
         "images": session.count,
