@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.onnx"
+PRECISION = "fp32"
 
 _INPUT, _OUTPUT = "input", "logits"
 # Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.
@@ -36,6 +38,7 @@ _PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensorrt": ("TensorrtExecutionProvider", {}),
 }
 _LARGEST = 32  # images at once that TensorRT's provider is prepared for; more make it build again
+_TYPES = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16"}  # onnx.TensorProto's numbers of what layers use
 
 
 def available() -> str | None:
@@ -58,8 +61,9 @@ def write(
     """Write `student` as float32 ONNX, "input" (batch, C, H, W) -> "logits" (batch, classes), and say what was written.
 
     Only the shape of `example` (B, C, H, W) is used. `student` is left untouched: a copy is put in eval mode on the
-    CPU, re-parameterised and exported; `rel_error` is the largest difference from torch over the largest logit, on
-    noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file that agrees.
+    CPU, re-parameterised (`parameters` are left) and exported; `rel_error` is the largest difference from torch over
+    the largest logit, on noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file
+    that agrees.
     """
     if opset not in _OPSETS:
         raise RuntimeError(f"opset {opset} is not supported: give one from {_OPSETS[0]} to {_OPSETS[-1]} (20 is best).")
@@ -81,7 +85,8 @@ def write(
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime; `.provider` is the one really in use.
 
-    Raises RuntimeError when onnxruntime cannot use `device`, where it would silently use the CPU instead.
+    `.precisions` counts the file's multiplying layers by number type. Raises RuntimeError when onnxruntime cannot use
+    `device`, where it would silently use the CPU instead.
     """
     return _Session(str(path), device, threads)
 
@@ -100,6 +105,7 @@ class _Session:
         options.log_severity_level = 3  # errors only: a GPU build says much on a machine without one
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
+        self._model = model
         settings = settings | ({"device_id": index} if index else {})
         try:
             if kind == "tensorrt":
@@ -120,6 +126,21 @@ class _Session:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: images})[0]
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Multiplying layers by the number type of their weights (of the second factor, where both are activations)."""
+        import onnx
+
+        graph = (onnx.load_from_string(self._model) if isinstance(self._model, bytes) else onnx.load(self._model)).graph
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        types |= {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear":
+                types[node.output[0]] = types.get(node.input[2] if len(node.input) > 2 else node.input[0], 0)
+        layers = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+        found = Counter(_TYPES.get(types.get(node.input[1], 0)) for node in layers)
+        return {name: found[name] for name in sorted(filter(None, found))}
 
 
 def _shapes(session: Any) -> dict[str, str]:
@@ -156,6 +177,7 @@ def _export(
         network = copy.deepcopy(student).to("cpu", torch.float32).eval()
         expected = _logits(network, images)
         network = _reparameterized(network)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         failures = []
         for way, exporter, context in (
             ("dynamo", _dynamo, contextlib.nullcontext()),
@@ -166,7 +188,8 @@ def _export(
                 with context:
                     proto = _clean(exporter(network, images, opset), metadata)
                 _check(proto, opset)
-                return proto, {"path": way, "rel_error": _difference(proto, images.numpy(), expected)}
+                relative = _difference(proto, images.numpy(), expected)
+                return proto, {"path": way, "rel_error": relative, "parameters": parameters}
             except Exception as error:  # the exporters raise anything
                 failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     raise RuntimeError("torch.onnx cannot export this network. " + "; ".join(failures))

@@ -111,6 +111,13 @@ def write_config(
     write_json(path, config | {"okdc": {"version": okdc.__version__, "loader": "state_dict"}})
 
 
+def recommend(folder: Path, file: str | None) -> None:
+    """Note in config.json which file predict.py runs: the recommended one, if it is ONNX."""
+    config = read_json(folder / CONFIG)
+    if file and file.endswith(".onnx"):
+        write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"model": file}})
+
+
 def settle_loader(folder: Path) -> str | None:
     """Try whether timm or torchvision rebuild the student from the folder alone, and note it in config.json.
 

@@ -105,7 +105,7 @@ def compress(
     from okdc import _summary
 
     _summary.show_result(result)
-    _require_engine(result.verification, resolved.export.trt)
+    _require_asked(result.verification, resolved.export.trt, resolved.export.int8)
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Write and verify what you deploy.")
@@ -122,7 +122,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     SOURCE is a run folder, a saved student, or the name of a network.
 
     \b
-    okdc export runs/NAME --onnx --trt
+    okdc export runs/NAME --int8 --fp16 --trt
     okdc export runs/NAME --onnx --data /imagenet --output deploy
     okdc export runs/NAME --triton --push-to-hub USER/NAME
     """
@@ -133,7 +133,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
     _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
-    _require_engine(verification, _flags.given().get("trt"))
+    _require_asked(verification, _flags.given().get("trt"), _flags.given().get("int8"))
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
@@ -278,11 +278,13 @@ def _examine_all(
     _summary.show_sweep(rows, zoo.summary(rows), output)
 
 
-def _require_engine(verification: dict[str, Any] | None, asked: bool | None) -> None:
-    """Fail with exit code 2 when an engine was asked for that this machine cannot build; everything else is written."""
+def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: bool | None) -> None:
+    """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
     reasons = {each["target"]: each["reason"] for each in (verification or {}).get("skipped", [])}
-    if asked and "tensorrt" in reasons:
+    if trt and "tensorrt" in reasons:
         raise ExportError(f"no TensorRT engine was written: {reasons['tensorrt']}")
+    if int8 and "onnx_int8" in reasons:
+        raise ExportError(f"no int8 file was written: {reasons['onnx_int8']}")
 
 
 @main.command(short_help="List the methods, or show the card of one.")

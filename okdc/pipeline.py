@@ -94,7 +94,8 @@ def compress(
     result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
     further: list[dict[str, Any]] = []
     try:
-        if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
+        formats = wanted.export
+        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
             if (byproducts or lost) and wanted.export.byproducts:
                 further = [_byproducts.student_row(arch, result.student, data, result.verification)]

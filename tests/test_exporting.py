@@ -354,7 +354,9 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:
-    assert set(_shipped.targets()) == {"onnx", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"}
+    assert set(_shipped.targets()) == {
+        "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"
+    }  # fmt: skip
     assert _shipped.target("onnx") is _shipped.target("onnx")
     with pytest.raises(ExportError, match="Did you mean onnx"):
         _shipped.target("onx")
