@@ -21,7 +21,7 @@ from okdc.recipe import ExportSettings
 
 
 class Hub(ThreadingHTTPServer):
-    """The five answers of the Hugging Face hub that an upload asks for; keeps what each commit holds."""
+    """The six answers of the Hugging Face hub that an upload asks for; keeps what each commit holds."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
@@ -51,6 +51,8 @@ class _Answers(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path.endswith("/repos/create"):
             self._say({"url": f"{self.server.address}/me/net", "name": "me/net"})
+        elif self.path.endswith("/validate-yaml"):
+            self._say({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = [
                 {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
