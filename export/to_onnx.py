@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,12 +25,20 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.onnx"
+PRECISION = "fp32"
 
 _INPUT, _OUTPUT = "input", "logits"
 # Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.
 _OPSETS = range(18, 23)
 _SAME = 1e-3  # rounding is a hundred times smaller; more than this is another network
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What runs on which device, and how: float32 means it on CUDA too, so no TF32 (TensorRT's provider has no such switch).
+_PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+    "tensorrt": ("TensorrtExecutionProvider", {}),
+}
+_LARGEST = 32  # images at once that TensorRT's provider is prepared for; more make it build again
+_TYPES = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16"}  # onnx.TensorProto's numbers of what layers use
 
 
 def available() -> str | None:
@@ -52,8 +61,9 @@ def write(
     """Write `student` as float32 ONNX, "input" (batch, C, H, W) -> "logits" (batch, classes), and say what was written.
 
     Only the shape of `example` (B, C, H, W) is used. `student` is left untouched: a copy is put in eval mode on the
-    CPU, re-parameterised and exported; `rel_error` is the largest difference from torch over the largest logit, on
-    noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file that agrees.
+    CPU, re-parameterised (`parameters` are left) and exported; `rel_error` is the largest difference from torch over
+    the largest logit, on noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file
+    that agrees.
     """
     if opset not in _OPSETS:
         raise RuntimeError(f"opset {opset} is not supported: give one from {_OPSETS[0]} to {_OPSETS[-1]} (20 is best).")
@@ -75,7 +85,8 @@ def write(
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime; `.provider` is the one really in use.
 
-    Raises RuntimeError when onnxruntime cannot use `device`, where it would silently use the CPU instead.
+    `.precisions` counts the file's multiplying layers by number type. Raises RuntimeError when onnxruntime cannot use
+    `device`, where it would silently use the CPU instead.
     """
     return _Session(str(path), device, threads)
 
@@ -87,29 +98,57 @@ class _Session:
         import onnxruntime
 
         kind, _, index = device.partition(":")
-        wanted = _PROVIDERS.get(kind)
-        if wanted is None:
-            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda or cuda:N.")
+        if kind not in _PROVIDERS:
+            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda, cuda:N or tensorrt.")
+        wanted, settings = _PROVIDERS[kind]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: a GPU build says much on a machine without one
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
-        settings = {"device_id": index} if index else {}
+        self._model = model
+        settings = settings | ({"device_id": index} if index else {})
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[(wanted, settings)])
+            if kind == "tensorrt":
+                settings = _shapes(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+            # Else onnxruntime goes on on the CPU, now or in the middle of a run, when the provider fails.
+            self._session = onnxruntime.InferenceSession(model, options, [(wanted, settings)], enable_fallback=0)
         except Exception as error:  # onnxruntime's own errors share no base class
             name = model if isinstance(model, str) else "the exported model"
             raise RuntimeError(f"onnxruntime cannot load {name}: {error}") from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
             raise RuntimeError(
-                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the CUDA libraries it needs are "
-                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]', or use the cpu device."
+                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the libraries it needs are "
+                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]' (and, for the TensorRT "
+                "provider, 'tensorrt<11'), or use the cpu device."
             )
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: images})[0]
+
+    @property
+    def precisions(self) -> dict[str, int]:
+        """Multiplying layers by the number type of their weights (of the second factor, where both are activations)."""
+        import onnx
+
+        graph = (onnx.load_from_string(self._model) if isinstance(self._model, bytes) else onnx.load(self._model)).graph
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        types |= {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear":
+                types[node.output[0]] = types.get(node.input[2] if len(node.input) > 2 else node.input[0], 0)
+        layers = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+        found = Counter(_TYPES.get(types.get(node.input[1], 0)) for node in layers)
+        return {name: found[name] for name in sorted(filter(None, found))}
+
+
+def _shapes(session: Any) -> dict[str, str]:
+    """The batch sizes that TensorRT's provider shall be prepared for, so that it builds once."""
+    image = session.get_inputs()[0]
+    sides = "x".join(str(side) for side in image.shape[1:])
+    sizes = {"min": 1, "opt": 8, "max": _LARGEST}
+    return {f"trt_profile_{key}_shapes": f"{image.name}:{batch}x{sides}" for key, batch in sizes.items()}
 
 
 @contextlib.contextmanager
@@ -138,6 +177,7 @@ def _export(
         network = copy.deepcopy(student).to("cpu", torch.float32).eval()
         expected = _logits(network, images)
         network = _reparameterized(network)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
         failures = []
         for way, exporter, context in (
             ("dynamo", _dynamo, contextlib.nullcontext()),
@@ -148,7 +188,8 @@ def _export(
                 with context:
                     proto = _clean(exporter(network, images, opset), metadata)
                 _check(proto, opset)
-                return proto, {"path": way, "rel_error": _difference(proto, images.numpy(), expected)}
+                relative = _difference(proto, images.numpy(), expected)
+                return proto, {"path": way, "rel_error": relative, "parameters": parameters}
             except Exception as error:  # the exporters raise anything
                 failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     raise RuntimeError("torch.onnx cannot export this network. " + "; ".join(failures))

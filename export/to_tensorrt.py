@@ -1,8 +1,8 @@
 """Export target `tensorrt`: model.engine for the GPU of this machine, and model.engine.json: what it is tied to.
 
-Needs torch, numpy, tensorrt 10.12 or newer and an NVIDIA GPU; onnx, onnxscript and onnxruntime only when the ONNX is
-not there yet. One path serves TensorRT 10 and 11: strongly typed, so the precision is the one written in the ONNX.
-On the device, without anything else of okdc: python to_tensorrt.py model.onnx
+Needs torch, numpy, tensorrt 10.12 or newer and an NVIDIA GPU. One path serves TensorRT 10 and 11: strongly typed, so
+the precision is the one written in the ONNX (float32, float16, or int8 with symmetric Q/DQ nodes), and float32 means
+it: no TF32. On the device, without anything else of okdc: python to_tensorrt.py model.onnx
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.engine"
+PRECISION = "fp32"
+LATENCY = {"cuda_graph": True}  # how `runner` is asked for when its latency is measured
 
 _OLDEST = (10, 12)
 _INSTALL = "pip install 'tensorrt>=10.12'"
@@ -46,7 +48,7 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return (
             "TensorRT needs an NVIDIA GPU and torch sees none: "
-            "copy the ONNX to the device and run there: python to_tensorrt.py model.onnx"
+            "copy to_tensorrt.py and model.onnx to the device and type there: python to_tensorrt.py model.onnx"
         )
     try:
         import tensorrt
@@ -63,26 +65,25 @@ def write(
     path: str | Path,
     *,
     onnx: str | Path | None = None,
-    opset: int = 20,
-    metadata: dict[str, str] | None = None,
     profile: tuple[int, int, int] = (1, 8, 32),
     workspace: int = 4 << 30,
     timing_cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Build an engine from the ONNX file `onnx` (else from `student`, written beside) and say what was built.
+    """Write the engine of the ONNX file `onnx`, from which alone it is built, and its sidecar; say what was built.
 
+    The precision is the graph's; a `path` such as model.fp16.engine promises it, and an engine without it is refused.
     `profile`: smallest, best and largest batch; `workspace`: bytes that a layer may use; `timing_cache`: file that
     makes the next build fast, in the user's cache by default. Raises RuntimeError when TensorRT is not available,
     refuses the graph, or builds it in another precision than asked.
     """
     trt = _tensorrt()
-    started, path = time.perf_counter(), Path(path)
-    _check_profile(profile)
-    source = Path(onnx) if onnx else _write_onnx(student, example, path, opset=opset, metadata=metadata)
+    if onnx is None:
+        raise RuntimeError("An engine is built from ONNX: give onnx=path of a model.onnx, or export with --onnx too.")
+    started, path, source = time.perf_counter(), Path(path), Path(onnx)
     here = _here(trt)
     plan, asked, shapes = _build(trt, source, profile, workspace, Path(timing_cache or _default_cache(here)))
-    built = _built_precisions(trt, plan, shapes)
-    _check_precisions(asked, built)
+    built = _built_precisions(trt, plan)
+    _check_precisions(asked | _promised(path), built)
     sidecar = {
         **here,
         "profile": shapes,
@@ -102,26 +103,14 @@ def runner(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on TensorRT; `.provider` says so, `.infer` takes tensors.
 
-    An engine always runs on a GPU: `device` "cpu" is the first one. `cuda_graph` replays one captured graph per batch
-    size. Raises RuntimeError with the command that rebuilds when the engine is of another TensorRT or another GPU.
+    `.precisions` counts the engine's layers by number type, `.device` is the GPU: an engine always runs on one, the
+    first where `device` is "cpu". `cuda_graph` replays one captured graph per batch size. Raises RuntimeError with the
+    command that rebuilds when the engine is of another TensorRT or another GPU.
     """
     return _Engine(Path(path), device, cuda_graph)
 
 
 # ---- building
-
-
-def _write_onnx(student: Any, example: Any, path: Path, **options: Any) -> Path:
-    """Write model.onnx beside the engine with the export target next to this file."""
-    if student is None:
-        raise RuntimeError("There is nothing to build an engine from: give the network, or onnx=path of a model.onnx.")
-    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
-    assert spec is not None and spec.loader is not None
-    to_onnx = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(to_onnx)
-    source = path.with_name(to_onnx.FILE)
-    to_onnx.write(student, example, source, **options)
-    return source
 
 
 def _build(
@@ -138,6 +127,7 @@ def _build(
         raise RuntimeError(_parser_errors(source, (parser.get_error(i) for i in range(parser.num_errors))))
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and costs float32 three digits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector reads the precisions from this
     shapes = _add_profile(builder, network, config, batches)
     timings = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
@@ -160,7 +150,9 @@ def _add_profile(builder: Any, network: Any, config: Any, batches: tuple[int, in
     profile = builder.create_optimization_profile()
     profile.set_shape(tensor.name, *shapes)
     if not profile or config.add_optimization_profile(profile) < 0:
-        raise RuntimeError(f"TensorRT refuses the batch sizes {batches} for an input of shape {tuple(tensor.shape)}.")
+        raise RuntimeError(
+            f"TensorRT refuses profile={batches}: give the smallest, best and largest batch, such as (1, 8, 32)."
+        )
     return {tensor.name: shapes}
 
 
@@ -171,14 +163,16 @@ def _asked_precisions(network: Any) -> set[str]:
     return {_NETWORK_TYPES[name] for name in names if name in _NETWORK_TYPES}
 
 
-def _built_precisions(trt: Any, plan: bytes, shapes: dict[str, list[list[int]]]) -> dict[str, int]:
-    """How many layers of the built engine use each number type."""
+def _built_precisions(trt: Any, plan: bytes) -> dict[str, int]:
+    """How many layers of the engine just built use each number type."""
     log = _logger(trt)
-    runtime = trt.Runtime(log)
-    engine = _load(runtime, plan, log, "the engine just built")
-    context = _context(engine)
-    for name, (_, best, _) in shapes.items():
-        context.set_input_shape(name, tuple(best))
+    runtime = trt.Runtime(log)  # must live as long as the engine
+    return _precisions(trt, _load(runtime, plan, log, "the engine just built"))
+
+
+def _precisions(trt: Any, engine: Any) -> dict[str, int]:
+    context, name = _context(engine), _names(trt, engine)[0]
+    context.set_input_shape(name, tuple(engine.get_tensor_profile_shape(name, 0)[1]))
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context  # without shapes the formats of a dynamic engine are not told
     return _layer_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
@@ -194,21 +188,23 @@ class _Engine:
         trt = _tensorrt()
         import torch
 
-        self._device = torch.device("cuda" if device == "cpu" else device)
+        self._device = _gpu(device)
         with torch.cuda.device(self._device):
             plan = _read_engine(path, _here(trt))
             self._log = _logger(trt)  # must outlive the runtime
             self._runtime = trt.Runtime(self._log)
-            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path)})")
+            engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path.with_suffix('.onnx'))})")
             self._engine, self._context = engine, _context(engine)
             self._stream = torch.cuda.Stream()
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        self._input = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
-        self._output = next(name for name in names if name != self._input)
+            self.precisions = _precisions(trt, engine)
+        if not _promised(path) <= set(self.precisions):
+            raise RuntimeError(f"{path} has no layer in the precision of its name, only {', '.join(self.precisions)}.")
+        self._input, self._output = _names(trt, engine)
         types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
         self._types = types[engine.get_tensor_dtype(self._input)], types[engine.get_tensor_dtype(self._output)]
         self._largest = engine.get_tensor_profile_shape(self._input, 0)[2][0]
         self._graphs: dict[int, tuple[Any, ...]] | None = {} if cuda_graph else None
+        self.device = str(self._device)
         self.provider = f"TensorRT {trt.__version__} on {torch.cuda.get_device_name(self._device)}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -284,6 +280,13 @@ def _load(runtime: Any, plan: bytes, log: Any, name: str) -> Any:
     return engine
 
 
+def _names(trt: Any, engine: Any) -> tuple[str, str]:
+    """The names of the input and of the output."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    image = next(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+    return image, next(name for name in names if name != image)
+
+
 def _context(engine: Any) -> Any:
     context = engine.create_execution_context()
     if context is None:
@@ -328,6 +331,12 @@ def _here(trt: Any) -> dict[str, Any]:
     return {"tensorrt": trt.__version__, "cuda": torch.version.cuda, "gpu": gpu, "compute_capability": capability}
 
 
+def _gpu(device: str) -> torch.device:
+    import torch
+
+    return torch.device("cuda" if device == "cpu" else device)
+
+
 # ---- pure helpers
 
 
@@ -339,11 +348,6 @@ def _default_cache(here: dict[str, Any]) -> Path:
     """One file per TensorRT and kind of GPU, as timings of another are of no use."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "okdc"
     return folder / f"tensorrt-{here['tensorrt']}-sm{here['compute_capability']}.timing"
-
-
-def _check_profile(batches: tuple[int, int, int]) -> None:
-    if len(batches) != 3 or not 1 <= batches[0] <= batches[1] <= batches[2]:
-        raise RuntimeError(f"profile={batches} must be the smallest, best and largest batch, such as (1, 8, 32).")
 
 
 def _parser_errors(source: Path, errors: Iterable[Any]) -> str:
@@ -367,6 +371,11 @@ def _layer_precisions(information: str) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
+def _promised(path: Path) -> set[str]:
+    """The precision in the name of an engine, such as fp16 in model.fp16.engine."""
+    return {"fp16", "int8"} & set(path.name.split("."))
+
+
 def _check_precisions(asked: set[str], built: dict[str, int]) -> None:
     """fp32 is everywhere (inputs, logits, scales); what counts is which cheaper types are there."""
     if not built:
@@ -378,16 +387,21 @@ def _check_precisions(asked: set[str], built: dict[str, int]) -> None:
 
 
 def _read_engine(path: Path, here: dict[str, Any]) -> bytes:
-    """The engine's bytes, if its sidecar says that it belongs to this machine."""
+    """The engine's bytes, if its sidecar says that it belongs to this machine and to the ONNX beside it."""
+    rebuild = _rebuild(path.with_suffix(".onnx"))
     try:
         plan, sidecar = path.read_bytes(), json.loads(_sidecar(path).read_text())
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {_rebuild(path)}") from error
+        source = path.with_name(sidecar["onnx"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {rebuild}") from error
+    rebuild = _rebuild(source)
     for key in ("tensorrt", "compute_capability"):
         if sidecar.get(key) != here[key]:
-            raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {_rebuild(path)}")
+            raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {rebuild}")
     if sidecar.get("engine_sha256") != hashlib.sha256(plan).hexdigest():
-        raise RuntimeError(f"{path} is not the engine that its {_sidecar(path).name} describes. {_rebuild(path)}")
+        raise RuntimeError(f"{path} is not the engine that its {_sidecar(path).name} describes. {rebuild}")
+    if source.is_file() and sidecar.get("onnx_sha256") != hashlib.sha256(source.read_bytes()).hexdigest():
+        raise RuntimeError(f"{path} was built from another {source.name} than the one beside it. {rebuild}")
     return plan
 
 
@@ -395,8 +409,8 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _rebuild(path: Path) -> str:
-    return f"Build it here: python {Path(__file__).name} {path.with_name('model.onnx')}"
+def _rebuild(source: Path) -> str:
+    return f"Build it here: python {Path(__file__)} {source}"
 
 
 def _last(errors: list[str]) -> str:
@@ -419,8 +433,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python to_tensorrt.py model.onnx")
+        print("usage: python to_tensorrt.py model.onnx", file=sys.stderr)
+        sys.exit(2)
     try:
-        print(json.dumps(write(None, None, Path(sys.argv[1]).with_name(FILE), onnx=sys.argv[1]), indent=2))
+        print(json.dumps(write(None, None, Path(sys.argv[1]).with_suffix(".engine"), onnx=sys.argv[1]), indent=2))
     except RuntimeError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -117,6 +117,13 @@ def write_config(
     write_json(path, config | {"okdc": own})
 
 
+def recommend(folder: Path, file: str | None) -> None:
+    """Note in config.json which file predict.py runs: the recommended one, if it is ONNX."""
+    config = read_json(folder / CONFIG)
+    if file and file.endswith(".onnx"):
+        write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"model": file}})
+
+
 def settle_loader(folder: Path) -> str | None:
     """Try whether timm or torchvision rebuild the student from the folder alone, and note it in config.json.
 
@@ -139,17 +146,25 @@ def settle_loader(folder: Path) -> str | None:
 
 def load_student(folder: Path) -> nn.Module | None:
     """The student of a bundle, or None if neither timm nor torchvision can build it."""
+    return _build(folder, read_json(folder / CONFIG)).eval() if can_load(folder) else None
+
+
+def can_load(folder: Path) -> bool:
+    """Whether timm or torchvision build the student of a bundle."""
+    return loader(folder) != "state_dict"
+
+
+def loader(folder: Path) -> str:
+    """Who builds the student of a bundle: "timm", "torchvision", or nobody: "state_dict"."""
     config = read_json(folder / CONFIG)
-    loader = config.get("okdc", {}).get("loader", "state_dict")
+    claimed = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
-    if loader == "state_dict" or loader != _library(base(config)):
-        return None
-    return _build(folder, config).eval()
+    return claimed if claimed == _library(base(config)) else "state_dict"
 
 
 def base(config: dict[str, Any]) -> str:
     """The architecture that was changed, or that it is where nothing was."""
-    return config["okdc"].get("base") or config["architecture"]
+    return config.get("okdc", {}).get("base") or config["architecture"]
 
 
 def _library(architecture: str) -> str:

@@ -8,16 +8,24 @@ from typing import Any
 
 from okdc import _stem
 from okdc._bundle import CONFIG, WEIGHTS
+from okdc._gates import is_variant
 from okdc._portable import portable
 
 PROGRAM = "model.pt2"
 
 _FILES = {
+    "model.onnx": "the network in float32, for onnxruntime",
+    "model.fp16.onnx": "in float16, with float32 inputs and outputs",
+    "model.int8.onnx": "in 8 bits, for CPUs",
+    "model.int8.trt.onnx": "in 8 bits, from which TensorRT builds an engine",
     WEIGHTS: "the weights",
     PROGRAM: "the network as a program that torch alone can run",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
+    "model.engine": "for TensorRT, on the kind of GPU that model.engine.json names",
+    "to_tensorrt.py": "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it",
+    "triton": "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",
@@ -56,16 +64,41 @@ def _results(verification: dict) -> str:
         shares = (_number(row[key], "{:.2f}") for key in ("top1", "top5", "agreement"))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
-        verdict = "pass" if row["pass"] else f"**fail**: {row['reason']}"
+        verdict = _verdict(row)
         cells = [row["name"], row["file"] or "", _number(row["mb"], "{:.1f}"), *shares, _number(row["rel"], "{:.0e}")]
         lines.append(_line([*cells, *latency, verdict]))
     kind = "random inputs (there were no validation images)" if verification["verdict"] == "parity_only" else "images"
     cpu = verification["environment"].get("cpu", "")
     text = f"Measured on {verification['images']} {kind}, device {verification['device']}"
     skipped = [f"- {entry['target']} was skipped: {entry['reason']}" for entry in verification["skipped"]]
-    return "\n".join(
-        ["## Results", "", *lines, "", f"{text} ({cpu}); latency on {verification['threads']} thread(s).", *skipped]
-    )
+    text += f" ({cpu}); latency on {verification['threads']} thread(s)."
+    return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
+
+
+def _verdict(row: dict) -> str:
+    if not row["pass"]:
+        return f"**fail**: {row['reason']}" + (", so it is not in this folder" if is_variant(row) else "")
+    return "pass" if row["reason"] is None else f"pass; {row['reason']}"
+
+
+def _remarks(verification: dict) -> list[str]:
+    """What is recommended, how many parameters are left after fusing, and what int8 was calibrated on."""
+    recommended, exports = verification["recommended"], verification["exports"]
+    lines = [f"- **Recommended here: `{recommended['file']}`**: {recommended['why']}."] if recommended else []
+    before, after = verification["parameters"], exports.get("onnx", {}).get("parameters")
+    if after and after != before:
+        lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
+    drawn = verification["calibration"]
+    if drawn:
+        source = "as they come in training" if drawn["augmented"] else f"drawn with seed {drawn['seed']}"
+        lines.append(f"- int8 is calibrated on {drawn['images']} training images, {source}.")
+    for name, facts in exports.items():
+        if facts.get("kept_in_float"):
+            kept = ", ".join(
+                f"`{each['layer']}`" if isinstance(each, dict) else each for each in facts["kept_in_float"]
+            )
+            lines.append(f"- {name} keeps in float: {kept}.")
+    return lines
 
 
 def _run(folder: Path, arch: str, config: dict) -> str:

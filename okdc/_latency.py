@@ -28,7 +28,7 @@ LIMIT = 20.0  # seconds of sampling after which a slow network is left at fewer 
 def measure(
     run: Callable[[np.ndarray], Any], images: np.ndarray, batch_sizes: Sequence[int], threads: int | None = None
 ) -> list[dict[str, Any]]:
-    """One row per batch size: p50, p90, p99 and CPU time (ms), images per second, samples, whether others were busy.
+    """One row per batch size: percentiles and CPU time (ms), images per second, samples, whether others were busy.
 
     images: (B, C, H, W), B at least the largest batch size; threads: what `run` may use on a CPU, None elsewhere.
     """
@@ -36,16 +36,18 @@ def measure(
 
 
 def _measure_batch(run: Callable[[np.ndarray], Any], images: np.ndarray, threads: int | None) -> dict[str, Any]:
+    run(images)  # may compile, or capture a graph, for as long as a whole warm-up
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_UP:
         run(images)
     wall, cpu = _sample(run, images)
-    p50, p90, p99 = (float(np.percentile(wall, q)) * 1e3 for q in (50, 90, 99))
+    p50, p90, p95, p99 = (float(np.percentile(wall, q)) * 1e3 for q in (50, 90, 95, 99))
     cpu_p50 = float(np.median(cpu)) * 1e3
     return {
         "batch": len(images),
         "p50_ms": p50,
         "p90_ms": p90,
+        "p95_ms": p95,
         "p99_ms": p99,
         "images_per_second": len(images) * len(wall) / sum(wall),
         "cpu_ms": cpu_p50,
@@ -76,11 +78,18 @@ def _sample(run: Callable[[np.ndarray], Any], images: np.ndarray) -> tuple[list[
 
 
 def measure_alone(
-    module: Path, file: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int
+    module: Path,
+    file: Path,
+    device: str,
+    images: np.ndarray,
+    batch_sizes: Sequence[int],
+    threads: int,
+    options: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """`measure` of the runner in `module` (an export target's file) in a process of its own.
 
-    Raises RuntimeError with the last line of what that process said when it failed.
+    options: further keywords of the runner; when not given, those in the module's LATENCY, where it has that. Raises
+    RuntimeError with the last line of what that process said when it failed.
     """
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when the libraries are loaded
     environment = os.environ | dict.fromkeys(variables, str(threads))
@@ -88,7 +97,7 @@ def measure_alone(
         saved = Path(folder) / "images.npy"
         np.save(saved, images, allow_pickle=False)
         paths = {"module": str(module), "file": str(file), "images": str(saved)}
-        job = paths | {"device": device, "threads": threads, "batch_sizes": list(batch_sizes)}
+        job = paths | {"device": device, "threads": threads, "batch_sizes": list(batch_sizes), "options": options}
         # -P: the script's own folder holds modules whose names must not shadow other people's.
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
         text = json.dumps(job)
@@ -105,7 +114,8 @@ def main() -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    run = module.runner(Path(job["file"]), device=job["device"], threads=job["threads"])
+    options = getattr(module, "LATENCY", {}) if job["options"] is None else job["options"]
+    run = module.runner(Path(job["file"]), device=job["device"], threads=job["threads"], **options)
     images = np.load(job["images"], allow_pickle=False)
     print(json.dumps(measure(run, images, job["batch_sizes"], job["threads"] if job["device"] == "cpu" else None)))
 

@@ -62,19 +62,50 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
             _percent(row.get("agreement")) or "",
             "" if row.get("max_abs") is None else f"{row['max_abs']:.1e}",
             _latency(row.get("latency") or []),
-            "[green]yes[/]" if row.get("pass") else f"[red]no[/]: {escape(str(row.get('reason')))}",
+            _ships(row),
         )
+    reasons = [f"{row['name']}: {row['reason']}" for row in rows if row.get("reason")]
     console = _console()
     console.print()
     console.print(table)
+    for reason in reasons:
+        console.print(f"  {escape(reason)}", soft_wrap=True)
     images = f"{verification['images']:,} images" if verification.get("images") else "no images"
     count = verification.get("threads")
     threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
     console.print(f"Verified on {images}, {verification.get('device')}{threads}. = torch: share of equal predictions.")
+    recommended = verification.get("recommended")
+    if recommended:
+        console.print(f"Recommended here: [bold]{recommended['file']}[/], {escape(recommended['why'])}.")
     for skipped in verification.get("skipped", []):
         console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
     if next_command:
         _next(next_command)
+
+
+def _ships(row: dict[str, Any]) -> str:
+    if not row.get("pass"):
+        return "[red]no[/]"
+    return "[yellow]not worth it[/]" if row.get("worth_shipping") is False else "[green]yes[/]"
+
+
+def show_benchmark(report: dict[str, Any]) -> None:
+    """One line per format and batch size; what is not available is listed below, with the reason."""
+    from okdc import benchmark
+
+    table = _table(*(column for column in benchmark.COLUMNS if column != "status"))
+    for name, status, *cells in benchmark.lines(report):
+        if not status.startswith("unavailable"):
+            table.add_row(escape(name) if status.startswith("ok") else f"[red]{escape(name)}[/]", *cells)
+    console = _console()
+    console.print("\n", table, sep="")
+    console.print(f"\n{benchmark.title(report)}")
+    statuses = dict.fromkeys(row["status"] for row in report["rows"] if row["status"] != "ok")
+    for status in statuses:
+        names = ", ".join(row["format"] for row in report["rows"] if row["status"] == status)
+        console.print(f"[yellow]{names}[/]: {escape(status)}", soft_wrap=True)
+    if any(each["contended"] for row in report["rows"] for each in row["latency"]):
+        console.print("Busy: something else used the processor meanwhile. CPU ms is less disturbed than the others.")
 
 
 def settings_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class Tally:
     sum_abs: float = 0.0
     scale: float = 0.0
     finite: bool = True
+    batches: dict[int, tuple[float, float, int]] = field(default_factory=dict)  # size: largest and summed difference, n
 
     def score(self, out: np.ndarray, labels: np.ndarray | None) -> None:
         """Count a batch against its labels; out: (B, C), labels: (B,)."""
@@ -55,6 +56,9 @@ class Tally:
         self.sum_abs += float(difference.sum())
         self.logits += difference.size
         self.scale = max(self.scale, float(np.abs(reference).max()))
+        largest, summed, count = self.batches.get(len(out), (0.0, 0.0, 0))
+        largest = max(largest, float(difference.max()))
+        self.batches[len(out)] = largest, summed + float(difference.sum()), count + difference.size
 
     def row(self, labelled: bool) -> dict[str, Any]:
         """The measured columns of a verification row; what was not measured is None."""
@@ -68,4 +72,9 @@ class Tally:
             "max_abs": self.max_abs if differs else None,
             "mean_abs": self.sum_abs / self.logits if differs else None,
             "rel": self.max_abs / max(self.scale, np.finfo(np.float64).tiny) if differs else None,
+            "differences": [
+                {"batch": size, "max_abs": largest, "mean_abs": summed / count}
+                for size, (largest, summed, count) in sorted(self.batches.items())
+                if differs
+            ],
         }

@@ -105,30 +105,35 @@ def compress(
     from okdc import _summary
 
     _summary.show_result(result)
-    _require_engine(result.verification, resolved.export.trt)
+    _require_asked(result.verification, resolved.export.trt, resolved.export.int8)
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Write and verify what you deploy.")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
 @click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
+@click.option(
+    "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
+)
 @_flags.settings("export", "data.data")
-def export(source: str, output: str | None, **_: Any) -> None:
+def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
     """Write SOURCE in deployable formats, and verify each against torch on the same images.
 
     SOURCE is a run folder, a saved student, or the name of a network.
 
     \b
-    okdc export runs/NAME --onnx --trt
+    okdc export runs/NAME --int8 --fp16 --trt
     okdc export runs/NAME --onnx --data /imagenet --output deploy
+    okdc export runs/NAME --triton --push-to-hub USER/NAME
     """
     from okdc import _summary, pipeline
 
-    verification = pipeline.export(source, output=output, **_flags.given())  # `model` among them, if it was typed
+    # `model` is among the settings, if it was typed
+    verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **_flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
     _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
-    _require_engine(verification, _flags.given().get("trt"))
+    _require_asked(verification, _flags.given().get("trt"), _flags.given().get("int8"))
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
@@ -150,6 +155,35 @@ def verify(bundle: str, **_: Any) -> None:
     _summary.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(exporting.failures(verification))
+
+
+@main.command(cls=_flags.GroupedCommand, short_help="Time every format of a network in one fair table.")
+@click.argument("source", metavar="BUNDLE|RUN|NAME")
+@click.option(
+    "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
+)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
+@_flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data", "train.device")
+@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
+def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
+    """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
+
+    A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
+    NAME is built with random weights and exported to a temporary folder: for speed alone.
+
+    \b
+    okdc benchmark runs/NAME --batch-sizes 1,8,32 --output speed.md
+    okdc benchmark resnet18 --threads 2 --no-compile
+    """
+    from okdc import _summary
+    from okdc import benchmark as benchmarks
+
+    paths = [Path(each) for each in output]
+    benchmarks.check_output(paths)
+    report = benchmarks.benchmark(source, compiled=compiled, **_flags.given())
+    for path in paths:
+        benchmarks.write(report, path)
+    _summary.show_benchmark(report)
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
@@ -251,11 +285,13 @@ def _examine_all(
     _summary.show_sweep(rows, zoo.summary(rows), output)
 
 
-def _require_engine(verification: dict[str, Any] | None, asked: bool | None) -> None:
-    """Fail with exit code 2 when an engine was asked for that this machine cannot build; everything else is written."""
+def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: bool | None) -> None:
+    """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
     reasons = {each["target"]: each["reason"] for each in (verification or {}).get("skipped", [])}
-    if asked and "tensorrt" in reasons:
+    if trt and "tensorrt" in reasons:
         raise ExportError(f"no TensorRT engine was written: {reasons['tensorrt']}")
+    if int8 and "onnx_int8" in reasons:
+        raise ExportError(f"no int8 file was written: {reasons['onnx_int8']}")
 
 
 @main.command(short_help="List the methods, or show the card of one.")

@@ -10,6 +10,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _shipped, verify
+from okdc import _bundle, _calibration, _shipped, _triton, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
+from okdc._gates import is_variant
 from okdc._portable import one_line, without_paths
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings
 
 __all__ = [
-    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
+    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "flags", "read",
+    "row_name", "verify_bundle",
 ]  # fmt: skip
 
-_FLAGS = {"tensorrt": "trt"}  # where the name of a setting is not that of the export target
+# The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
+# from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
+_FLAGS = {
+    "onnx_fp16": ("fp16",), "onnx_int8": ("int8",), "onnx_int8_trt": ("int8",),
+    "tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8"),
+}  # fmt: skip
+GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
+_LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
+_NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 _ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
 
 
@@ -72,10 +83,15 @@ def export_bundle(
     part.mkdir(parents=True)
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
-        targets, unavailable, notes = _write_targets(part, student, arch, settings, classes, preprocess, info)
+        calibration, drawn = None, None
+        if settings.int8 and data is not None:
+            calibration, drawn = _calibration.draw(data, settings.calibration_images, settings.images)
+        targets, unavailable, notes = _write_targets(
+            part, student, arch, settings, classes, preprocess, info, calibration
+        )
         verification = verify.compare(
             student,
-            targets,
+            targets | _further(targets),
             data,
             input_size=preprocess["input_size"],
             device=device or _device(student),
@@ -85,9 +101,12 @@ def export_bundle(
             gates=_gates(settings, data, info.get("metrics", {}).get("top1")),
             pipelines=_pipelines(part),
             golden=_bundle.read_golden(part),
+            bundle=part if _bundle.can_load(part) else None,
         )
-        skipped = [*unavailable, *skipped, *_unchecked(verification, part)]
-        verification |= {"skipped": skipped, "exports": notes, "data": _data_facts(data)}
+        skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
+        facts = {"exports": notes, "calibration": drawn, "parameters": sum(p.numel() for p in student.parameters())}
+        verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
+        _leave_out(part, targets, verification)
         _finish(part, arch, verification, info)
         _bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
@@ -115,7 +134,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = verify.compare(
         student,
-        targets,
+        targets | _further(targets),
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -125,12 +144,14 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         gates=_gates(settings, data, known),
         pipelines=_pipelines(folder),
         golden=_bundle.read_golden(folder),
+        bundle=folder if _bundle.can_load(folder) else None,
     )
     wrong_labels = _wrong_labels(facts["classes"], data)
     if wrong_labels:
         verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
+    if not all(row["pass"] for row in verification["rows"]):
         verification["verdict"] = "fail"
-    skipped += _unchecked(verification, folder)
+    skipped += [*verification["skipped"], *_unchecked(verification, folder)]
     return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
 
 
@@ -187,34 +208,66 @@ def _write_targets(
     classes: Sequence[str],
     preprocess: dict,
     info: Mapping[str, Any],
+    calibration: np.ndarray | None,
 ) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
     """Every export target that is asked for: the files, what is not available here, and each writer's notes."""
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
+    largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     targets: dict[str, verify.Exported] = {}
     skipped, notes = [], {}
     for name in _shipped.targets():
-        if not getattr(settings, _FLAGS.get(name, name), False):
+        if not _wanted(name, settings):
             continue
         module = _shipped.target(name)
-        reason = module.available()
+        wants_images = calibration is None and "int8" in flags(name)
+        reason = _NO_IMAGES if wants_images else module.available()
         if reason is not None:
             skipped.append({"target": name, "reason": without_paths(reason)})
             continue
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
-        offered = {"opset": settings.opset, "metadata": metadata, **written}
+        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest)}
+        offered |= {"calibration": calibration, **written}
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:
             notes[name] = module.write(student, example, part / module.FILE, **options)
         except Exception as error:  # an exporter may raise anything; the other files are still written
             problem = f"it could not be written: {one_line(error)}"
-        targets[_ROWS.get(name, name)] = verify.Exported(part / module.FILE, module, problem)
-    if "onnx" in targets:
+        targets[row_name(name)] = verify.Exported(part / module.FILE, module, problem)
+    if any(name.startswith("onnx") for name in targets):
         shutil.copyfile(_shipped.folder("export") / "predict.py", part / "predict.py")
         (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
+    if settings.trt:  # it builds the engine where it cannot be built here
+        shutil.copyfile(_shipped.targets()["tensorrt"], part / "to_tensorrt.py")
+    if settings.triton:
+        _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
+
+
+def flags(name: str) -> tuple[str, ...]:
+    """The settings that together ask for an export target."""
+    return _FLAGS.get(name, (name,))
+
+
+def row_name(name: str) -> str:
+    """What the row of an export target is called in a verification."""
+    return _ROWS.get(name, name)
+
+
+def _wanted(name: str, settings: ExportSettings) -> bool:
+    asked = all(getattr(settings, flag, False) for flag in flags(name))
+    return asked or (name == "onnx" and (settings.trt or settings.triton))  # from which those are made
+
+
+def _further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported]:
+    """onnxruntime's providers for GPUs, where there is one: further runners of the same model.onnx."""
+    onnx = targets.get("onnx")
+    if onnx is None or onnx.problem or not torch.cuda.is_available():
+        return {}
+    tf32 = {"tensorrt": 5e-3}  # this provider cannot be told to do without
+    return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
 
 
 def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
@@ -224,22 +277,30 @@ def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[di
         if (folder / module.FILE).is_file():
             reason = module.available()
             if reason is None:
-                targets[_ROWS.get(name, name)] = verify.Exported(folder / module.FILE, module)
+                targets[row_name(name)] = verify.Exported(folder / module.FILE, module)
             else:
                 skipped.append({"target": name, "reason": without_paths(reason)})
     return targets, skipped
 
 
 def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:
-    """predict.py as a runner of raw images, where the bundle has it and the file that it runs.
+    """predict.py as a runner of raw images, where the bundle has it and a file that it runs: float32 if it is there.
 
+    That shows its preprocessing to the last prediction; the other files are compared without it.
     The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
     """
-    if not ((folder / "predict.py").is_file() and (folder / "model.onnx").is_file()):
+    names = [name for name in ("onnx", "onnx_int8", "onnx_fp16") if (folder / _shipped.target(name).FILE).is_file()]
+    if not ((folder / "predict.py").is_file() and names):
         return {}
-    predict = _shipped.load(_shipped.folder("export") / "predict.py")
-    predictor = functools.cache(lambda: predict.load(folder))  # when first run, so that its errors become its row's
-    return {"predict.py": lambda images: predictor().logits(images)}
+    predict, module = _shipped.load(_shipped.folder("export") / "predict.py"), _shipped.target(names[0])
+    # Loaded when first run, so that its errors become its row's.
+    predictor = functools.cache(lambda: predict.load(folder, model=module.FILE))
+
+    def pipeline(images: Sequence[Any]) -> np.ndarray:
+        return predictor().logits(images)
+
+    pipeline.precision = module.PRECISION  # type: ignore[attr-defined]
+    return {"predict.py": pipeline}
 
 
 def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str]]:
@@ -251,11 +312,22 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
 
 
 def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
-    """verification.json, the model card, and the check sums over everything."""
+    """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment()
+    _bundle.recommend(part, (verification["recommended"] or {}).get("file"))
     _bundle.write_json(part / "verification.json", verification)
     write_card(part, arch, _bundle.read_json(part / _bundle.CONFIG), verification, info)
     _bundle.write_sums(part)
+
+
+def _leave_out(part: Path, targets: Mapping[str, verify.Exported], verification: Mapping[str, Any]) -> None:
+    """Delete the variants that failed from a bundle that ships without them; their rows stay."""
+    if verification["verdict"] != "fail":
+        for row in verification["rows"]:
+            if is_variant(row) and not row["pass"]:
+                path = targets[row["name"]].path
+                for file in (path, path.with_name(f"{path.name}.json")):  # an engine has a sidecar
+                    file.unlink(missing_ok=True)
 
 
 def _gates(settings: ExportSettings, data: Any | None, top1: float | None) -> verify.Gates:
@@ -273,7 +345,8 @@ def _data_facts(data: Any | None) -> dict[str, Any]:
 def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:
     """How the bundle's labels differ from the names of the data's classes, where these have names."""
     names = tuple(getattr(data, "classes", labels))
-    if names == tuple(labels) or names == tuple(str(index) for index in range(len(labels))):
+    numbers = tuple(str(index) for index in range(len(labels)))  # data without names; but they may be the names
+    if names == tuple(labels) or (names == numbers and set(names) != set(labels)):
         return None
     if len(names) != len(labels):
         return f"it has {len(labels)} labels, the data {len(names)} classes"

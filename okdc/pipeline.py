@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _byproducts, _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
+from okdc import _byproducts, _hub, _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
 from okdc._machine import own_randomness, seed_everything
 from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
@@ -94,7 +94,8 @@ def compress(
     result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
     further: list[dict[str, Any]] = []
     try:
-        if any((wanted.export.onnx, wanted.export.torch, wanted.export.trt)):
+        formats = wanted.export
+        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt)):
             result.verification = _export(result.student, data, wanted, folder, result)
             if (byproducts or lost) and wanted.export.byproducts:
                 further = [_byproducts.student_row(arch, result.student, data, result.verification)]
@@ -108,14 +109,22 @@ def compress(
 
 
 def export(
-    source: str | Path | nn.Module, *, output: str | Path | None = None, model: str | None = None, **settings: Any
+    source: str | Path | nn.Module,
+    *,
+    output: str | Path | None = None,
+    model: str | None = None,
+    push_to_hub: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Write a bundle of a run's student, a saved student or a named network, and verify it; returns the verification.
 
     output: the bundle's folder, by default `source`/export. model: the package.module:function that a run trained,
-    which runs only if it is named here. settings: those of the recipe's export section, and `data`, the images to
-    verify on (a run's own when not given).
+    which runs only if it is named here. push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the
+    bundle if it is fit to ship. settings: those of the recipe's export section, and `data`, the images to verify on (a
+    run's own when not given).
     """
+    if push_to_hub:
+        _hub.check(push_to_hub)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     known = None if isinstance(source, nn.Module) else runs.read_student(Path(source))
     wanted = override(load_recipe(Path(name) / runs.RECIPE, typed=None) if known else Recipe(), settings)
@@ -133,20 +142,24 @@ def export(
     config = known["preprocess"] if known else networks.data_config(student, replace(wanted.network, model=arch))
     data = _images(wanted, config) if known or "data" in settings else None
     classes = known["classes"] if known else data.classes if data else _numbered(student, config)
-    return exporting.export_bundle(
+    folder = Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export"
+    verification = exporting.export_bundle(
         student,
         data,
         wanted.export,
-        Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export",
+        folder,
         arch=arch,
         model_args=dict(wanted.network.model_kwargs),
         info={"command": _command()} | ({"recipe": wanted.to_dict(), "title": Path(name).name} if known else {}),
         preprocess=config,
         classes=classes,
     )
+    if push_to_hub:
+        print(f"Pushed to {_hub.push(folder, push_to_hub)}", file=sys.stderr)
+    return verification
 
 
-def verify(bundle: str | Path, **settings: Any) -> dict[str, Any]:
+def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> dict[str, Any]:
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     folder = Path(bundle)
     run = folder if (folder / runs.STUDENT).is_file() else folder.parent
@@ -155,7 +168,7 @@ def verify(bundle: str | Path, **settings: Any) -> dict[str, Any]:
     has_recipe = (run / runs.RECIPE).is_file()
     wanted = override(load_recipe(run / runs.RECIPE, typed=None) if has_recipe else Recipe(), settings)
     data = _images(wanted, facts["preprocess"]) if has_recipe or "data" in settings else None
-    return exporting.verify_bundle(folder, data, wanted.export)
+    return exporting.verify_bundle(folder, data, wanted.export, device=device)
 
 
 def _recipe(

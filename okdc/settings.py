@@ -140,8 +140,11 @@ class ExportSettings:
     """`export:` what the student is written to after training, and how strictly that is verified."""
 
     onnx: bool = _setting(True, "write model.onnx")
+    fp16: bool = _setting(False, "write model.fp16.onnx: half the size, fast on GPUs")
+    int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
-    trt: bool = _setting(False, "write model.engine (TensorRT)", "--tensorrt")
+    trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
+    triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
     opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
@@ -149,5 +152,13 @@ class ExportSettings:
     images: int | None = _setting(
         None, "validation images to verify with; all when not given", "--verify-images", at_least=1
     )
-    max_drop: float = _setting(0.5, "largest loss of top-1 that ships, percentage points", at_least=0)
-    min_agreement: float = _setting(99.9, "smallest agreement with torch that ships, per cent", at_least=0, at_most=100)
+    calibration_images: int = _setting(
+        256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
+    )
+    max_drop: float | None = _setting(
+        None, "largest loss of top-1 that ships, percentage points; 0.5, and 1.0 for int8, when not given", at_least=0
+    )
+    min_agreement: float | None = _setting(
+        None, "smallest agreement with torch that ships, per cent; 99.9, 99.5 for fp16, 97 for int8 when not given",
+        at_least=0, at_most=100,
+    )  # fmt: skip

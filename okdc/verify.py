@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,9 @@ import torch
 from torch import nn
 
 from okdc import _latency
+from okdc._gates import NO_WISHES, Gates, fail, judge, verdict, weigh
 from okdc._portable import one_line, without_paths
+from okdc._schema import VERSION
 from okdc._tally import Tally
 from okdc.errors import DataError
 
@@ -37,23 +40,17 @@ Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was exported, the export target's module that can run it, and why it could not be written, if so."""
+    """A file that was exported, the export target's module that can run it, and why it could not be written, if so.
+
+    device: the one it is for, whatever the others run on; where that is not to be had, the file is skipped.
+    tolerance: that of its logits, where it is not the module's TOLERANCE.
+    """
 
     path: Path
     module: ModuleType
     problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What a row must reach.
-
-    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %.
-    """
-
-    max_drop: float = 0.5
-    min_agreement: float = 99.9
-    expected_top1: float | None = None
+    device: str | None = None
+    tolerance: float | None = None
 
 
 def torch_runner(student: nn.Module, device: str = "cpu") -> Run:
@@ -78,9 +75,10 @@ def compare(
     images: int | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     threads: int = 1,
-    gates: Gates = Gates(),
+    gates: Gates = NO_WISHES,
     pipelines: Mapping[str, Pipeline] | None = None,
     golden: tuple[np.ndarray, np.ndarray] | None = None,
+    bundle: Path | None = None,
 ) -> dict[str, Any]:
     """Run every exported file and the student on the same validation images, and judge them: a verification.
 
@@ -88,7 +86,8 @@ def compare(
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
     pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
-    "skipped" and "environment" are left empty: only the caller knows them.
+    bundle: a folder with the student's weights, so that torch too is timed in a process of its own. "skipped" holds
+    the targets whose own device is not here, "environment" nothing: only the caller knows more.
     """
     session = _Session(student, targets, pipelines or {}, device)
     labelled = data is not None and data.validation is not None
@@ -96,16 +95,17 @@ def compare(
     session.probe(first, golden)
     rows = session.rows(labelled, gates)
     if batch_sizes:
-        session.time(rows, first, batch_sizes, threads)
-    verdict = "pass" if labelled else "parity_only"
+        session.time(rows, first, batch_sizes, threads, bundle)
+    recommended = weigh(rows)
     return {
-        "schema_version": 1,
-        "verdict": verdict if all(row["pass"] for row in rows) else "fail",
+        "schema_version": VERSION,
+        "verdict": verdict(rows, labelled),
+        "recommended": recommended,
         "images": session.count,
         "device": device,
         "threads": threads,
         "rows": rows,
-        "skipped": [],
+        "skipped": [{"target": name, "reason": reason} for name, reason in session.absent.items()],
         "environment": {},
     }
 
@@ -116,20 +116,26 @@ class _Session:
     def __init__(
         self, student: nn.Module | None, targets: Mapping[str, Exported], pipelines: Mapping[str, Pipeline], device: str
     ) -> None:
-        self.student, self.targets, self.pipelines, self.device = student, targets, pipelines, device
+        self.student, self.targets, self.pipelines, self.device = student, dict(targets), pipelines, device
         self.reference = torch_runner(student, device) if student is not None else None
         self.runners: dict[str, Run] = {}
         self.providers: dict[str, str] = {}
         self.devices: dict[str, str] = {}
+        self.layers: dict[str, dict[str, int]] = {}
         self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
         self.tallies = {name: Tally() for name in ("torch", *targets, *pipelines)}
         self.count = 0
+        self.absent: dict[str, str] = {}
         for name, exported in targets.items():
             if name in self.problems:
                 continue
             with self._blame(name, "it cannot be loaded"):
                 self.runners[name], self.devices[name] = _start(exported, device)
                 self.providers[name] = str(getattr(self.runners[name], "provider", ""))
+                self.layers[name] = getattr(self.runners[name], "precisions", {})
+            if exported.device and name in self.problems:
+                self.absent[name] = self.problems[name]
+                del self.targets[name]
 
     @contextlib.contextmanager
     def _blame(self, name: str, what: str) -> Iterator[None]:
@@ -181,7 +187,8 @@ class _Session:
         known = [(batch, self.reference(batch) if self.reference is not None else None) for batch in batches]
         everyone = self.runners if self.reference is None else {"torch": self.reference, **self.runners}
         for name, run in everyone.items():
-            for batch, expected in [*known, golden] if golden is not None else known:
+            # The known inputs are noise, for which less than float32 is not made.
+            for batch, expected in [*known, golden] if golden and self._precision(name) == "fp32" else known:
                 if name not in self.problems:
                     with self._blame(name, f"it does not run {len(batch)} images at once"):
                         out = _logits(run, batch, expected)
@@ -192,47 +199,68 @@ class _Session:
         rows = []
         expected = gates.expected_top1
         if self.student is not None:
-            row = self._row("torch", None, _megabytes(self.student), labelled)
+            row = self._row("torch", None, _megabytes(self.student), labelled) | {"precision": "fp32"}
             # Wrong weights, labels or preprocessing show here, before they are blamed on a file. Three images more may
             # fall: when it was last measured, in training, it may have been in mixed precision.
-            lenient = replace(gates, max_drop=gates.max_drop + 300 / self.count)
-            rows.append(_judge(row, expected, lenient, TOLERANCE, "when last measured it was"))
+            lenient = replace(gates, max_drop=gates.drop("fp32") + 300 / self.count)
+            rows.append(judge(row, expected, lenient, TOLERANCE, known="when last measured it was"))
             expected = row["top1"]
         for name, exported in self.targets.items():
             megabytes = exported.path.stat().st_size / 1e6 if exported.path.is_file() else None
             row = self._row(name, exported.path.name, megabytes, labelled)
-            tolerance = getattr(exported.module, "TOLERANCE", TOLERANCE)
-            rows.append(_judge(row, expected, gates, tolerance))
-        for name in self.pipelines:
+            row["precision"] = self._precision(name)
+            tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
+            rows.append(judge(row, expected, gates, tolerance, labelled=labelled))
+            made_for = getattr(exported.module, "MADE_FOR", None)
+            if row["pass"] and made_for and made_for != torch.device(self.device).type:
+                row.update(worth_shipping=None, reason=f"made for {made_for}: what its speed is here says nothing")
+        for name, pipeline in self.pipelines.items():
             if self.tallies[name].images or name in self.problems:
-                row = self._row(name, name, None, labelled)
-                rows.append(_judge(row, expected, Gates(max_drop=0, min_agreement=100), PIPELINE_TOLERANCE))
+                row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
+                if precision == "fp32":
+                    rows.append(judge(row, expected, Gates(max_drop=0, min_agreement=100), PIPELINE_TOLERANCE))
+                else:
+                    allowed = Gates(gates.drop(precision), gates.agreement(precision))
+                    rows.append(judge(row, expected, allowed, math.inf))
         return rows
+
+    def _precision(self, name: str) -> str:
+        return getattr(self.targets[name].module, "PRECISION", "fp32") if name in self.targets else "fp32"
 
     def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> dict[str, Any]:
         tally = self.tallies[name]
-        row = {"name": name, "file": file, "mb": megabytes, "provider": self.providers.get(name)}
-        row |= tally.row(labelled) | {"latency": [], "pass": True, "reason": None}
+        row: dict[str, Any] = {"name": name, "file": file, "mb": megabytes, "provider": self.providers.get(name)}
+        row |= {"precision": None, "layers": self.layers.get(name) or None} | tally.row(labelled)
+        row |= {"latency": [], "pass": True, "worth_shipping": True, "reason": None}
         reason = self.problems.get(name) or (None if tally.finite else "it gives logits that are not finite")
         if reason:
-            _fail(row, reason)
+            fail(row, reason)
         return row
 
-    def time(self, rows: list[dict[str, Any]], images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> None:
+    def time(
+        self,
+        rows: list[dict[str, Any]],
+        images: np.ndarray,
+        batch_sizes: Sequence[int],
+        threads: int,
+        bundle: Path | None,
+    ) -> None:
         """Fill in the latency of torch and of every file that runs: one process each, and nothing beside it."""
         self.runners.clear()  # no idle thread pool disturbs the clock
         images = _repeat(images, max(batch_sizes))
         for row in rows:
             name = row["name"]
-            if name in self.targets and name not in self.problems:
-                exported = self.targets[name]
-                module, where = Path(str(exported.module.__file__)), self.devices[name]
-                try:
+            try:
+                if name in self.targets and name not in self.problems and row["worth_shipping"] is not None:
+                    exported = self.targets[name]
+                    module, where = Path(str(exported.module.__file__)), self.devices[name]
                     row["latency"] = _latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
-                except RuntimeError as error:
-                    _fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
-            elif name == "torch" and self.reference is not None:
-                row["latency"] = self._time_torch(images, batch_sizes, threads)
+                elif name == "torch" and bundle is not None:
+                    row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
+                elif name == "torch" and self.reference is not None:  # nobody else can build the network
+                    row["latency"] = self._time_torch(images, batch_sizes, threads)
+            except RuntimeError as error:
+                fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
 
     def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[dict[str, Any]]:
         assert self.reference is not None
@@ -245,6 +273,14 @@ class _Session:
             torch.set_num_threads(before)
 
 
+def time_torch(
+    bundle: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int, compiled: bool = False
+) -> list[dict[str, Any]]:
+    """The latency of a bundle's student in torch, in a process of its own; RuntimeError where it cannot be built."""
+    module = Path(__file__).with_name("_torch_runner.py")
+    return _latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
+
+
 def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray | None) -> np.ndarray:
     """What the runner gives, (B, C); raises ValueError if its shape is not the reference's."""
     out = run(images)
@@ -254,9 +290,12 @@ def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray
 
 
 def _start(exported: Exported, device: str) -> tuple[Run, str]:
-    """A runner on the device, or on the CPU where that backend has no such device; the row's provider says which."""
+    """A runner on its own device, else on `device`, or on the CPU where that backend has none; its provider tells."""
+    if exported.device:
+        return exported.module.runner(exported.path, device=exported.device), exported.device
     try:
-        return exported.module.runner(exported.path, device=device), device
+        run = exported.module.runner(exported.path, device=device)
+        return run, getattr(run, "device", device)  # an engine has its own, whatever is asked for
     except Exception:
         if device == "cpu":
             raise
@@ -284,30 +323,11 @@ def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw
             return
 
 
-def _judge(
-    row: dict[str, Any], expected: float | None, gates: Gates, tolerance: float, known: str = "with torch it is"
-) -> dict[str, Any]:
-    """The row with its verdict: the first gate it fails is the reason. expected: the top-1 that it must keep, %."""
-    top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
-    if agreement is not None and agreement < gates.min_agreement:
-        least = f"at least {gates.min_agreement:g}% must agree"
-        _fail(row, f"it agrees with torch on {agreement:.2f}% of the images; {least}")
-    if top1 is not None and expected is not None and expected - top1 > gates.max_drop + 1e-9:
-        _fail(row, f"its top-1 is {top1:.2f}%, {known} {expected:.2f}%; {gates.max_drop:.3g} points may be lost")
-    if rel is not None and rel > tolerance:
-        _fail(row, f"its logits differ from torch's by {rel:.1e} of the largest; {tolerance:.0e} is allowed")
-    return row
-
-
 def failed_row(name: str, reason: str) -> dict[str, Any]:
     """The row of a file that is wrong without having been run."""
-    row = {"name": name, "file": name, "mb": None, "provider": None} | Tally().row(labelled=False)
-    return row | {"latency": [], "pass": False, "reason": reason}
-
-
-def _fail(row: dict[str, Any], reason: str) -> None:
-    if row["pass"]:
-        row.update({"pass": False, "reason": reason})
+    row = {"name": name, "file": name, "mb": None, "provider": None, "precision": None, "layers": None}
+    row |= Tally().row(labelled=False)
+    return row | {"latency": [], "pass": False, "worth_shipping": False, "reason": reason}
 
 
 def _repeat(images: np.ndarray, count: int) -> np.ndarray:

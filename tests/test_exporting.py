@@ -201,7 +201,7 @@ def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert skipped["tensorrt"] and "raw validation images" in skipped["predict.py"]
     assert verification["verdict"] == "parity_only"
-    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES | {"to_tensorrt.py"}
     assert "random inputs" in (tmp_path / "export" / "README.md").read_text()
 
 
@@ -354,7 +354,9 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:
-    assert set(_shipped.targets()) == {"onnx", "tensorrt", "torch"}
+    assert set(_shipped.targets()) == {
+        "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"
+    }  # fmt: skip
     assert _shipped.target("onnx") is _shipped.target("onnx")
     with pytest.raises(ExportError, match="Did you mean onnx"):
         _shipped.target("onx")

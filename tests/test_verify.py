@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,24 @@ def test_without_the_network_the_known_outputs_and_the_known_accuracy_judge(
     assert "logits differ" in compare(None, scaled, data, golden=golden)["onnx"]["reason"]
     rolled = Exported(exported.path, target(tmp_path, "return run(x)[:, ::-1]"))
     assert not compare(None, rolled, data, gates=Gates(expected_top1=100.0))["onnx"]["pass"]
+
+
+def test_a_file_for_a_device_that_is_not_here_is_skipped_with_the_reason(
+    student: torch.nn.Module, exported: Exported, data: Images
+) -> None:
+    targets = {"onnx": exported, "onnx elsewhere": replace(exported, device="elsewhere")}
+    result = verify.compare(student, targets, data, input_size=SIZE, batch_sizes=())
+    assert [row["name"] for row in result["rows"]] == ["torch", "onnx"] and result["verdict"] == "pass"
+    (skipped,) = result["skipped"]
+    assert skipped["target"] == "onnx elsewhere" and "cannot run on 'elsewhere'" in skipped["reason"]
+
+
+def test_a_file_may_have_a_tolerance_of_its_own(
+    student: torch.nn.Module, exported: Exported, data: Images, tmp_path: Path
+) -> None:
+    scaled = Exported(exported.path, target(tmp_path, "return run(x) * np.float32(1.002)"))
+    assert "logits differ" in compare(student, scaled, data)["onnx"]["reason"]
+    assert compare(student, replace(scaled, tolerance=5e-3), data)["onnx"]["pass"]
 
 
 def test_a_tie_is_what_the_tolerance_may_turn_over_and_nothing_else() -> None:

@@ -39,6 +39,14 @@ class TrainBatches(Protocol):
     def __len__(self) -> int: ...
 
 
+class RawTraining(Protocol):
+    """(PIL image as stored, class index) by position; raises whatever reading the image raises."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> tuple[Image.Image, int]: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set opened and checked, not yet batched; each split gives (PIL image, class index)."""
@@ -57,8 +65,9 @@ class Data:
     `validation_images` gives the same images raw, as (PIL image, class index), or is None where only the user's own
     loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes` counts the training and the
     validation images. `bad_images` maps each image that could not be read so far to the reason. `train_labels` (N,) are
-    the classes of the training images, in the order of their indices, and `held_out` gives the images that were set
-    aside, as `validation` does; both are None where they are not known.
+    the classes of the training images, in the order of their indices, `held_out` gives the images that were set aside,
+    as `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it
+    is not known.
     """
 
     train: TrainBatches
@@ -71,6 +80,7 @@ class Data:
     bad_images: dict[str, str]
     train_labels: Tensor | None = None
     held_out: Iterable[Batch] | None = None
+    training_images: RawTraining | None = None
 
 
 class BadImages:

@@ -94,6 +94,7 @@ def load(
         bad_images=bad.reasons,
         train_labels=images.labels,
         held_out=in_order(held_out) if held_out else None,
+        training_images=images,
     )
 
 

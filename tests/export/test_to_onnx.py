@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +190,28 @@ def test_student_on_cuda(tmp_path):
     to_onnx.write(network, EXAMPLE.cuda(), tmp_path / "m.onnx")
     assert network.head.weight.is_cuda
     assert_same(to_onnx.runner(tmp_path / "m.onnx"), network.cpu())
+
+
+@pytest.mark.parametrize(("device", "provider"), [("cuda", "CUDA"), ("cuda:0", "CUDA"), ("tensorrt", "Tensorrt")])
+def test_a_gpu_provider_is_in_use_or_refused(exported, device, provider):
+    """onnxruntime itself would go on on the CPU without a word, and be measured as if it were the GPU."""
+    network, path, _ = exported
+    try:
+        run = to_onnx.runner(path, device)
+    except RuntimeError as error:
+        assert not torch.cuda.is_available() or "libraries" in str(error) or "cannot load" in str(error)
+        assert re.search("cannot load|fell back", str(error))
+    else:
+        assert run.provider.startswith(provider)
+        assert_same(run, network, limit=5e-3 if provider == "Tensorrt" else 1e-4)
+
+
+def test_the_tensorrt_provider_is_told_which_batches_come(exported):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(exported[1], providers=["CPUExecutionProvider"])
+    assert to_onnx._shapes(session) == {
+        "trt_profile_min_shapes": "input:1x3x32x32",
+        "trt_profile_opt_shapes": "input:8x3x32x32",
+        "trt_profile_max_shapes": "input:32x3x32x32",
+    }

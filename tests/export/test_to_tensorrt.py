@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -14,16 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from okdc import _shipped
-from tests.export.test_to_onnx import EXAMPLE, Small, assert_same, tiny
+from tests.export import fake_tensorrt
+from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
 to_tensorrt = _shipped.target("tensorrt")
 SOURCE = Path(to_tensorrt.__file__)
 # Public names of the tensorrt bindings by version, read from the real packages (dir() of each class).
-NAMES = json.loads(Path(__file__).with_name("tensorrt_names.json").read_text())
+NAMES = fake_tensorrt.NAMES
 # What the variables of to_tensorrt.py that hold TensorRT objects are.
 OBJECTS = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
@@ -66,7 +69,7 @@ def test_the_name_lists_tell_versions_apart():
     assert "FP16" in NAMES["10.16.1.11"]["BuilderFlag"] and "FP16" not in NAMES["11.0.0.114"]["BuilderFlag"]
 
 
-def test_without_tensorrt_one_sentence(monkeypatch):
+def test_without_tensorrt_one_sentence(monkeypatch, capsys):
     if REASON is None:
         pytest.skip("tensorrt and a CUDA device are here")
     assert REASON.count("\n") == 0 and re.search("python to_tensorrt.py|pip install", REASON)
@@ -75,8 +78,9 @@ def test_without_tensorrt_one_sentence(monkeypatch):
     with pytest.raises(RuntimeError, match=re.escape(REASON)):
         to_tensorrt.runner("never.engine")
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", "model.onnx"])
-    with pytest.raises(SystemExit, match=re.escape(REASON)):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SOURCE), run_name="__main__")
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{REASON}\n"
 
 
 def test_loads_without_torch_or_tensorrt():
@@ -88,12 +92,6 @@ def test_loads_without_torch_or_tensorrt():
 def test_version(text, version):
     assert to_tensorrt._version(text) == version
     assert (version < to_tensorrt._OLDEST) == (text == "10.9.0")
-
-
-@pytest.mark.parametrize("batches", [(8, 1, 32), (1, 8, 4), (0, 1, 2), (1, 8)])
-def test_profile_that_makes_no_sense(batches):
-    with pytest.raises(RuntimeError, match=r"such as \(1, 8, 32\)"):
-        to_tensorrt._check_profile(batches)
 
 
 def test_parser_errors_name_the_node():
@@ -141,7 +139,7 @@ def test_wrong_precision_is_an_error(asked, built, message):
 def engine_file(folder: Path, **changed: str) -> Path:
     path = folder / to_tensorrt.FILE
     path.write_bytes(b"plan")
-    sidecar = HERE | {"engine_sha256": hashlib.sha256(b"plan").hexdigest()} | changed
+    sidecar = HERE | {"onnx": "model.onnx", "engine_sha256": hashlib.sha256(b"plan").hexdigest()} | changed
     (folder / "model.engine.json").write_text(json.dumps(sidecar))
     return path
 
@@ -161,7 +159,7 @@ def test_engine_of_this_machine_is_read(tmp_path):
 def test_engine_of_another_machine_is_refused(tmp_path, changed, message):
     with pytest.raises(RuntimeError, match=message) as caught:
         to_tensorrt._read_engine(engine_file(tmp_path, **changed), HERE)
-    assert str(caught.value).endswith(f"Build it here: python to_tensorrt.py {tmp_path / 'model.onnx'}")
+    assert str(caught.value).endswith(f"Build it here: python {SOURCE} {tmp_path / 'model.onnx'}")
 
 
 @pytest.mark.parametrize("missing", ["model.engine", "model.engine.json"])
@@ -172,11 +170,182 @@ def test_engine_without_its_sidecar_is_refused(tmp_path, missing):
         to_tensorrt._read_engine(path, HERE)
 
 
-def test_onnx_is_written_beside_when_there_is_none(tmp_path):
-    written = to_tensorrt._write_onnx(Small(), EXAMPLE, tmp_path / to_tensorrt.FILE, opset=18)
-    assert written == tmp_path / "model.onnx" and written.stat().st_size > 100
-    with pytest.raises(RuntimeError, match="give the network, or onnx="):
-        to_tensorrt._write_onnx(None, None, tmp_path / to_tensorrt.FILE)
+# ---- contract: the names of three versions, the behaviours that were recorded, and onnxruntime's arithmetic
+
+
+@pytest.fixture(params=NAMES)
+def trt(request, monkeypatch):
+    """The fake of each version, on a machine that claims to have a GPU; tensors stay on the CPU."""
+    package = fake_tensorrt.Package(request.param, fake_tensorrt.Plan())
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
+    nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
+    for name, value in {
+        "is_available": lambda: True, "get_device_name": lambda *_: "H100", "get_device_capability": lambda *_: (9, 0),
+        "device": nothing, "stream": nothing, "Stream": lambda: stream, "current_stream": lambda _: stream,
+        "CUDAGraph": Graph, "graph": Graph.capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(to_tensorrt, "_gpu", lambda device: torch.device("cpu"))
+    Graph.plan = package.plan
+    return package
+
+
+class Graph:
+    """A CUDA graph: what was enqueued while it was captured, again."""
+
+    plan: fake_tensorrt.Plan
+    recording: Graph | None = None
+
+    def __init__(self):
+        self.enqueued = []
+
+    @contextlib.contextmanager
+    def capture(self, stream):
+        real = fake_tensorrt.Context.execute_async_v3
+        record = lambda context, number: self.enqueued.append((real, context, number)) or Graph.plan.enqueue  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fake_tensorrt.Context, "execute_async_v3", record)
+            yield
+
+    def replay(self):
+        for real, context, number in self.enqueued:
+            assert real(context, number)
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    folder, network = tmp_path_factory.mktemp("contract"), tiny()
+    _shipped.target("onnx").write(network, EXAMPLE, folder / "model.onnx")
+    return network, folder / "model.onnx"
+
+
+def build(onnx_file, folder, **options):
+    source = folder / "model.onnx"
+    source.write_bytes(onnx_file[1].read_bytes())
+    return to_tensorrt.write(
+        None, None, folder / "model.engine", onnx=source, timing_cache=folder / "timing", **options
+    )
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_contract_an_engine_is_built_and_gives_the_logits_of_its_onnx(trt, onnx_file, tmp_path, cuda_graph):
+    facts = build(onnx_file, tmp_path, profile=(1, 2, 4), workspace=1 << 20)
+    assert facts["precisions"] == {"fp32": 1} and facts["tensorrt"] == trt.__version__ and facts["gpu"] == "H100"
+    typed = 0 if trt.__version__.startswith("11") else 1 << 1
+    told = trt.plan.told
+    assert ("flags", typed) in told and ("WORKSPACE", 1 << 20) in told and ("clear", "TF32") in told
+    assert facts["profile"] == {"input": [[n, 3, 32, 32] for n in (1, 2, 4)]}
+    assert facts["onnx_sha256"] == hashlib.sha256(onnx_file[1].read_bytes()).hexdigest()
+    run = to_tensorrt.runner(tmp_path / "model.engine", device="cuda", cuda_graph=cuda_graph)
+    assert_same(run, onnx_file[0], limit=1e-5)  # batches of 1, 3 and 5: the last one is split
+    assert run.provider == f"TensorRT {trt.__version__} on H100"
+    batches = [batch for what, batch, *_ in trt.plan.told if what == "execute"]
+    assert max(batches) == 4 and len(batches) >= 4
+
+
+def test_contract_the_timing_cache_is_kept_and_one_that_does_not_fit_is_dropped(trt, onnx_file, tmp_path):
+    build(onnx_file, tmp_path)
+    assert (tmp_path / "timing").read_bytes() == b"timings"
+    trt.plan.cache_fits = False
+    build(onnx_file, tmp_path)
+    assert [entry for entry in trt.plan.told if entry[0] == "cache"] == [
+        ("cache", b"", True), ("cache", b"timings", False), ("cache", b"", True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("planned", "said"),
+    [
+        (
+            {"errors": ["zero point is not supported"]},
+            r"cannot parse .*zero point is not supported \(node 'node_7', Cast",
+        ),
+        ({"add": -1}, r"refuses profile=\(1, 8, 32\)"),
+        ({"build": "Dimension mismatch for tensor input and profile 0"}, "cannot build model.onnx: Dimension mismatch"),
+        ({"load": "cudaError 35"}, "cannot load the engine just built: cudaError 35"),
+        ({"memory": False}, "not enough GPU memory"),
+        ({"built": "HALF"}, "asks for fp32 layers, and TensorRT built an engine with fp16"),
+    ],
+)
+def test_contract_every_refusal_is_a_sentence_and_leaves_no_engine(trt, onnx_file, tmp_path, planned, said):
+    vars(trt.plan).update(planned)
+    trt.plan.errors = [
+        SimpleNamespace(desc=lambda text=text: text, node_name=lambda: "node_7", node_operator=lambda: "Cast")
+        for text in trt.plan.errors
+    ]
+    with pytest.raises(RuntimeError, match=said):
+        build(onnx_file, tmp_path)
+    assert not (tmp_path / "model.engine").exists() and not (tmp_path / "model.engine.json").exists()
+
+
+@pytest.mark.parametrize("profile", [(8, 1, 32), (1, 8, 4)])
+def test_contract_a_profile_that_makes_no_sense(trt, onnx_file, tmp_path, profile):
+    with pytest.raises(RuntimeError, match=r"such as \(1, 8, 32\)"):
+        build(onnx_file, tmp_path, profile=profile)
+
+
+def test_contract_what_goes_wrong_when_running_is_told(trt, onnx_file, tmp_path):
+    build(onnx_file, tmp_path)
+    run = to_tensorrt.runner(tmp_path / "model.engine")
+    with pytest.raises(RuntimeError, match="takes images from"):
+        run(np.zeros((1, 3, 48, 48), dtype=np.float32))
+    trt.plan.enqueue = False
+    with pytest.raises(RuntimeError, match="did not run the engine"):
+        run(np.zeros((1, 3, 32, 32), dtype=np.float32))
+
+
+def test_contract_a_name_promises_a_precision(trt, onnx_file, tmp_path):
+    source = tmp_path / "model.fp16.onnx"
+    source.write_bytes(onnx_file[1].read_bytes())  # float32 in truth
+    options = {"onnx": source, "timing_cache": tmp_path / "timing"}
+    with pytest.raises(RuntimeError, match="asks for fp16 layers, and TensorRT built an engine with fp32"):
+        to_tensorrt.write(None, None, tmp_path / "model.fp16.engine", **options)
+    to_tensorrt.write(None, None, tmp_path / "model.engine", **options)
+    for end in ("", ".json"):
+        (tmp_path / f"model.engine{end}").rename(tmp_path / f"model.fp16.engine{end}")
+    with pytest.raises(RuntimeError, match="no layer in the precision of its name"):
+        to_tensorrt.runner(tmp_path / "model.fp16.engine")
+
+
+def test_contract_the_precision_is_the_graphs(trt, onnx_file, tmp_path):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    source, engine = tmp_path / "model.fp16.onnx", tmp_path / "model.fp16.engine"
+    onnx.save(convert_float_to_float16(onnx.load(onnx_file[1]), keep_io_types=True), source)
+    facts = to_tensorrt.write(None, None, engine, onnx=source, timing_cache=tmp_path / "timing")
+    assert set(facts["precisions"]) == {"fp16", "fp32"}
+    assert_same(to_tensorrt.runner(engine), onnx_file[0], limit=1e-2)
+    trt.plan.built = "FLOAT"
+    with pytest.raises(RuntimeError, match="asks for fp16 layers, and TensorRT built an engine with fp32"):
+        to_tensorrt.write(None, None, engine, onnx=source, timing_cache=tmp_path / "timing")
+
+
+def test_contract_the_onnx_beside_must_be_the_one_it_was_built_from(trt, onnx_file, tmp_path):
+    build(onnx_file, tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"another")
+    with pytest.raises(RuntimeError, match=r"built from another model\.onnx"):
+        to_tensorrt.runner(tmp_path / "model.engine")
+    (tmp_path / "model.onnx").unlink()
+    with pytest.raises(Exception, match="onnx"):  # the fake needs it; the real engine does not
+        to_tensorrt.runner(tmp_path / "model.engine")
+
+
+@pytest.mark.parametrize("version", NAMES)
+def test_contract_the_fake_knows_no_name_that_the_version_has_not(version):
+    package = fake_tensorrt.Package(version, fake_tensorrt.Plan())
+    removed = [
+        lambda: package.IInt8EntropyCalibrator2,
+        lambda: package.Builder(None).create_builder_config().max_workspace_size,
+        lambda: setattr(package.Builder(None).create_builder_config(), "int8_calibrator", None),
+        lambda: package.NetworkDefinitionCreationFlag.EXPLICIT_BATCH,
+        lambda: package.BuilderFlag.FP16,
+    ]
+    gone = removed if version.startswith("11") else removed[:2]
+    for use in gone:
+        with pytest.raises(AttributeError):
+            use()
 
 
 # ---- the real thing
@@ -189,9 +358,10 @@ def built(tmp_path_factory):
             pytest.fail(f"OKDC_REQUIRE_TRT=1, but: {REASON}")
         pytest.skip(REASON)
     folder = tmp_path_factory.mktemp("tensorrt")
-    network = tiny()
+    network, source = tiny(), folder / "model.onnx"
+    _shipped.target("onnx").write(network, EXAMPLE, source)
     facts = to_tensorrt.write(
-        network, EXAMPLE, folder / to_tensorrt.FILE, profile=(1, 3, 4), timing_cache=folder / "timing"
+        None, None, folder / to_tensorrt.FILE, onnx=source, profile=(1, 3, 4), timing_cache=folder / "timing"
     )
     return network, folder / to_tensorrt.FILE, facts
 
@@ -202,7 +372,7 @@ def test_engine_equals_torch(built, cuda_graph):
     network, path, facts = built
     run = to_tensorrt.runner(path, device="cuda", cuda_graph=cuda_graph)
     assert run.provider.startswith("TensorRT") and set(facts["precisions"]) == {"fp32"}
-    assert_same(run, network.cpu(), limit=5e-3)  # TF32; the batch of five is split, as the profile ends at four
+    assert_same(run, network.cpu(), limit=1e-4)  # no TF32; the batch of five is split, as the profile ends at four
     images = torch.randn(2, 3, 32, 32, device="cuda")
     assert np.allclose(run.infer(images).cpu().numpy(), run(images.cpu().numpy()), atol=1e-6)
 

@@ -1,0 +1,299 @@
+"""Export target `onnx_int8`: model.int8.onnx for CPUs, quantised by onnxruntime (QDQ) on training images.
+
+Needs torch, numpy, onnx, onnxscript and onnxruntime, and to_onnx.py beside this file. Layers whose quantisation does
+the damage are found by measurement and stay in float. The graph for TensorRT is another one: to_onnx_int8_trt.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+    import torch
+
+FILE = "model.int8.onnx"
+PRECISION = "int8"
+TOLERANCE = math.inf  # of single logits says nothing here: agreement and accuracy judge int8
+
+_ENOUGH = 99.0  # per cent of equal predictions; more than a gate asks for, as a network is surest on training images
+_MOST_FLOAT = 0.5  # share of the layers that may stay in float; beyond that, little is left to gain
+_SECONDS = 90.0  # of CPU time for trying layers one at a time; those that are not reached count as harmless
+_BATCH = 8
+_HISTOGRAM_IMAGES = 16  # histograms look at every single activation
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+class _Preset(NamedTuple):
+    """How onnxruntime is to quantise: what a CPU computes fast, or what TensorRT accepts."""
+
+    symmetric: bool
+    operators: tuple[str, ...]  # none: all that onnxruntime knows
+    quantize_bias: bool
+
+
+_PRESETS = {
+    "cpu": _Preset(symmetric=False, operators=(), quantize_bias=True),
+    "tensorrt": _Preset(symmetric=True, operators=("Conv", "Gemm", "MatMul", "Add"), quantize_bias=False),
+}
+
+
+def available() -> str | None:
+    """None, or one sentence that says what is missing and what to type."""
+    return _to_onnx().available()
+
+
+def write(
+    student: torch.nn.Module | None,
+    example: torch.Tensor | None,
+    path: str | Path,
+    *,
+    onnx: str | Path | None = None,
+    opset: int = 20,
+    metadata: dict[str, str] | None = None,
+    calibration: np.ndarray | None = None,
+    preset: str = "cpu",
+) -> dict[str, Any]:
+    """Quantise the float32 ONNX file `onnx` (else `student`, exported first), and say how and what was left in float.
+
+    calibration: (N, C, H, W) float32, training images as the network takes them; one half sets the ranges, the other
+    tries what comes of it. Steps, each only if the one before leaves more than 1% of the predictions changed: ranges by
+    minimum and maximum; by percentile; then the layers that do most damage by themselves stay in float, until enough
+    predictions agree or half of the layers are float. `preset` is "cpu" or "tensorrt". Raises RuntimeError when there
+    are no images to calibrate on, or onnxruntime cannot quantise the graph.
+    """
+    if calibration is None or len(calibration) < 2:
+        raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
+    started, to_onnx = time.perf_counter(), _to_onnx()
+    with tempfile.TemporaryDirectory() as folder, to_onnx._quiet():
+        source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
+        if onnx is None:
+            to_onnx.write(student, example, source, opset=opset, metadata=metadata)
+        bench = _Bench(source, calibration, _PRESETS[preset], Path(folder))
+        proto, facts = _search(bench)
+    to_onnx._write_bytes(Path(path), proto.SerializeToString())
+    seconds = round(time.perf_counter() - started, 1)
+    return {"preset": preset, "bytes": Path(path).stat().st_size, "seconds": seconds, **facts}
+
+
+def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime, as that of to_onnx.py."""
+    return _to_onnx().runner(path, device, threads)
+
+
+def _to_onnx() -> ModuleType:
+    """The export target next to this file."""
+    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the search
+
+
+class _Try(NamedTuple):
+    """A quantised model and how it did: predictions that agree (per cent), signal to noise of the logits (dB)."""
+
+    proto: onnx.ModelProto
+    agreement: float
+    sqnr_db: float
+
+
+def _search(bench: _Bench) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The first model that agrees with float32 often enough, else the best one; and how it was found."""
+    steps: list[dict[str, Any]] = []
+
+    def attempt(method: str, kept: Sequence[str]) -> _Try:
+        tried = bench.attempt(method, kept)
+        step = {"method": method, "kept_in_float": len(kept), "agreement": tried.agreement, "sqnr_db": tried.sqnr_db}
+        steps.append(step)
+        return tried
+
+    kept: list[str] = []
+    method, damage = "minmax", dict[str, float]()
+    best = attempt(method, kept)
+    if best.agreement < _ENOUGH:
+        other = attempt("percentile", kept)
+        if _rank(other) > _rank(best):
+            method, best = "percentile", other
+    if best.agreement < _ENOUGH:
+        damage = bench.damage(method)
+        worst = sorted(damage, key=lambda unit: -damage[unit])
+        best, kept = _exclude(lambda kept: attempt(method, kept), worst, best)
+    return best.proto, {
+        "method": method,
+        "per_channel": True,
+        "reduce_range": bench.reduce_range,
+        "calibration_images": len(bench.fit),
+        "trial_images": len(bench.probe),
+        "agreement": best.agreement,
+        "sqnr_db": best.sqnr_db,
+        "layers": len(bench.layers),
+        "kept_in_float": [{"layer": unit, "damage": damage[unit]} for unit in kept],
+        "steps": steps,
+    }
+
+
+def _exclude(attempt: Callable[[Sequence[str]], _Try], worst: list[str], best: _Try) -> tuple[_Try, list[str]]:
+    """Leave ever more of the worst units in float until enough predictions agree, then as few as will do."""
+    tries, low, count = {0: best}, 0, 1
+    limit = max(1, int(_MOST_FLOAT * len(worst)))
+    while tries[low].agreement < _ENOUGH and low < limit:
+        count = min(count, limit)
+        tries[count] = attempt(worst[:count])
+        if tries[count].agreement >= _ENOUGH:
+            break
+        low, count = count, 2 * count
+    high = max(tries)
+    while tries[high].agreement >= _ENOUGH and high - low > 1:
+        middle = (low + high) // 2
+        tries[middle] = attempt(worst[:middle])
+        low, high = (low, middle) if tries[middle].agreement >= _ENOUGH else (middle, high)
+    enough = [count for count in tries if tries[count].agreement >= _ENOUGH]
+    chosen = min(enough) if enough else max(tries, key=lambda count: _rank(tries[count]))
+    return tries[chosen], worst[:chosen]
+
+
+def _rank(tried: _Try) -> tuple[float, float]:
+    return tried.agreement, tried.sqnr_db
+
+
+class _Bench:
+    """A float32 model with the images on which it is quantised and tried."""
+
+    def __init__(self, source: Path, images: np.ndarray, preset: _Preset, folder: Path) -> None:
+        import onnx
+        from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        self.folder, self.preset, self.source = folder, preset, folder / "float.onnx"
+        self.original = onnx.load(source)
+        quant_pre_process(str(source), str(self.source), skip_symbolic_shape=True)
+        self.model = onnx.load(self.source)
+        self.fit, self.probe = images[::2], images[1::2]
+        self.input = self.model.graph.input[0].name
+        started = time.process_time()
+        self.expected = self._logits(self.model, len(self.probe))
+        self.seconds = (time.process_time() - started) / len(self.probe)
+        self.operators = list(preset.operators) or sorted({*QDQRegistry, *QLinearOpsRegistry})
+        self.layers = [node.name for node in self.model.graph.node if node.op_type in _LAYERS]
+        self.units = self._units()
+        self.reduce_range = not preset.symmetric and _saturates()
+        self._ranges: dict[str, Any] = {}
+
+    def _units(self) -> dict[str, list[str]]:
+        """The nodes that stay in float together: each multiplying layer by itself, all others by their kind."""
+        units: dict[str, list[str]] = {}
+        for node in self.model.graph.node:
+            if node.op_type in self.operators:
+                unit = node.name if node.op_type in _LAYERS else f"every {node.op_type}"
+                units.setdefault(unit, []).append(node.name)
+        return units
+
+    def ranges(self, method: str) -> Any:
+        """The range of each activation over the images for calibration."""
+        if method not in self._ranges:
+            from onnxruntime.quantization import CalibrationMethod
+            from onnxruntime.quantization.calibrate import create_calibrator
+
+            percentile = method == "percentile"
+            calibrator = create_calibrator(
+                self.source, self.operators, str(self.folder / "augmented.onnx"),
+                CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax,
+                extra_options={"symmetric": self.preset.symmetric} if percentile else {},
+            )  # fmt: skip
+            images = self.fit[:_HISTOGRAM_IMAGES] if percentile else self.fit
+            for start in range(0, len(images), _BATCH):  # in parts: a calibrator holds all that it is given at once
+                calibrator.collect_data(_Once({self.input: images[start : start + _BATCH]}))
+            self._ranges[method] = calibrator.compute_data()
+        return self._ranges[method]
+
+    def attempt(
+        self, method: str, kept: Sequence[str] = (), only: str | None = None, images: int = sys.maxsize
+    ) -> _Try:
+        """Quantise all but the units `kept`, or the unit `only`, and hold that against float32 on some images."""
+        import numpy as np
+
+        proto = self._quantize(method, kept, only)
+        out, expected = self._logits(proto, images), self.expected[:images].astype(np.float64)
+        agreement = 100 * float((out.argmax(1) == expected.argmax(1)).mean())
+        noise, signal = np.square(out - expected).mean(), np.square(expected).mean()
+        return _Try(proto, agreement, float(10 * np.log10(signal / max(noise, 1e-12 * signal))))
+
+    def damage(self, method: str) -> dict[str, float]:
+        """Noise over signal of the logits when one unit alone is quantised, of every unit that time allows for."""
+        damage, started = dict.fromkeys(self.units, 0.0), time.process_time()
+        images = int(_SECONDS / 2 / len(damage) / self.seconds)  # the other half goes into building the graphs
+        for unit in damage:
+            if time.process_time() - started > _SECONDS:
+                break
+            damage[unit] = 10 ** (-self.attempt(method, only=unit, images=min(max(images, 4), 32)).sqnr_db / 10)
+        return damage
+
+    def _quantize(self, method: str, kept: Sequence[str], only: str | None) -> onnx.ModelProto:
+        import onnx
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        preset, model = self.preset, onnx.ModelProto()
+        model.CopyFrom(self.model)  # the quantiser changes what it is given
+        symmetric = {"ActivationSymmetric": preset.symmetric, "WeightSymmetric": True}
+        quantizer = QDQQuantizer(
+            model, True, self.reduce_range, QuantType.QInt8, QuantType.QInt8 if preset.symmetric else QuantType.QUInt8,
+            self.ranges(method), self.units[only] if only else [], [name for unit in kept for name in self.units[unit]],
+            self.operators, symmetric | {"QuantizeBias": preset.quantize_bias},
+        )  # fmt: skip
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        return self._finish(quantizer.model.model)
+
+    def _finish(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+        """Without domains that no node uses and onnxruntime's notes, with the metadata of the original."""
+        import onnx
+
+        used = {node.domain for node in proto.graph.node}
+        domains = [entry for entry in proto.opset_import if entry.domain in used | {"", "ai.onnx"}]
+        del proto.opset_import[:], proto.metadata_props[:]
+        proto.opset_import.extend(domains)
+        proto.metadata_props.extend(self.original.metadata_props)
+        onnx.checker.check_model(proto)
+        return proto
+
+    def _logits(self, proto: onnx.ModelProto, images: int) -> np.ndarray:
+        import numpy as np
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        probe = self.probe[:images]
+        parts = [probe[start : start + _BATCH] for start in range(0, len(probe), _BATCH)]
+        return np.concatenate([session.run(None, {self.input: part})[0] for part in parts])
+
+
+class _Once:
+    """One batch, as onnxruntime's calibrators read it."""
+
+    def __init__(self, batch: dict[str, np.ndarray]) -> None:
+        self._batches = [batch]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return self._batches.pop() if self._batches else None
+
+
+def _saturates() -> bool:
+    """Whether this is an x86 CPU without VNNI, whose 8-bit products overflow unless weights are kept to 7 bits."""
+    info = Path("/proc/cpuinfo")
+    return platform.machine() in ("x86_64", "AMD64") and info.is_file() and "vnni" not in info.read_text()

@@ -1,0 +1,50 @@
+"""Export target `tensorrt_fp16`: model.fp16.engine, built by to_tensorrt.py (beside this) from model.fp16.onnx."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FILE = "model.fp16.engine"
+PRECISION = "fp16"
+TOLERANCE = 1e-2
+LATENCY = {"cuda_graph": True}
+
+
+def available() -> str | None:
+    """None, or one sentence that says what is missing and what to type."""
+    return _to_tensorrt().available()
+
+
+def write(
+    student: torch.nn.Module | None,
+    example: torch.Tensor | None,
+    path: str | Path,
+    *,
+    onnx_fp16: str | Path | None = None,
+    profile: tuple[int, int, int] = (1, 8, 32),
+) -> dict[str, Any]:
+    """Write the engine of the ONNX file `onnx_fp16`; profile and errors are those of to_tensorrt.py."""
+    return _to_tensorrt().write(student, example, path, onnx=onnx_fp16, profile=profile)
+
+
+def runner(
+    path: str | Path, device: str = "cpu", threads: int | None = None, **options: Any
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The runner of to_tensorrt.py; images and logits stay float32."""
+    return _to_tensorrt().runner(path, device, threads, **options)
+
+
+def _to_tensorrt() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("to_tensorrt", Path(__file__).with_name("to_tensorrt.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

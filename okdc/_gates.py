@@ -1,0 +1,136 @@
+"""What may ship, and which of it should: the rules of a release, applied to the rows of a verification.
+
+- The student in torch, the float32 files and predict.py are required: if one fails, nothing ships (exit code 3).
+- fp16 and int8 files are variants. One that fails is left out of the bundle, its row says why, and the rest ships;
+  unless nothing else was exported, or all of it failed: then what was asked for is not there, and nothing ships.
+- A variant that passes and is not faster than float32 ONNX at the smallest batch size stays, as another device may gain
+  by it, but is not worth shipping for this one.
+- A bundle that is verified again is held to all of its files, variants too.
+- Recommended is the fastest file that is worth shipping; float32 ONNX unless another one saves a twentieth of its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
+DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
+_PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a row must reach; what is None is that of its precision in `DEFAULTS`.
+
+    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %.
+    """
+
+    max_drop: float | None = None
+    min_agreement: float | None = None
+    expected_top1: float | None = None
+
+    def drop(self, precision: str) -> float:
+        """The largest fall of top-1 for a file of this precision, points."""
+        return DEFAULTS[precision][0] if self.max_drop is None else self.max_drop
+
+    def agreement(self, precision: str) -> float:
+        """The smallest agreement with torch for a file of this precision, per cent."""
+        return DEFAULTS[precision][1] if self.min_agreement is None else self.min_agreement
+
+
+NO_WISHES = Gates()
+
+
+def fail(row: dict[str, Any], reason: str) -> None:
+    """Mark a row as failed; the first reason stays."""
+    if row["pass"]:
+        row.update({"pass": False, "worth_shipping": False, "reason": reason})
+
+
+def judge(
+    row: dict[str, Any],
+    expected: float | None,
+    gates: Gates,
+    tolerance: float,
+    *,
+    labelled: bool = True,
+    known: str = "with torch it is",
+) -> dict[str, Any]:
+    """The row with its verdict: the first gate it fails is the reason. expected: the top-1 that it must keep, %.
+
+    On noise (not `labelled`) a variant may differ ten times as much, and nothing is asked of its predictions, of which
+    the network itself is not sure.
+    """
+    top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
+    precision = row["precision"] or "fp32"
+    least, drop = gates.agreement(precision), gates.drop(precision)
+    if row["layers"] and (precision not in row["layers"] or (precision == "fp32" and len(row["layers"]) > 1)):
+        found = ", ".join(f"{count} {name}" for name, count in row["layers"].items())
+        fail(row, f"it is sold as {precision}, and its layers are {found}")
+    if not labelled and precision != "fp32":
+        agreement, tolerance = None, 10 * tolerance
+    if agreement is not None and agreement < least:
+        fail(row, f"it agrees with torch on {agreement:.2f}% of the images; at least {least:g}% must agree")
+    if top1 is not None and expected is not None and expected - top1 > drop + 1e-9:
+        fail(row, f"its top-1 is {top1:.2f}%, {known} {expected:.2f}%; {drop:.3g} points may be lost")
+    if rel is not None and not rel <= tolerance:  # also when it is not a number
+        fail(row, f"its logits differ from torch's by {rel:.1e} of the largest; {tolerance:.0e} is allowed")
+    return row
+
+
+def is_variant(row: Mapping[str, Any]) -> bool:
+    """Whether the others may ship without it: a file in less than float32."""
+    return row["file"] is not None and row["precision"] in ("fp16", "int8")
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], labelled: bool) -> str:
+    """pass, parity_only (there were no labelled images) or fail, by the rules above."""
+    files = [row for row in rows if row["precision"] and row["file"]]
+    nothing = bool(files) and not any(row["pass"] for row in files)
+    if nothing or not all(row["pass"] for row in rows if not is_variant(row)):
+        return "fail"
+    return "pass" if labelled else "parity_only"
+
+
+def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mark the variants that are not worth shipping for their speed; returns the recommended file, and why it is.
+
+    None where no file passed. Without latencies, float32 ONNX is recommended, else the first file that passed.
+    """
+    plain = next((row for row in rows if row["name"] == "onnx" and row["pass"]), None)
+    limit = milliseconds(plain) if plain else None
+    for row in rows:
+        spent = milliseconds(row)
+        if row["pass"] and is_variant(row) and limit and spent and spent > _PAYS * limit:
+            row["worth_shipping"] = False
+            row["reason"] = f"not faster than onnx on this device: {spent:.2f} ms against {limit:.2f} ms"
+    fit = [row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]]
+    if not fit:
+        return None
+    timed = [row for row in fit if milliseconds(row)]
+    best = min(timed, key=lambda row: milliseconds(row) or 0.0, default=plain or fit[0])
+    if plain and limit and (milliseconds(best) or 0.0) > _PAYS * limit:
+        best = plain
+    return {"name": best["name"], "file": best["file"], "why": _why(best, rows)}
+
+
+def milliseconds(row: Mapping[str, Any]) -> float | None:
+    """The time of the smallest batch; on one thread of a CPU its processor time, which other programs disturb less."""
+    first = min(row["latency"], key=lambda entry: entry["batch"], default=None)
+    if first is None:
+        return None
+    return first["p50_ms"] if first["contended"] is None else first["cpu_ms"]
+
+
+def _why(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    torch = next((row for row in rows if row["name"] == "torch"), None)
+    spent, before = milliseconds(best), milliseconds(torch) if torch else None
+    batch = min((entry["batch"] for entry in best["latency"]), default=None)
+    parts = ["nothing was timed" if spent is None else f"{spent:.2f} ms at batch {batch}"]
+    if spent and before:
+        parts.append(f"{before / spent:.1f} times as fast as torch")
+    if torch and torch["top1"] is not None and best["top1"] is not None:
+        parts.append(f"top-1 {best['top1']:.2f}% ({best['top1'] - torch['top1']:+.2f} points)")
+    return ", ".join(parts)

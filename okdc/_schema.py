@@ -1,0 +1,106 @@
+"""verification.json, version 2: what its fields are called, their types and units; a test holds real ones against this.
+
+Whoever adds, removes or renames a field raises `VERSION`. Shares are per cent, times milliseconds, sizes megabytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+VERSION = 2
+
+
+class Latency(TypedDict):
+    """One batch size of one runner, warmed up and in a process of its own; p50_ms to p99_ms are of the wall clock."""
+
+    batch: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    images_per_second: float
+    cpu_ms: float  # processor time, p50
+    samples: int
+    contended: bool | None  # others had the processor meanwhile; None where that cannot be told
+
+
+class Difference(TypedDict):
+    """How far the logits are from torch's at one batch size."""
+
+    batch: int
+    max_abs: float
+    mean_abs: float
+
+
+_Verdict = TypedDict("_Verdict", {"pass": bool})  # a word of Python's own
+
+
+class Row(_Verdict):
+    """One runner: the student in torch, an exported file, or predict.py on raw images."""
+
+    name: str
+    file: str | None
+    mb: float | None
+    provider: str | None  # the backend that really ran
+    precision: str | None  # what the file is sold as: fp32, fp16, int8
+    layers: dict[str, int] | None  # multiplying layers by the number type found in the file
+    top1: float | None
+    top5: float | None
+    agreement: float | None  # with torch
+    ties: int  # disagreements that rounding explains, counted as agreement
+    max_abs: float | None
+    mean_abs: float | None
+    rel: float | None  # max_abs over the largest logit
+    differences: list[Difference]
+    latency: list[Latency]
+    worth_shipping: bool | None  # None: made for another device
+    reason: str | None
+
+
+class Recommended(TypedDict):
+    """The one file to run on this device."""
+
+    name: str
+    file: str
+    why: str
+
+
+class Skipped(TypedDict):
+    """What was asked for and could not be done here."""
+
+    target: str
+    reason: str
+
+
+class Data(TypedDict):
+    """The validation images."""
+
+    name: str | None
+    images: int
+
+
+class Calibration(TypedDict):
+    """The training images that int8 was calibrated on."""
+
+    images: int
+    seed: int
+    sha256: str
+    augmented: bool  # as they come in training, where raw images are not to be had
+    also_validated: int | None  # training images left out for being validation images too; None: cannot be told
+
+
+class Verification(TypedDict):
+    """The whole file. What `okdc verify` returns has no exports, calibration and parameters."""
+
+    schema_version: int
+    verdict: str  # pass, fail, or parity_only: there were no labelled images
+    recommended: Recommended | None
+    images: int
+    device: str
+    threads: int
+    rows: list[Row]
+    skipped: list[Skipped]
+    environment: dict[str, Any]
+    data: Data
+    exports: NotRequired[dict[str, dict[str, Any]]]  # what each writer notes, such as the layers left in float
+    calibration: NotRequired[Calibration | None]
+    parameters: NotRequired[int]  # of the student; after fusing: exports.onnx.parameters

@@ -1,0 +1,37 @@
+"""The student of a bundle as a runner, eager or compiled: loaded by path like an export target, to be timed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def runner(
+    path: str | Path, device: str = "cpu", threads: int | None = None, *, compiled: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function (B, C, H, W) float32 -> (B, classes) float32, torch in float32 as it comes.
+
+    path: the bundle's folder. compiled: one graph per batch size. Raises RuntimeError where timm and torchvision cannot
+    build the network.
+    """
+    import torch
+
+    from okdc import _bundle
+
+    network = _bundle.load_student(Path(path))
+    if network is None:
+        raise RuntimeError("neither timm nor torchvision can build this network from the bundle")
+    network = network.to(device)
+    if threads:
+        torch.set_num_threads(threads)
+    forward = torch.compile(network, dynamic=False) if compiled else network
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return forward(torch.from_numpy(images).to(device)).cpu().numpy()
+
+    return run

@@ -1,0 +1,58 @@
+"""A model repository for NVIDIA's Triton server, made of the files of a bundle."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = "triton"
+
+_QUEUE_DELAY = 2000  # microseconds that an image waits for others to share its batch
+_CONFIG = """\
+name: "{name}"
+platform: "{platform}"
+max_batch_size: {largest}
+input [
+  {{
+    name: "input"
+    data_type: TYPE_FP32
+    dims: [ {dims} ]
+  }}
+]
+output [
+  {{
+    name: "logits"
+    data_type: TYPE_FP32
+    dims: [ {classes} ]
+    label_filename: "labels.txt"
+  }}
+]
+dynamic_batching {{
+  max_queue_delay_microseconds: {delay}
+}}
+"""
+
+
+def write(bundle: Path, arch: str, input_size: Sequence[int], classes: Sequence[str], largest: int) -> None:
+    """Write `bundle`/triton: a model of each file that Triton can serve, whose images (C, H, W) it puts together.
+
+    The batch of the graphs is free up to `largest`, which is also what an engine of the bundle was built for.
+    """
+    name = re.sub(r"\W+", "_", arch).strip("_")
+    served = (
+        (name, "onnxruntime_onnx", "model.onnx", "model.onnx"),
+        (f"{name}_tensorrt", "tensorrt_plan", "model.engine", "model.plan"),
+    )
+    for model, platform, source, file in served:
+        if not (bundle / source).is_file():
+            continue
+        folder = bundle / FOLDER / model
+        (folder / "1").mkdir(parents=True)
+        shutil.copyfile(bundle / source, folder / "1" / file)
+        (folder / "labels.txt").write_text("".join(f"{label}\n" for label in classes), encoding="utf-8")
+        dims = ", ".join(map(str, input_size))
+        facts = {"name": model, "platform": platform, "largest": largest, "dims": dims}
+        config = _CONFIG.format(**facts, classes=len(classes), delay=_QUEUE_DELAY)
+        (folder / "config.pbtxt").write_text(config, encoding="utf-8")

@@ -1,0 +1,191 @@
+"""How fast each format of a network is: one table of torch, onnxruntime and TensorRT on one machine.
+
+Every latency comes from a process of its own, warmed up, with CPU time beside wall time; accuracy and fitness come from
+verifying the same files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from okdc import _bundle, _shipped, exporting, networks, pipeline, verify
+from okdc._machine import choose_device
+from okdc._portable import without_paths
+from okdc.errors import ExportError, RecipeError
+from okdc.recipe import ExportSettings, Recipe, override
+
+COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
+
+_FORMATS = ("onnx", "fp16", "int8", "trt")  # settings that write one
+_BUILDING = ("img_size", "in_chans", "num_classes", "model_kwargs")  # settings of a network that is built here
+
+
+def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True, **settings: Any) -> dict[str, Any]:
+    """Time every format of a bundle, of a run's bundle, or of a network by name; returns the report.
+
+    A name is built with random weights and written to every format in a temporary folder; its accuracy says nothing
+    and is left out. device: auto, cpu, cuda or cuda:1. compiled: with torch.compile, which takes a minute. settings:
+    batch_sizes, threads, images and data of a bundle; img_size, in_chans, num_classes, model_kwargs of a name.
+    """
+    where = str(choose_device(device))
+    with tempfile.TemporaryDirectory() as scratch:
+        reasons: dict[str, str] = {}
+        folder = _find(Path(source))
+        building = {key: settings.pop(key) for key in _BUILDING if key in settings}
+        if folder is not None and building:
+            raise RecipeError(
+                f"{source} is trained already, so --{next(iter(building)).replace('_', '-')} is of no use."
+            )
+        if folder is None:
+            if "data" in settings:
+                raise RecipeError(f"{source} is a name, built with random weights: leave --data out.")
+            folder, reasons = _write(override(Recipe(), {"model": str(source), **building}), Path(scratch))
+            settings |= {"max_drop": 100.0, "min_agreement": 0.0}  # random weights agree on little
+        verification = pipeline.verify(folder, device=where, **settings)
+        export = override(Recipe(), settings).export
+        rows = _torch(folder, verification, export, compiled)
+        rows += [_row(each) for each in verification["rows"] if each["name"] not in ("torch", "predict.py")]
+        skipped = {each["target"]: each["reason"] for each in verification["skipped"] if each["target"] != "predict.py"}
+        rows += [_absent(name, reason) for name, reason in (_missing(folder) | reasons | skipped).items()]
+    facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
+    return {"schema_version": 1, "source": without_paths(str(source)), **facts, "rows": rows}
+
+
+def check_output(paths: Sequence[Path]) -> None:
+    """Raise RecipeError for a file that `write` would not know how to write; asked before anything is measured."""
+    for path in paths:
+        if path.suffix not in (".md", ".csv", ".json"):
+            raise RecipeError(f"--output {path}: give a file that ends in .md, .csv or .json.")
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write the report as Markdown, csv or json, as the file's name ends."""
+    check_output([path])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {".md": _markdown, ".csv": _csv, ".json": lambda each: json.dumps(each, indent=2, sort_keys=True) + "\n"}
+    path.write_text(texts[path.suffix](report), encoding="utf-8")
+
+
+def lines(report: dict[str, Any]) -> list[list[str]]:
+    """The report as cells under COLUMNS: a line for every format and batch size."""
+    table = []
+    for row in report["rows"]:
+        head = [row["format"], row["status"], _number(row["mb"], ".1f"), _number(row["top1"], ".2f")]
+        for each in row["latency"] or [{}]:
+            busy = {True: "yes", False: "no"}.get(each.get("contended"), "")
+            times = [_number(each.get(key), ".2f") for key in ("p50_ms", "p95_ms", "cpu_ms")]
+            table.append(
+                [*head, _number(each.get("batch"), "d"), *times, _number(each.get("images_per_second"), ".0f"), busy]
+            )
+    return table
+
+
+def title(report: dict[str, Any]) -> str:
+    """What was measured, where and how, in one sentence."""
+    environment, threads = report["environment"], report["threads"]
+    machine = environment["gpu"] if report["device"] != "cpu" else environment["cpu"]
+    return f"{report['source']} on {machine}, {threads} CPU thread{'s' * (threads > 1)}, a process for each format."
+
+
+def _find(path: Path) -> Path | None:
+    """The bundle at `path` or of the run there; None for what is not a path."""
+    for folder in (path, path / "export"):
+        if (folder / _bundle.CONFIG).is_file():
+            return folder
+    if path.exists():
+        raise ExportError(f"{path} holds no exported bundle. Write one first: okdc export {path} --onnx")
+    return None
+
+
+def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
+    """The bundle of an untrained network in every format, and why some are not in it."""
+    name, folder = wanted.network.model, scratch / "export"
+    network = networks.load(wanted.network, typed=[name])
+    config = networks.data_config(network, wanted.network)
+    formats = {name: True for name in _FORMATS if hasattr(ExportSettings, name)}
+    settings = ExportSettings(**formats, batch_sizes=[], max_drop=100.0, min_agreement=0.0)  # type: ignore[arg-type]
+    classes = networks.check_input(network, config["input_size"]).shape[1]
+    try:
+        verification = exporting.export_bundle(
+            network, None, settings, folder, arch=name, model_args=dict(wanted.network.model_kwargs),
+            preprocess=config, classes=tuple(map(str, range(classes))),
+        )  # fmt: skip
+    except exporting.UnfitError as error:
+        verification, folder = error.verification, exporting.failed_folder(folder)
+    reasons = {
+        each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in _shipped.targets()
+    }
+    missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).is_file())
+    return folder, reasons | {row["name"]: row["reason"] for row in missing}
+
+
+def _torch(
+    folder: Path, verification: dict[str, Any], settings: ExportSettings, compiled: bool
+) -> list[dict[str, Any]]:
+    """The rows of torch, eager and compiled."""
+    found = [row for row in verification["rows"] if row["name"] == "torch"]
+    if not found:
+        return [_absent("torch eager", "neither timm nor torchvision can build this network from the bundle")]
+    eager = _row(found[0]) | {"format": "torch eager"}
+    if not compiled:
+        return [eager]
+    sizes, threads = settings.batch_sizes, verification["threads"]
+    shape = max(sizes, default=1), *exporting.read(folder)["preprocess"]["input_size"]
+    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    try:
+        latency = verify.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
+    except RuntimeError as error:
+        return [eager, _absent("torch compiled", without_paths(str(error)))]
+    return [eager, eager | {"format": "torch compiled", "latency": latency}]
+
+
+def _missing(folder: Path) -> dict[str, str]:
+    """The formats that are not in a bundle, and why, or how to get them."""
+    gpu = torch.cuda.is_available()
+    missing = {} if gpu else dict.fromkeys(exporting.GPU_ROWS, "torch sees no CUDA device here")
+    for name, path in _shipped.targets().items():
+        module = _shipped.load(path)
+        if not (folder / module.FILE).is_file():
+            missing[exporting.row_name(name)] = module.available() or (
+                f"not in the bundle: okdc export RUN {' '.join(f'--{flag}' for flag in exporting.flags(name))}"
+            )
+    return {name: without_paths(reason) for name, reason in missing.items()}
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    status = "; ".join(filter(None, ["ok", row["reason"]])) if row["pass"] else f"not fit: {row['reason']}"
+    return {"format": row["name"], "status": status} | {
+        key: row[key] for key in ("file", "mb", "top1", "provider", "latency")
+    }
+
+
+def _absent(name: str, reason: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = dict.fromkeys(("file", "mb", "top1", "provider"))
+    return {"format": name, "status": f"unavailable: {reason}", **nothing, "latency": []}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    table = [line(COLUMNS), line(["---"] * len(COLUMNS)), *map(line, lines(report))]
+    return "\n".join([*table, "", title(report), ""])
+
+
+def _csv(report: dict[str, Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines(report)])
+    return text.getvalue()

@@ -1,0 +1,75 @@
+"""One fair table of every format: what was measured, what is fit to ship, and why the rest is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from okdc import _shipped, benchmark, exporting
+from okdc.cli import main
+
+NO_GPU = _shipped.target("tensorrt").available() is not None
+
+
+def okdc(*words: Any) -> Result:
+    return CliRunner().invoke(main, ["benchmark", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """`okdc benchmark NAME`, which shows a table and writes it in three ways."""
+    folder = tmp_path_factory.mktemp("tables")
+    outputs = [word for end in ("md", "csv", "json") for word in ("--output", folder / "new" / f"speed.{end}")]
+    words = ("test_resnet", "--img-size", 32, "--num-classes", 4, "--batch-sizes", "1,2", "--device", "cpu")
+    return okdc(*words, "--no-compile", *outputs), folder / "new"
+
+
+def test_every_format_that_is_here_is_measured_and_the_others_say_why(measured: tuple[Result, Path]) -> None:
+    done, folder = measured
+    assert done.exit_code == 0, done.output
+    report = json.loads((folder / "speed.json").read_text())
+    rows = {row["format"]: row for row in report["rows"]}
+    assert len(rows) == len(report["rows"])
+    named = {exporting.row_name(name) for name in _shipped.targets()} | set(exporting.GPU_ROWS)
+    assert set(rows) == named | {"torch eager"}, "every format there could be has a row"
+    for name in ("torch eager", "onnx"):
+        assert rows[name]["status"] == "ok" and rows[name]["mb"] > 1 and rows[name]["top1"] is None
+        assert [each["batch"] for each in rows[name]["latency"]] == [1, 2]
+        for each in rows[name]["latency"]:
+            assert 0 < each["p50_ms"] <= each["p95_ms"] and each["images_per_second"] > 0 and each["cpu_ms"] > 0
+    if NO_GPU:
+        assert rows["tensorrt"]["status"].startswith("unavailable: TensorRT needs an NVIDIA GPU")
+        assert rows["onnx on cuda"]["status"].startswith("unavailable: ") and rows["tensorrt"]["latency"] == []
+    assert (report["device"], report["threads"], report["source"]) == ("cpu", 1, "test_resnet")
+    assert report["environment"]["torch"] and report["schema_version"] == 1
+
+
+def test_the_table_is_the_same_on_the_screen_in_markdown_and_in_csv(measured: tuple[Result, Path]) -> None:
+    done, folder = measured
+    report = json.loads((folder / "speed.json").read_text())
+    with open(folder / "speed.csv", newline="") as file:
+        head, *lines = csv.reader(file)
+    assert tuple(head) == benchmark.COLUMNS and lines == benchmark.lines(report)
+    assert [line[0] for line in lines][:2] == ["torch eager", "torch eager"]  # a line for each batch size
+    text = (folder / "speed.md").read_text()
+    for line in lines:
+        assert f"| {' | '.join(line)} |" in text
+        assert all(cell in done.output for cell in line[:1] + line[2:])
+    assert "a process for each format" in done.output and "a process for each format" in text
+
+
+def test_wrong_use_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    wrong = okdc("test_resnet", "--output", tmp_path / "speed.txt")
+    assert wrong.exit_code == 2 and "ends in .md, .csv or .json" in " ".join(wrong.stderr.split())
+    (tmp_path / "run").mkdir()
+    empty = okdc(tmp_path / "run")
+    assert empty.exit_code == 2 and "okdc export" in empty.stderr
+    unknown = okdc("test_resnett")
+    assert unknown.exit_code == 2 and "test_resnet" in unknown.stderr
+    trained = okdc("test_resnet", "--data", "digits")
+    assert trained.exit_code == 2 and "leave --data out" in " ".join(trained.stderr.split())

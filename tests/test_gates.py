@@ -1,0 +1,87 @@
+"""The rules of a release on rows made by hand: what stops a bundle, what is left out, what is recommended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from okdc._gates import DEFAULTS, NO_WISHES, Gates, is_variant, judge, milliseconds, verdict, weigh
+
+
+def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: Any) -> dict[str, Any]:
+    latency = [] if ms is None else [{"batch": 8, "p50_ms": 1, "cpu_ms": 1, "contended": False}]
+    latency += [] if ms is None else [{"batch": 1, "p50_ms": 9 * ms, "cpu_ms": ms, "contended": True}]
+    known = {"name": name, "file": None if name == "torch" else f"{name}.onnx", "precision": precision, "top1": 90.0}
+    known |= {"agreement": 100.0, "rel": 0.0, "layers": None, "latency": latency}
+    return known | {"pass": True, "worth_shipping": True, "reason": None} | changes
+
+
+def judged(
+    precision: str, gates: Gates = NO_WISHES, tolerance: float = 1e9, labelled: bool = True, **changes: Any
+) -> bool:
+    done = judge(row("x", precision, **changes), 90.0, gates, tolerance, labelled=labelled)
+    assert done["pass"] or (done["reason"] and done["worth_shipping"] is False)
+    return done["pass"]
+
+
+@pytest.mark.parametrize("precision", DEFAULTS)
+def test_each_precision_has_gates_of_its_own(precision: str) -> None:
+    drop, agreement = DEFAULTS[precision]
+    assert judged(precision, top1=90 - drop, agreement=agreement)
+    assert not judged(precision, top1=90 - drop - 0.01) and not judged(precision, agreement=agreement - 0.01)
+    assert judged(precision, Gates(max_drop=5, min_agreement=80), top1=85.0, agreement=80.0)
+    assert not judged(precision, Gates(max_drop=0), top1=89.9)
+    assert not judged(precision, tolerance=0.1, rel=0.2) and not judged(precision, tolerance=0.1, rel=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers", "passes"),
+    [
+        ("int8", {"fp32": 4, "int8": 50}, True), ("int8", {"fp32": 54}, False), ("fp16", {"fp32": 54}, False),
+        ("fp16", {"fp16": 54}, True), ("fp32", {"fp32": 54}, True), ("fp32", {"fp16": 1, "fp32": 53}, False),
+        ("int8", {"fp16": 54}, False), ("int8", None, True),
+    ],
+)  # fmt: skip
+def test_a_file_in_another_precision_than_it_is_sold_as_fails(precision: str, layers: Any, passes: bool) -> None:
+    assert judged(precision, layers=layers) is passes
+
+
+def test_of_noise_nothing_is_asked_but_that_float32_is_exact() -> None:
+    assert not judged("fp32", labelled=False, agreement=99.0) and judged("int8", labelled=False, agreement=50.0)
+    assert judged("fp16", tolerance=1e-2, labelled=False, rel=0.09)
+    assert not judged("fp16", tolerance=1e-2, labelled=False, rel=0.11)
+
+
+def test_what_stops_a_release() -> None:
+    bad = {"pass": False}
+    torch, plain, int8 = row("torch"), row("onnx"), row("onnx_int8", "int8")
+    assert verdict([torch, plain, int8], True) == "pass" and verdict([torch, plain], False) == "parity_only"
+    assert verdict([torch, plain, int8 | bad], True) == "pass"  # the others ship
+    assert verdict([torch, int8 | bad], True) == "fail"  # nothing else was asked for
+    assert verdict([torch, plain | bad, int8], True) == "fail"
+    assert verdict([torch | bad, plain, int8], True) == "fail"
+    assert verdict([torch, plain, row("predict.py", precision=None, **bad)], True) == "fail"  # type: ignore[arg-type]
+    assert verdict([torch], True) == "pass"  # weights only
+    assert is_variant(int8) and not is_variant(plain) and not is_variant(torch)
+
+
+def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marked() -> None:
+    rows = [row("torch", ms=33), row("onnx", ms=18), row("fp16", "fp16", ms=20), row("int8", "int8", ms=6)]
+    best = weigh(rows)
+    assert best is not None and best["file"] == "int8.onnx" and "6.00 ms at batch 1, 5.5 times as fast" in best["why"]
+    assert [each["worth_shipping"] for each in rows] == [True, True, False, True]
+    assert "20.00 ms against 18.00 ms" in rows[2]["reason"]
+    rows = [row("torch", ms=33), row("onnx", ms=18), row("int8", "int8", ms=6, top1=None, **{"pass": False})]
+    rows[2]["worth_shipping"] = False
+    assert (weigh(rows) or {})["file"] == "onnx.onnx"
+    assert (weigh([row("onnx", ms=18), row("int8", "int8", ms=17.5)]) or {})["file"] == "onnx.onnx"  # noise
+    elsewhere = row("int8", "int8", ms=1) | {"worth_shipping": None}
+    assert (weigh([row("onnx", ms=18), elsewhere]) or {})["file"] == "onnx.onnx"
+    assert (weigh([row("int8", "int8"), row("onnx")]) or {})["file"] == "onnx.onnx"  # nothing was timed
+    assert weigh([row("torch", ms=3)]) is None
+
+
+def test_on_one_thread_of_a_cpu_processor_time_counts() -> None:
+    assert milliseconds(row("x", ms=5)) == 5 and milliseconds(row("x")) is None
+    assert milliseconds({"latency": [{"batch": 1, "p50_ms": 7, "cpu_ms": 2, "contended": None}]}) == 7

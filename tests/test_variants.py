@@ -1,0 +1,282 @@
+"""fp16 and int8 on the whole road: a student trained on real digits, its bundle, and faults planted in that bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx import numpy_helper
+
+import okdc
+from okdc import _bundle, _calibration, _schema, _shipped, exporting
+from okdc.data import Data
+from okdc.errors import ExportError, GateError
+from okdc.pipeline import Result
+from okdc.recipe import ExportSettings
+from okdc.verify import torch_runner
+
+QUICK = ExportSettings(batch_sizes=[])
+ROWS = ["torch", "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "predict.py"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A small network after a few epochs of digits, exported in every precision."""
+    return okdc.compress(
+        "test_resnet", method="baseline", output=tmp_path_factory.mktemp("runs"), experiment="digits", img_size=32,
+        no_aug=True, epochs=4, batch_size=32, opt="adamw", lr=0.003, workers=0, fp16=True, int8=True,
+        calibration_images=64, batch_sizes=[1],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(result: Result) -> Path:
+    return result.path / "export"
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may spoil."""
+    return Path(shutil.copytree(bundle, tmp_path / "export"))
+
+
+def rows(verification: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in verification["rows"]}
+
+
+def test_every_precision_is_exported_verified_and_as_accurate(result: Result, bundle: Path) -> None:
+    verification = result.verification
+    assert verification is not None and verification["verdict"] == "pass"
+    found = rows(verification)
+    assert list(found) == ROWS and found["torch"]["top1"] > 90
+    assert all(row["pass"] for row in found.values())
+    assert [found[name]["precision"] for name in ROWS[1:5]] == ["fp32", "fp16", "int8", "int8"]
+    assert all(found["torch"]["top1"] - found[name]["top1"] <= 1 for name in ROWS[2:5])
+    assert {entry["batch"] for entry in found["onnx_int8"]["differences"]} >= {1, 3, 32}
+    assert found["onnx_int8"]["mb"] < found["onnx_fp16"]["mb"] < found["onnx"]["mb"]
+    assert found["onnx_int8_trt"]["latency"] == [] and found["onnx_int8_trt"]["worth_shipping"] is None
+    assert verification["parameters"] == verification["exports"]["onnx"]["parameters"]
+    card = (bundle / "README.md").read_text()
+    assert "Recommended here" in card and "calibrated on 64 training images" in card and "`model.int8.onnx`" in card
+    assert exporting.check_sums(bundle) == []
+
+
+def test_calibrated_on_training_images_as_they_are_for_evaluation(result: Result) -> None:
+    data: Data = result.data
+    drawn, facts = _calibration.draw(data, 64)
+    assert (result.verification or {})["calibration"] == facts
+    assert facts["images"] == 64 and facts["also_validated"] == 0 and not facts["augmented"]
+    validation = torch.cat([images for images, _ in data.validation or ()]).numpy()
+    assert drawn.shape[1:] == validation.shape[1:]
+    distances = np.abs(drawn[:, None, 0, ::4, ::4] - validation[None, :, 0, ::4, ::4]).max((2, 3))
+    assert distances.min() > 1e-3
+    assert abs(drawn.mean() - validation.mean()) < 0.1 and abs(drawn.std() - validation.std()) < 0.1  # not augmented
+    same, _ = _calibration.draw(data, 64)
+    assert np.array_equal(same, drawn)
+
+
+class Pictures:
+    """Data whose first three training images are validation images, too."""
+
+    def __init__(self, data: Data, shared: int) -> None:
+        own = [data.training_images[i] for i in range(6)]  # type: ignore[index]
+        self.training_images, self.validation_images = own, own[:shared]
+        self.preprocess, self.name = data.preprocess, "pictures"
+
+
+def test_images_that_are_validated_on_are_left_out(result: Result) -> None:
+    images, facts = _calibration.draw(Pictures(result.data, 3), 10)
+    assert len(images) == facts["images"] == 3 and facts["also_validated"] == 3
+    with pytest.raises(ExportError, match="pictures has 1 that are not"):
+        _calibration.draw(Pictures(result.data, 5), 10)
+
+
+def test_without_data_int8_is_skipped_with_the_flag_to_type(tmp_path: Path, result: Result) -> None:
+    settings = ExportSettings(int8=True, fp16=True, batch_sizes=[])
+    known = {"preprocess": result.data.preprocess, "classes": result.data.classes}
+    verification = exporting.export_bundle(result.student, None, settings, tmp_path / "x", arch="test_resnet", **known)
+    skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
+    assert "--data" in skipped["onnx_int8"] and "--data" in skipped["onnx_int8_trt"]
+    assert verification["verdict"] == "parity_only" and rows(verification)["onnx_fp16"]["pass"]
+
+
+def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
+    """Where a json value is not of a type: missing, unknown or wrongly typed fields."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if (is_typeddict(kind) and type(value) is not dict) or (origin in (list, dict) and type(value) is not origin):
+        return [f"{where} is {value!r}"]
+    if is_typeddict(kind):
+        hints = get_type_hints(kind)
+        missing = [f"{where}.{key} is missing" for key in kind.__required_keys__ - value.keys()]
+        unknown = [f"{where}.{key} is unknown" for key in value.keys() - hints.keys()]
+        known = [conforms(value[key], hint, f"{where}.{key}") for key, hint in hints.items() if key in value]
+        return missing + unknown + [each for found in known for each in found]
+    if origin is list:
+        return [each for i, entry in enumerate(value) for each in conforms(entry, arguments[0], f"{where}[{i}]")]
+    if origin is dict:
+        return [each for key, entry in value.items() for each in conforms(entry, arguments[1], f"{where}.{key}")]
+    if arguments:
+        return min((conforms(value, each, where) for each in arguments), key=len)
+    if kind is Any or (kind is float and type(value) is int) or type(value) is kind:
+        return []
+    return [f"{where} is {value!r}, not {kind.__name__}"]
+
+
+def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result) -> None:
+    written = json.loads((bundle / "verification.json").read_text())
+    assert written["schema_version"] == _schema.VERSION == 2
+    assert conforms(written, _schema.Verification) == []
+    again = exporting.verify_bundle(bundle, result.data, ExportSettings(batch_sizes=[2]))
+    assert again["verdict"] == "pass" and conforms(again, _schema.Verification) == []
+    assert conforms(written | {"images": "many", "extra": 1}, _schema.Verification)
+    del written["rows"][0]["ties"]
+    assert conforms(written, _schema.Verification) == ["verification.rows[0].ties is missing"]
+
+
+def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    recommended = (result.verification or {})["recommended"]
+    assert config["okdc"]["model"] == recommended["file"]
+    predict = _shipped.load(_shipped.folder("export") / "predict.py")
+    originals = [image for image, _ in result.data.validation_images or ()]
+    expected = np.concatenate([torch_runner(result.student)(x.numpy()) for x, _ in result.data.validation or ()])
+    exact = predict.load(copy, model="model.onnx").logits(originals)
+    assert np.array_equal(exact.argmax(1), expected.argmax(1))
+    for file in ("model.int8.onnx", "model.fp16.onnx"):
+        _bundle.recommend(copy, file)
+        predictor = predict.load(copy)
+        given = predictor.logits(originals)
+        assert predictor.file == file and (given.argmax(1) == expected.argmax(1)).mean() >= 0.97
+        assert not np.array_equal(given, exact)
+    originals[0].save(copy.parent / "digit.png")
+    command = [sys.executable, str(copy / "predict.py"), str(copy.parent / "digit.png"), "--json", "--model"]
+    for file, code in (("model.int8.onnx", 0), ("model.int4.onnx", 2)):
+        done = subprocess.run([*command, file], capture_output=True, text=True, check=False)
+        assert done.returncode == code and ("has no model.int4.onnx" in done.stderr) is (code == 2)
+
+
+def test_a_variant_alone_is_a_bundle(result: Result, tmp_path: Path) -> None:
+    settings = ExportSettings(onnx=False, int8=True, calibration_images=64, batch_sizes=[])
+    verification = exporting.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")
+    assert list(rows(verification)) == ["torch", "onnx_int8", "onnx_int8_trt", "predict.py"]
+    assert verification["recommended"]["file"] == "model.int8.onnx" and not (tmp_path / "x" / "model.onnx").exists()
+
+
+def test_a_variant_that_fails_is_left_out_unless_it_is_all_there_is(result: Result, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    untrained = timm.create_model("test_resnet", num_classes=10).eval()
+    images = next(iter(result.data.validation or ()))[0]
+    with torch.no_grad():  # what all images have in common is taken away, so that its choices hang on the last digits
+        untrained.get_classifier().bias -= untrained(images).mean(0)
+    kwargs = {"arch": "test_resnet"}
+    settings = ExportSettings(int8=True, calibration_images=16, batch_sizes=[], min_agreement=99.9)
+    verification = exporting.export_bundle(untrained, result.data, settings, tmp_path / "a", **kwargs)
+    found = rows(verification)["onnx_int8"]
+    assert verification["verdict"] == "pass" and verification["recommended"]["file"] == "model.onnx"
+    assert not found["pass"] and found["worth_shipping"] is False and "agrees with torch" in found["reason"]
+    assert (tmp_path / "a" / "model.onnx").exists() and not (tmp_path / "a" / "model.int8.onnx").exists()
+    assert "it is not in this folder" in (tmp_path / "a" / "README.md").read_text()
+    assert exporting.verify_bundle(tmp_path / "a", result.data, QUICK)["verdict"] == "pass"
+    alone = ExportSettings(onnx=False, int8=True, calibration_images=16, batch_sizes=[], min_agreement=99.9)
+    with pytest.raises(GateError, match="onnx_int8: it agrees"):
+        exporting.export_bundle(untrained, result.data, alone, tmp_path / "b", **kwargs)
+    assert not (tmp_path / "b").exists() and (tmp_path / "b-failed" / "model.int8.onnx").exists()
+
+
+def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path, result: Result) -> None:
+    batches = [(images, (labels + 1) % 10) for images, labels in result.data.validation or ()]
+    shifted = replace(result.data, validation=batches, validation_images=None)
+    verification = exporting.verify_bundle(bundle, shifted, QUICK)
+    assert verification["verdict"] == "fail" and "when last measured" in rows(verification)["torch"]["reason"]
+
+
+# ---- planted faults
+
+
+def edit(name: str, **changes: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return spoil
+
+
+def swap_channels(folder: Path) -> None:
+    """BGR: the first convolution sees the channels in the other order."""
+    model = onnx.load(folder / "model.onnx")
+    name = next(node.input[1] for node in model.graph.node if node.op_type == "Conv")
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(tensor)[:, ::-1]), name))
+    onnx.save(model, folder / "model.onnx")
+
+
+def perturb(file: str, dtype: type) -> Callable[[Path], None]:
+    """Noise in the weights of a file."""
+
+    def spoil(folder: Path) -> None:
+        model, random = onnx.load(folder / file), np.random.default_rng(0)
+        for tensor in model.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            if values.dtype == dtype and values.ndim > 1:
+                values = values.astype(np.float32)
+                noise = values.std() * random.standard_normal(values.shape)
+                changed = (values + noise).clip(-127, 127).astype(dtype)
+                tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+        onnx.save(model, folder / file)
+
+    return spoil
+
+
+def sell(file: str, name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        shutil.copyfile(folder / file, folder / name)
+
+    return spoil
+
+
+def shift_labels(folder: Path) -> None:
+    labels = (folder / "labels.txt").read_text().splitlines()
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in [*labels[1:], labels[0]]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "row", "reason"),
+    [
+        (edit("preprocess.json", mean=[0.1, 0.1, 0.1]), "predict.py", "torch"),
+        (edit("preprocess.json", std=[1.0, 1.0, 1.0]), "predict.py", "torch"),
+        (swap_channels, "onnx", "logits differ"),
+        (perturb("model.onnx", np.float32), "onnx", "agrees with torch"),
+        (perturb("model.fp16.onnx", np.float16), "onnx_fp16", "agrees with torch"),
+        (perturb("model.int8.onnx", np.int8), "onnx_int8", "agrees with torch"),
+        (sell("model.onnx", "model.int8.onnx"), "onnx_int8", "sold as int8, and its layers are"),
+        (sell("model.onnx", "model.int8.trt.onnx"), "onnx_int8_trt", "sold as int8, and its layers are"),
+        (sell("model.onnx", "model.fp16.onnx"), "onnx_fp16", "sold as fp16, and its layers are"),
+        (sell("model.int8.onnx", "model.onnx"), "onnx", "sold as fp32, and its layers are"),
+        (shift_labels, "labels.txt", "class 0"),
+    ],
+    ids=[
+        "wrong mean", "wrong std", "swapped channels", "perturbed fp32", "perturbed fp16", "perturbed int8",
+        "fp32 sold as int8", "fp32 sold as int8 for TensorRT", "fp32 sold as fp16", "int8 sold as fp32",
+        "labels shifted by one",
+    ],
+)  # fmt: skip
+def test_planted_faults_fail_their_row_and_only_theirs(
+    copy: Path, result: Result, spoil: Callable[[Path], None], row: str, reason: str
+) -> None:
+    spoil(copy)
+    _bundle.write_sums(copy)
+    verification = exporting.verify_bundle(copy, result.data, QUICK)
+    failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
+    assert verification["verdict"] == "fail" and reason in failed.pop(row)
+    assert set(failed) <= ({"predict.py"} if row == "onnx" else set())  # it runs model.onnx
