@@ -5,7 +5,7 @@ Whoever adds, removes or renames a field raises `VERSION`. Shares are per cent, 
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 VERSION = 2
 
@@ -88,8 +88,16 @@ class Calibration(TypedDict):
     also_validated: int | None  # training images left out for being validation images too; None: cannot be told
 
 
-class Verification(TypedDict):
-    """The whole file. What `okdc verify` returns has no exports, calibration and parameters."""
+class _OfExport(TypedDict, total=False):
+    """What `okdc export` knows and `okdc verify` does not."""
+
+    exports: dict[str, dict[str, Any]]  # what each writer notes, such as the layers left in float
+    calibration: Calibration | None
+    parameters: int  # of the student; after fusing: exports.onnx.parameters
+
+
+class Verification(_OfExport):
+    """The whole file."""
 
     schema_version: int
     verdict: str  # pass, fail, or parity_only: there were no labelled images
@@ -101,6 +109,3 @@ class Verification(TypedDict):
     skipped: list[Skipped]
     environment: dict[str, Any]
     data: Data
-    exports: NotRequired[dict[str, dict[str, Any]]]  # what each writer notes, such as the layers left in float
-    calibration: NotRequired[Calibration | None]
-    parameters: NotRequired[int]  # of the student; after fusing: exports.onnx.parameters
