@@ -25,6 +25,7 @@ class Method(nn.Module):
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
     taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
+    second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
 
     epoch: Tensor
