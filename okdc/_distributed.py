@@ -161,7 +161,7 @@ def synchronised(method: nn.Module, wanted: bool) -> Iterator[None]:
 class Watch:
     """Ends a run in which no rank comes forward for `timeout` seconds, saying which one is behind, and where.
 
-    Every rank tells the others each second how far it is. A context manager; alone it does nothing.
+    Every rank tells the others four times a second how far it is. A context manager; alone it does nothing.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -182,7 +182,7 @@ class Watch:
         self.over_and_done.set()
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         if self.store is not None and lost:
-            raise TrainingError(f"{self._behind()} The others lost it and stopped.{ADVICE}") from error
+            raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
 
     def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
         """The batches, while noting where in the run this rank is: `where`, and step and epoch of the state."""
@@ -215,7 +215,7 @@ class Watch:
         return f"Furthest behind: {', '.join(late)}."
 
     def _observe(self) -> None:
-        while not self.over_and_done.wait(min(1, self.timeout / 4)):
+        while not self.over_and_done.wait(min(0.25, self.timeout / 4)):
             with suppress(RuntimeError):  # of a store that is gone with the first rank, as collectives will show
                 self._tell()
             if time.monotonic() - self.since > self.timeout:
