@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import re
 import signal
@@ -109,12 +110,15 @@ def launch(command: Sequence[str], settings: TrainSettings, rendezvous: str | No
             rdzv_backend="c10d", rdzv_endpoint=rendezvous or "localhost:0", run_id="okdc",
             local_addr=None if rendezvous else "localhost", logs_specs=DefaultLogsSpecs(logs),
         )  # fmt: skip
+        logging.disable(logging.ERROR)  # the launcher's own account of what the processes have said themselves
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             return _exit_code(error.failures)
         except SignalException as stopped:  # passed on to all, which have finished their step and saved
             return 128 + stopped.sigval
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 

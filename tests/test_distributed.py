@@ -20,13 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from okdc import methods
-from okdc._distributed import joined
+from okdc._distributed import _first_node, as_started, joined, launch, place
 from okdc._ranks import _Sum, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
-from okdc.errors import OkdcError
+from okdc.data import Data, load, open_source, wrap
+from okdc.data._loading import Part
+from okdc.errors import OkdcError, RecipeError, TrainingError
 from okdc.methods import Method
-from okdc.settings import TrainSettings
+from okdc.needs import NOTHING, Needs
+from okdc.settings import DataSettings, TrainSettings
 from okdc.train import fit
 from tests.networks import Tiny
 
@@ -316,6 +319,151 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(troubled):
 def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one if one[k].numel())
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+DIGITS = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+CONFIG = DIGITS | {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+
+
+def digits(batch_size: int, number: int = 0, of: int = 1, needs: Needs = NOTHING, **settings: Any) -> Data:
+    wanted = DataSettings(workers=0, **settings)
+    return load(
+        open_source(wanted, 1), wanted, CONFIG, batch_size=batch_size, validation_batch_size=50, seed=1, device="cpu",
+        needs=needs, views=2 if needs.views else 1, rank=number, world=of,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needs", "settings"),
+    [
+        (NOTHING, {}),
+        (NOTHING, {"mixup": 0.4, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5"}),
+        (Needs(pairs=True), {}),
+        (Needs(indices=True), {"reprob": 0.5}),
+        (Needs(views=True), {"mixup": 0.4, "reprob": 0.5}),
+    ],
+    ids=["plain", "blended", "pairs", "indices", "views"],
+)
+def test_four_processes_see_the_batch_of_one(needs, settings):
+    batches = [next(digits(24, needs=needs, **settings).train.batches(1, 3))]
+    batches += [next(digits(6, i, 4, needs, **settings).train.batches(1, 3)) for i in range(4)]
+    places = [place for i in range(4) for place in Part(6, i, 4, mirrored="mixup" in settings).places()]
+    assert sorted(places) == list(range(24))
+    for whole, *parts in zip(*batches, strict=True):
+        axis = 1 if needs.views and whole.dim() > 2 else 0
+        together = torch.cat(parts, axis).index_select(axis, torch.tensor(places).argsort())
+        torch.testing.assert_close(together, whole)
+
+
+def test_every_validation_image_is_counted_once():
+    data = digits(8)
+    whole = [labels.tolist() for _, labels in data.validation]
+    parts = [[labels.tolist() for _, labels in digits(8).validation.every(i, 3)] for i in range(3)]
+    assert len(whole) == len(data.validation) == 8
+    assert [each for i in range(8) for each in [parts[i % 3][i // 3]]] == whole
+    assert [labels.tolist() for _, labels in data.validation] == whole  # again, whole
+
+
+def test_batches_of_ones_own_are_divided_and_those_of_a_distributed_sampler_are_not():
+    batches = [
+        (torch.full((2 if i < 6 else 1, 3, 8, 8), float(i)), torch.zeros(2 if i < 6 else 1).long()) for i in range(7)
+    ]
+    seen = [
+        [int(images[0, 0, 0, 0]) for images, _ in wrap(batches, num_classes=2, rank=i, world=2).train.batches(0)]
+        for i in range(2)
+    ]
+    assert seen == [[0, 2, 4], [1, 3, 5]]
+    dataset = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.zeros(8).long())
+    sampler = torch.utils.data.DistributedSampler(dataset, 2, 1)
+    loader = torch.utils.data.DataLoader(dataset, 2, sampler=sampler)
+    assert len(list(wrap(loader, num_classes=2, rank=1, world=2).train.batches(0))) == 2
+
+
+# --- the launcher -----------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_who_one_is(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "GROUP_WORLD_SIZE", *(n for n in os.environ if n.startswith("SLURM"))):
+        monkeypatch.delenv(name, raising=False)
+    assert place(SETTINGS) is None
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert place(SETTINGS) is None  # a batch script is one process
+    for name, value in {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert place(SETTINGS) == (5, 8, 2)
+    assert (as_started(SETTINGS).devices, as_started(SETTINGS).nodes) == (4, 2)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert place(SETTINGS) == (5, 2, 2)
+    assert place(replace(SETTINGS, devices=4, nodes=2)) is None  # one task on each node, which starts the others
+    for name, value in {"RANK": "1", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert place(SETTINGS) == (1, 6, 3)
+    for listed, expected in {"gpu[07-09,12],big3": "gpu07", "a1,a2": "a1", "login": "login"}.items():
+        monkeypatch.setenv("SLURM_STEP_NODELIST", listed)
+        assert _first_node() == expected
+
+
+def test_learning_rate_and_images_per_step_are_those_of_all_devices():
+    settings = replace(SETTINGS, lr=None, lr_base=0.1, batch_size=64, devices=4, nodes=2, grad_accum_steps=2)
+    assert (settings.images_per_step, settings.peak_lr) == (1024, pytest.approx(0.4))
+
+
+def test_devices_in_python_say_how_to_start(monkeypatch):
+    with pytest.raises(RecipeError, match="torchrun --nproc-per-node 2 SCRIPT"):
+        as_started(replace(SETTINGS, devices=2))
+
+
+def test_the_launcher_passes_on_how_processes_end(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+
+    def end(second: str) -> int:
+        program = f"import os, time; time.sleep(1) if os.environ['RANK'] == '0' else {second}"
+        return launch([sys.executable, "-c", program], replace(SETTINGS, devices=2), None)
+
+    try:
+        assert end("0") == 0
+        assert end("os._exit(3)") == 3
+        with pytest.raises(TrainingError, match="rank 1 was killed by SIGKILL"):
+            end("os.kill(os.getpid(), 9)")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+RECIPE = """
+network: {model: resnet20_cifar, img_size: 16}
+method: {name: dml}
+data: {data: digits, workers: 0}
+train: {epochs: 1, batch_size: 8, validation_batch_size: 64, device: cpu, devices: 4}
+export: {onnx: false}
+"""
+
+
+@pytest.mark.ddp
+def test_the_command_line_trains_with_four_processes_and_goes_on_with_two(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    first = okdc("--recipe", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path), "--experiment", "run")
+    assert "4 processes on cpu, 32 images per step" in first.stderr and first.stderr.count("epoch 1/1:") == 1
+    facts = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert facts["environment"]["images per step"] == 32 and facts["environment"]["processes"] == "4 per node, 1 node"
+    assert len(facts["history"]) == 1 and facts["recipe"]["train"]["devices"] == 4
+    again = okdc("--resume", str(tmp_path / "run"), "--devices", "2", "--epochs", "2")
+    assert "2 devices, before 4" in again.stderr and "16 images per step, before 32" in again.stderr
+    assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3
+
+
+def okdc(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "okdc", "compress", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ def _loader(
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_as_loaded,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # drawn from at each epoch, so it must not be the one that the network uses
@@ -322,8 +322,11 @@ def _as_loaded(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
+def _leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A launcher (or scancel) sends SIGTERM to a process and to its children: the first is the run's, which saves and
+    # then ends its workers itself.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class ShuffledBatches:
