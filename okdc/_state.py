@@ -180,7 +180,7 @@ def save(state: TrainState, run: Run, best: bool = False) -> None:
 def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> str:
     """Put the state back to what it was when `path` was saved; RunError when it is of another run.
 
-    In words, what another number of devices changes; nothing where there are as many as before.
+    Returns in words what another number of devices changes; nothing where there are as many as before.
     """
     saved = payload["okdc"]
     moved = "devices" in saved and saved["devices"] != world()
@@ -214,7 +214,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     state.method.epochs.fill_(run.settings.epochs)
     if moved:
         before, now = saved["images"], run.settings.images_per_step
-        state.step = min(run.steps - 1, state.step * before // now)
+        state.step = min(run.steps, state.step * before // now)
         for group, rate in zip(state.optimizer.param_groups, rates):
             group["lr"] = rate
     if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now

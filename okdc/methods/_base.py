@@ -50,7 +50,11 @@ class Method(nn.Module):
         return self.losses(self.cohort(images), labels)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Named scalar losses, already weighted; the loop adds them up and logs each."""
+        """Named scalar losses, already weighted; the loop adds them up and logs each.
+
+        On several devices the batch is this one's part, and the gradient of a mean over images comes out right; what
+        compares images with one another, or fills a buffer, takes all of them by `okdc._ranks.gather`.
+        """
         raise NotImplementedError
 
     def ensemble(self, out: CohortOutput) -> Tensor:
