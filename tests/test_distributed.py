@@ -69,14 +69,6 @@ class Synchronised(nn.BatchNorm2d):
         """Maps (B, D, H, W) and vectors (B, D) alike."""
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(case: str) -> Method:
     name, settings = CASES[case]
     kind = methods.get(name)
