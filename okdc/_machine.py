@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,21 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from okdc._ranks import local_rank, mean_, world
 from okdc.errors import RecipeError
 from okdc.settings import TrainSettings
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, auto being CUDA where there is one, else the CPU; RecipeError when it is not there."""
+    """The device called `name`, auto being CUDA where there is one, else the CPU; RecipeError when it is not there.
+
+    Of several processes each has the device of its own number.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(f"--device {name}: expected auto, cpu, cuda or cuda:1.") from error
+    if device.type == "cuda" and world() > 1:
+        device = torch.device("cuda", local_rank())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise RecipeError(f"--device {name}: torch finds {count} CUDA devices here. Try --device auto.")
+        fewer = f" or --devices {count}" if world() > 1 else ""
+        raise RecipeError(f"--device {device}: torch finds {count} CUDA devices here. Try --device auto{fewer}.")
     return device
 
 
@@ -72,10 +81,10 @@ def _precision(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def seed_everything(*position: int) -> None:
-    """Make all random numbers that follow a function of `position`, such as (seed, epoch, step)."""
+def seed_everything(*position: int, rank: int = 0) -> None:
+    """Make all random numbers that follow a function of `position`, such as (seed, epoch, step), and of the rank."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little")
+    seed = (int.from_bytes(digest, "little") + rank) % 2**64
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # torch.manual_seed would walk the call stack to note this down for later: 150 us
         torch.cuda.manual_seed_all(seed)
@@ -101,16 +110,31 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.agreed = 0  # by all ranks, in several processes
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
 
     @property
+    def wish(self) -> int:
+        """The signal to leave for; of several processes the one that any of them got, when all know of it."""
+        return self.signal if world() == 1 else self.agreed
+
+    @property
     def exit_code(self) -> int:
-        return 128 + self.signal
+        return 128 + self.wish
+
+    def agree(self, values: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+        """`values` (N,), averaged over the ranks together with `others` (these in place), and what to leave for."""
+        asked = values.new_tensor([self.signal == number for number in SIGNALS])
+        told = torch.cat([values, asked])
+        mean_([told, *others])
+        got = told[len(values) :].tolist()
+        self.agreed = next((number for number, share in zip(SIGNALS, got) if share), 0)
+        return told[: len(values)]
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -29,17 +29,18 @@ LONG_WAIT = 10  # per cent of a step, spent waiting for data
 
 
 class Display:
-    """Shows a run of `epochs` times `steps` on stderr; a context manager, so that the terminal is always given back."""
+    """Shows a run of `epochs` times `steps` on stderr, unless `quiet`; a context manager, for the terminal's sake."""
 
-    def __init__(self, epochs: int, steps: int, log_interval: int, advice: str = "") -> None:
+    def __init__(self, epochs: int, steps: int, log_interval: int, advice: str = "", quiet: bool = False) -> None:
         self.advice = advice  # for whoever waits for data for long; given once
+        self.quiet = quiet
         self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
         self.console = Console(stderr=True)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), auto_refresh=False)
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
         self.drawn = 0.0
-        bar = self.console.is_terminal and not self.console.is_dumb_terminal
+        bar = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
         self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
 
@@ -56,7 +57,7 @@ class Display:
         """Say something once, above the bar."""
         if self.live:
             self.console.print(Text(text))
-        else:
+        elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float, left: float) -> None:
@@ -98,9 +99,9 @@ class Display:
 class Events:
     """TensorBoard's event files, when `tensorboard` is installed; never a reason for a run to fail."""
 
-    def __init__(self, folder: Path, first_epoch: int) -> None:
+    def __init__(self, folder: Path, first_epoch: int, quiet: bool = False) -> None:
         self.writer: Any = None
-        if importlib.util.find_spec("tensorboard") is None:
+        if quiet or importlib.util.find_spec("tensorboard") is None:
             return
         with contextlib.suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")

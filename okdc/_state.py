@@ -15,6 +15,7 @@ from torch import nn
 from okdc import checkpoint
 from okdc._machine import Machine
 from okdc._progress import Row
+from okdc._ranks import world
 from okdc.errors import RecipeError, RunError, nearest
 from okdc.settings import TrainSettings
 
@@ -97,9 +98,7 @@ def build(method: Method, run: Run) -> TrainState:
 
 
 def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer:
-    lr = settings.lr
-    if lr is None:
-        lr = settings.lr_base * settings.batch_size * settings.grad_accum_steps / 256
+    lr = settings.peak_lr
     groups, extra = method.param_groups(lr), dict(settings.opt_kwargs)
     if extra.pop("filter_bias_and_bn", False):
         groups = [part for group in groups for part in _spare_biases_and_norms(group)]
@@ -167,7 +166,10 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
         payload["state_dict_ema"] = state.student.state_dict()
     names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history", "between")
     own = {name: getattr(state, name) for name in names}
-    payload["okdc"] = {"facts": _facts(state, run), "steps": run.steps, "method": state.method.state_dict(), "run": own}
+    payload["okdc"] = {
+        "facts": _facts(state, run), "steps": run.steps, "devices": world(), "images": run.settings.images_per_step,
+        "lr": run.settings.peak_lr, "method": state.method.state_dict(), "run": own,
+    }  # fmt: skip
     return payload
 
 
@@ -182,20 +184,25 @@ def save(state: TrainState, run: Run, best: bool = False) -> None:
     checkpoint.duplicate(run.folder / checkpoint.BEST, run.last, keep)
 
 
-def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> None:
-    """Put the state back to what it was when `path` was saved; RunError when it is of another run."""
+def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> str:
+    """Put the state back to what it was when `path` was saved; RunError when it is of another run.
+
+    Returns in words what another number of devices changes; nothing where there are as many as before.
+    """
     saved = payload["okdc"]
+    moved = "devices" in saved and saved["devices"] != world()
     ways_out = f"Continue it as it was: okdc compress --resume {run.folder}, or start anew with --experiment NAME."
     for name, here in _facts(state, run).items():
         if saved["facts"].get(name) != here:
             raise RunError(f"{path} has {name} {saved['facts'].get(name)!r}, this run {here!r}. {ways_out}")
     if difference := checkpoint.difference(saved["method"], state.method.state_dict()):
         raise RunError(f"{path} does not fit this network and method: {difference}. {ways_out}")
-    if saved["run"]["step"] and saved["steps"] != run.steps:
+    if saved["run"]["step"] and saved["steps"] != run.steps and not moved:
         raise RunError(
             f"{path} was saved within an epoch of {saved['steps']} steps, this run has {run.steps} to the epoch: the "
             f"data or batch size differs. {ways_out}"
         )
+    rates = [group["lr"] for group in state.optimizer.param_groups]
     try:
         state.optimizer.load_state_dict(payload["optimizer"])
     except (KeyError, ValueError) as error:
@@ -212,6 +219,24 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
             raise RunError(f"{path} is of a finished run whose {checkpoint.BEST} is gone. Put that back beside it.")
         state.best = None  # the best from here on
     state.method.epochs.fill_(run.settings.epochs)
-    if state.schedule is not None and state.epoch:  # the same rate again, unless the run is to be longer now
+    if moved:
+        before, now = saved["images"], run.settings.images_per_step
+        state.step = min(run.steps, state.step * before // now)
+        for group, rate in zip(state.optimizer.param_groups, rates):
+            group["lr"] = rate
+    if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
+    return _changed(saved, state, run) if moved else ""
+
+
+def _changed(saved: dict[str, Any], state: TrainState, run: Run) -> str:
+    """What is not as it was because a run goes on with another number of devices."""
+    lr = run.settings.peak_lr
+    facts = [
+        (saved["devices"], world(), "devices"),
+        (saved["images"], run.settings.images_per_step, "images per step"),
+        (f"{saved['lr']:.4g}", f"{lr:.4g}", "as the learning rate of the schedule"),
+        (f"{saved['run']['step']} of {saved['steps']}", f"{state.step} of {run.steps}", "steps of this epoch done"),
+    ]
+    return "".join(f"\n  {now} {what}, before {then}" for then, now, what in facts if then != now)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from okdc import _stem, _teacher, methods, networks
 from okdc._machine import choose_device
+from okdc._ranks import first, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -48,7 +49,10 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
 
 def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
     asked, _ = needs(wanted)
-    data = wrap(loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=asked)
+    data = wrap(
+        loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=asked, rank=rank(),
+        world=world(),
+    )  # fmt: skip
     return _target(model, wanted, data.classes), data
 
 
@@ -61,6 +65,8 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
         raise DataError(
             "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
         )
+    if wanted.data.dataset_download:  # by one process, and then it is there
+        first(lambda: open_source(wanted.data, wanted.train.seed) and None)
     source = open_source(wanted.data, wanted.train.seed)
     target = _target(model, wanted, source.classes)
     config = networks.data_config(
@@ -72,7 +78,7 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
     return target, load(
         source, wanted.data, config, batch_size=wanted.train.batch_size,
         validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
-        device=choose_device(wanted.train.device), needs=asked, views=views,
+        device=choose_device(wanted.train.device), needs=asked, views=views, rank=rank(), world=world(),
     )  # fmt: skip
 
 

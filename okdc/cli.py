@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ class _Failure(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         width = max(40, shutil.get_terminal_size().columns - 1)
-        for line in f"okdc: error: {self.message}".splitlines():
+        who = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+        for line in f"okdc: error{who}: {self.message}".splitlines():
             hang = " " * (len(line) - len(line.lstrip()) + 2)
             click.echo(
                 textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False),
@@ -72,6 +75,7 @@ def main() -> None:
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
 @_flags.settings("network", "cohort", "data", "train", "export")
 def compress(
     recipe_name: str | Path | None,
@@ -81,6 +85,7 @@ def compress(
     output: str,
     experiment: str | None,
     resume: str | None,
+    rendezvous: str | None,
     **_: Any,
 ) -> None:
     """Train a network together with others, keep it alone, export and verify it.
@@ -96,11 +101,17 @@ def compress(
     """
     typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import methods, pipeline, runs
+    from okdc import _distributed, methods, pipeline, runs
 
     recipe_name = recipe_name or runs.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
+    if resolved.train.devices * resolved.train.nodes > 1 and _distributed.place(resolved.train) is None:
+        command = [sys.executable, "-m", "okdc", *sys.argv[1:]]
+        raise SystemExit(_distributed.launch(command, resolved.train, rendezvous))
     result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
+    here = _distributed.place(resolved.train)
+    if here is not None and here[0] > 0:
+        return  # the first of several processes speaks
 
     from okdc import _summary
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from okdc._ranks import gather
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and smoothing give them."""
@@ -46,7 +48,9 @@ def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Ten
     """
     with torch.autocast(embeddings.device.type, enabled=False):  # exponents of ten and more need the precision
         similarity = torch.einsum("bkd,bd->bk", _full(memory), _full(embeddings)) / temperature
-    return similarity - (torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())).detach()
+    mean = (torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())).detach()
+    of_ranks = gather(mean[None])  # the logarithms of means over parts of equal size
+    return similarity - (torch.logsumexp(of_ranks, 0) - math.log(len(of_ranks)))
 
 
 def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
@@ -78,7 +82,7 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
 
     Maps (B, D_i, H, W) of any size; the teacher's is a constant.
     """
-    student, teacher = (_full(x).flatten(1) for x in (student, teacher.detach()))
+    student, teacher = (gather(_full(x).flatten(1)) for x in (student, teacher.detach()))
     return F.mse_loss(F.normalize(student @ student.T), F.normalize(teacher @ teacher.T))
 
 

@@ -16,8 +16,22 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _byproducts, _hub, _teacher, assembly, checkpoint, exporting, methods, networks, report, runs, train
+from okdc import (
+    _byproducts,
+    _distributed,
+    _hub,
+    _teacher,
+    assembly,
+    checkpoint,
+    exporting,
+    methods,
+    networks,
+    report,
+    runs,
+    train,
+)
 from okdc._machine import own_randomness, seed_everything
+from okdc._ranks import first, rank
 from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
 from okdc.methods import Method
@@ -66,11 +80,13 @@ def compress(
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
     wanted = _recipe(model, loader, recipe or runs.recipe_of(resume), method, settings)
+    wanted = replace(wanted, train=_distributed.as_started(wanted.train))
     chosen = wanted.method["name"]
     _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
-    folder, last = runs.choose(Path(output), wanted, experiment, resume)
     arch = wanted.network.model
-    with own_randomness():
+    with _distributed.joined(wanted.train), own_randomness():
+        leads = rank() == 0  # of several processes the first writes, and exports alone
+        folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
         seed_everything(wanted.train.seed)
         target, data = assembly.network_and_data(model, loader, validation, wanted)
         home = next(target.parameters()).device
@@ -80,7 +96,8 @@ def compress(
             teacher = assembly.teacher(wanted, data, proved=last is not None)
             learner = assembly.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
             facts = _student_facts(arch, isinstance(model, nn.Module), data)
-            print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
+            if leads:
+                print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
             try:
                 state = train.fit(
                     learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
@@ -92,6 +109,8 @@ def compress(
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
     metrics = _metrics(state.history, len(learner.cohort))
     result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
+    if not leads:
+        return result
     further: list[dict[str, Any]] = []
     try:
         formats = wanted.export
@@ -209,11 +228,17 @@ def _opening(learner: Method, data: Data, wanted: Recipe, folder: Path) -> str:
     """What is about to be trained, on what, and where it goes."""
     members = len(learner.cohort)
     others = f" with {members - 1} other{'s' * (members > 2)}" if members > 1 else ""
-    device = train.choose_device(wanted.train.device)
     return (
         f"{wanted.network.model}{others} by {wanted.method['name']} on {data.name}, {data.sizes[0]:,} training and "
-        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {device}, into {folder}"
+        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {_device(wanted)}, into {folder}"
     )
+
+
+def _device(wanted: Recipe) -> str:
+    device, settings = train.choose_device(wanted.train.device), wanted.train
+    if (count := settings.devices * settings.nodes) == 1:
+        return str(device)
+    return f"{count} processes on {device.type}, {settings.images_per_step:,} images per step"
 
 
 def _info(wanted: Recipe, result: Result) -> dict[str, Any]:
@@ -294,8 +319,8 @@ def _command() -> str:
     return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
 
 
-def _environment(wanted: Recipe) -> dict[str, str]:
-    device = train.choose_device(wanted.train.device)
+def _environment(wanted: Recipe) -> dict[str, Any]:
+    settings, device = wanted.train, train.choose_device(wanted.train.device)
     return {
         "okdc": okdc.__version__,
         "python": platform.python_version(),
@@ -305,4 +330,7 @@ def _environment(wanted: Recipe) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
+        "processes": f"{settings.devices} per node, {settings.nodes} node{'s' * (settings.nodes > 1)}",
+        "images per step": settings.images_per_step,
+        "learning rate": f"{settings.peak_lr:.4g}",
     }

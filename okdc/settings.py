@@ -99,10 +99,12 @@ class TrainSettings:
     """`train:` how long, how fast, on what; names and meanings are those of timm's train.py."""
 
     epochs: int = _setting(100, "epochs to train", at_least=1)
-    batch_size: int = _setting(128, "images per step", "-b", at_least=1)
-    validation_batch_size: int | None = _setting(None, "images per validation step", "-vb", at_least=1)
+    batch_size: int = _setting(128, "images per step on each device", "-b", at_least=1)
+    validation_batch_size: int | None = _setting(None, "images per validation step on each device", "-vb", at_least=1)
     opt: str = _setting("sgd", "optimizer, any of timm's")
-    lr: float | None = _setting(None, "learning rate; lr-base times batch size / 256 when not given", above=0)
+    lr: float | None = _setting(
+        None, "learning rate; lr-base times images per step of all devices / 256 if not given", above=0
+    )
     lr_base: float = _setting(0.1, "learning rate per 256 images", above=0)
     momentum: float = _setting(0.9, "momentum", at_least=0, at_most=1)
     weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
@@ -127,12 +129,27 @@ class TrainSettings:
     model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
     seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 …")
-    timeout: float = _setting(600.0, "seconds to wait for data before a run stops, saved; 0: for ever", at_least=0)
+    devices: int = _setting(1, "devices to train on, per node; each takes --batch-size images per step", at_least=1)
+    nodes: int = _setting(1, "machines to train on, that many devices each; start the command on every one", at_least=1)
+    sync_bn: bool = _setting(False, "batch norm over the images of all devices")
+    timeout: float = _setting(
+        600.0, "seconds without data, or without progress of a device, after which a run ends; 0: for ever", at_least=0
+    )
     recovery_interval: int = _setting(
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )
     checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
+
+    @property
+    def images_per_step(self) -> int:
+        """As timm counts them: a batch on each device, as often as gradients are accumulated."""
+        return self.batch_size * self.devices * self.nodes * self.grad_accum_steps
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that was given, or the base rate by the number of images per step."""
+        return self.lr_base * self.images_per_step / 256 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from okdc import checkpoint
+from okdc._distributed import Watch, synchronised, wrapped
 from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
 from okdc._progress import Display, Events, Row, faster_data, write_summary
+from okdc._ranks import barrier, first, rank, share, world
 from okdc._state import Run, TrainState, build, restore, save
 from okdc._waiting import Waiting, data_that_stops
-from okdc.errors import DataError, TrainingError
+from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -60,52 +62,66 @@ def fit(
         raise DataError(
             "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
         )
+    if settings.sync_bn and method.second_order:
+        raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
-    show = Display(settings.epochs, steps, settings.log_interval, faster_data(recipe))
-    with own_randomness(), StopSignal() as stop, show as display:
+    show = Display(settings.epochs, steps, settings.log_interval, faster_data(recipe), quiet=rank() > 0)
+    with own_randomness(), StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)
         if resume is not None:
-            restore(state, checkpoint.load_run(resume), Path(resume), run)
-        begin()
+            changed = restore(state, checkpoint.load_run(resume), Path(resume), run)
+        first(begin)
         folder.mkdir(parents=True, exist_ok=True)
         if resume is None:
-            save(state, run)  # so that whatever happens from here on, there is something to continue from
+            first(
+                lambda: save(state, run)
+            )  # so that whatever happens from here on, there is something to continue from
         else:
-            display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.")
-            write_summary(folder / "summary.csv", state.history)
+            display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
+            first(lambda: write_summary(folder / "summary.csv", state.history))
         if state.epoch < settings.epochs:
-            events, waiting = Events(folder, state.epoch), Waiting(settings.timeout)
-            with contextlib.closing(events), waiting, data_that_stops(state, run):
-                _train(state, data, run, stop, display, events, waiting)
+            events = Events(folder, state.epoch, quiet=rank() > 0)
+            waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
+            with contextlib.closing(events), waiting, data_that_stops(state, run), Watch(settings.timeout) as watch:
+                _train(state, data, run, stop, display, events, waiting, watch)
+        barrier()  # what the first rank has written is there for all
     method.eval()
     return state
 
 
 def _train(
-    state: TrainState, data: Data, run: Run, stop: StopSignal, display: Display, events: Events, waiting: Waiting
+    state: TrainState,
+    data: Data,
+    run: Run,
+    stop: StopSignal,
+    display: Display,
+    events: Events,
+    waiting: Waiting,
+    watch: Watch,
 ) -> None:
     method, settings = state.method, run.settings
-    learner = torch.compile(method) if settings.torchcompile else method  # what DDP would wrap
+    learner = wrapped(torch.compile(method) if settings.torchcompile else method, run.machine.device)
     buffers = _Buffers(method)
     clock = None
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
         _begin_epoch(state, data, run, waiting)
         method.train()
-        batches = waiting.over(data.train.batches(state.epoch, state.step * settings.grad_accum_steps))
+        batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
+        batches = waiting.over(watch.over(batches, "training", state))
         now = time.perf_counter()
         state.between, clock = now - clock if clock else state.between, now
         waiting.taken()
         while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
-            losses = _step(state, learner, group, buffers, run)
+            losses = _step(state, learner, group, buffers, run, stop)
             state.step += 1
             if state.schedule is not None:
                 state.schedule.step_update(state.epoch * run.steps + state.step)
             clock = _count(state, losses, group, clock, waiting)
             display.step(state.epoch, state.step, losses, state.lr, state.speed, state.seconds_left(run))
             _leave_if_asked(state, run, stop, display)
-            if settings.recovery_interval and state.step % settings.recovery_interval == 0:
+            if settings.recovery_interval and state.step % settings.recovery_interval == 0 and rank() == 0:
                 save(state, run)
         if not state.sums:
             raise DataError(f"epoch {state.epoch + 1} had no batches; give a loader that can be read anew each epoch.")
@@ -113,7 +129,8 @@ def _train(
         state.step = run.steps  # also where the data gave fewer batches than it promised
         metrics = None
         if data.validation is not None:
-            metrics = _evaluate(state, waiting.over(data.validation), run.machine, stop)
+            batches = waiting.over(watch.over(share(data.validation), "validation", state))
+            metrics = _evaluate(state, batches, run.machine, stop)
             _leave_if_asked(state, run, stop, display)
         state.between = time.perf_counter() - clock
         row = _row(state, metrics)
@@ -130,12 +147,14 @@ def _begin_epoch(state: TrainState, data: Data, run: Run, waiting: Waiting) -> N
         return
     state.method.eval()
     seed_everything(run.settings.seed, state.epoch)
-    batches = (run.machine.move(*batch) for batch in waiting.over(data.held_out))
+    batches = (run.machine.move(*batch) for batch in waiting.over(share(data.held_out)))
     with run.machine.autocast():
         state.method.before_epoch((images, labels) for images, labels in batches)
 
 
-def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run) -> dict[str, float]:
+def _step(
+    state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run, stop: StopSignal
+) -> dict[str, float]:
     """One optimizer step over a group of batches: the mean of every loss part, or {} where the step was skipped."""
     optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
     buffers.keep()
@@ -144,7 +163,7 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
     state.method.lr.fill_(state.lr)
     for i, batch in enumerate(group):
         batch = machine.move(*batch)
-        seed_everything(run.settings.seed, state.epoch, state.step, i)
+        seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast():
             losses = learner(*batch)
         share = len(batch[1]) / total
@@ -155,7 +174,10 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
-    values = torch.stack([*parts.values(), norm.float()]).tolist()  # the one time that a step waits for the device
+    told = torch.stack([*parts.values(), norm.float()])
+    if world() > 1:
+        told = stop.agree(told, buffers.statistics)
+    values = told.tolist()  # the one time that a step waits for the device
     bad = [name for name, value in zip([*parts, "gradient"], values) if not math.isfinite(value)]
     if bad:
         buffers.put_back()
@@ -183,6 +205,8 @@ class _Buffers:
         self.groups: dict[
             torch.dtype, tuple[list[Tensor], list[Tensor]]
         ] = {}  # of one type, so that a copy is one call
+        names = ("running_mean", "running_var")  # of whatever norm; every rank has seen a part of the batch
+        self.statistics = [buffer for name, buffer in method.named_buffers() if name.endswith(names)]
         for buffer in method.buffers():
             live, kept = self.groups.setdefault(buffer.dtype, ([], []))
             live.append(buffer)
@@ -214,7 +238,7 @@ def _skip(state: TrainState, name: str, run: Run) -> None:
 def _count(state: TrainState, losses: dict[str, float], group: list[Batch], clock: float, waiting: Waiting) -> float:
     """Add one step to the sums of the epoch; the time at which the next step begins, seconds."""
     now = time.perf_counter()
-    images = sum(len(labels) for _, labels, *_ in group)
+    images = world() * sum(len(labels) for _, labels, *_ in group)
     counts: dict[str, float] = {"steps": bool(losses), "skipped": not losses, "images": images}
     counts |= {"seconds": now - clock, "waited": waiting.taken()}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
@@ -240,12 +264,19 @@ def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSi
         loss = F.cross_entropy(student.float(), labels, reduction="sum")
         sums += torch.stack([*counts, top5, loss]).cpu()
         total += len(images)
-    if not total and state.best is not None and not stop.signal:  # it did give some before
+    if world() > 1:
+        sums, total = _of_all_ranks(sums, total, machine, stop)
+    if not total and state.best is not None and not stop.wish:  # it did give some before
         raise DataError("the validation data gave no images this time; give a loader that can be read anew each epoch.")
     if not total:
         return {}
     means = dict(zip([*names, "eval_top5", "eval_loss"], (sums / total).tolist()))
     return {name: value if name == "eval_loss" else 100 * value for name, value in means.items()}
+
+
+def _of_all_ranks(sums: Tensor, total: int, machine: Machine, stop: StopSignal) -> tuple[Tensor, int]:
+    told = world() * stop.agree(torch.cat([sums, sums.new_tensor([total])]).to(machine.device))
+    return told[:-1].cpu(), round(told[-1].item())
 
 
 def _row(state: TrainState, metrics: dict[str, float] | None) -> Row:
@@ -276,14 +307,15 @@ def _finish_epoch(state: TrainState, row: Row, run: Run) -> None:
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if state.schedule is not None:
         state.schedule.step(state.epoch)
-    save(state, run, best=improved)
-    write_summary(run.folder / "summary.csv", state.history)
+    if rank() == 0:
+        save(state, run, best=improved)
+        write_summary(run.folder / "summary.csv", state.history)
 
 
 def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Display) -> None:
-    if not stop.signal:
+    if not stop.wish:
         return
-    save(state, run)
+    first(lambda: save(state, run))
     where = f"{state.epoch} epochs and {state.step} of {run.steps} steps are done and saved"
     display.note(f"Stopped: {where}. Continue with: okdc compress --resume {run.last}")
     raise SystemExit(stop.exit_code)

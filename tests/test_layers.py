@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 RECIPE = {"errors", "recipe", "settings"}
 ALLOWED = {
     # maths, and what knows nothing
-    **{name: set() for name in ("errors", "losses", "replay", "_cifar", "_latency", "_plots", "_portable", "_tally")},
+    **{name: set() for name in ("errors", "replay", "_cifar", "_latency", "_plots", "_portable", "_ranks", "_tally")},
+    "losses": {"_ranks"},
     "__init__": set(),
     # recipes
     "_checking": {"errors"},
@@ -34,14 +35,15 @@ ALLOWED = {
     "sharing": {"anatomy", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "narrowing", "replay", "sharing"},
     "needs": set(),
-    "methods": {"anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
+    "methods": {"_ranks", "anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
     # data and training
     "data": {"data", "needs"} | RECIPE,
     "checkpoint": {"errors"},
-    "_machine": RECIPE,
+    "_machine": {"_ranks"} | RECIPE,
+    "_distributed": {"_ranks"} | RECIPE,
     "_progress": {"checkpoint"},
-    "_state": {"_machine", "_progress", "checkpoint"} | RECIPE,
-    "train": {"_machine", "_progress", "_state", "checkpoint"} | RECIPE,
+    "_state": {"_machine", "_progress", "_ranks", "checkpoint"} | RECIPE,
+    "train": {"_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"} | RECIPE,
     # export
     "verify": {"_latency", "_portable", "_shipped", "_tally", "errors"},
     "_bundle": {"", "_portable", "_shipped", "errors", "networks", "verify"},
@@ -53,12 +55,15 @@ ALLOWED = {
     # the steps, and the command line over them
     "_teacher": {"_machine", "checkpoint", "data", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
-    "assembly": {"_machine", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"} | RECIPE,
+    "assembly": {"_machine", "_ranks", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"}
+    | RECIPE,
     "_byproducts": {"calls", "checkpoint", "data", "exporting", "methods"} | RECIPE,
     "pipeline": {
         "",
         "_byproducts",
+        "_distributed",
         "_machine",
+        "_ranks",
         "_teacher",
         "assembly",
         "checkpoint",
@@ -75,6 +80,7 @@ ALLOWED = {
     "_summary": {"methods"},
     "cli": {
         "",
+        "_distributed",
         "_flags",
         "_summary",
         "anatomy",

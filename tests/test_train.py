@@ -253,14 +253,6 @@ def killed(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("number", "code", "step"), list(zip(SIGNALS, (-9, 130, 143), (2, 4, 4))))
 def test_a_killed_process_resumes_exactly(tmp_path, killed, one_thread, number, code, step):
     folder, output = killed / number.name, (killed / f"{number.name}.txt").read_text()

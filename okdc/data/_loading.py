@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from okdc.data._common import (
     BadImages,
@@ -49,10 +50,13 @@ def load(
     device: torch.device | str,
     needs: Needs = NOTHING,
     views: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> Data:
     """Batch a source for a network whose `config` has timm's input_size, mean, std, interpolation, crop_pct, crop_mode.
 
-    Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Raises
+    Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Where `world`
+    processes train together, each has `batch_size` images of one larger batch, and this one is the `rank`-th. Raises
     DataError when they cannot, when there are fewer training images than one batch, and, later, when more than
     `settings.max_bad_images` images cannot be read.
     """
@@ -62,18 +66,20 @@ def load(
         raise DataError(f"the batch size is {batch_size}; expected 1 or more: -b 128")
     bad = BadImages(settings.max_bad_images)
     augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
+    part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size
     _refuse_blends(settings, needs)
     if isinstance(source.train, Stream):
-        _refuse_stream(settings, needs)
+        _refuse_stream(settings, needs, world)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
     images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
-    if len(images) < batch_size:
+    if len(images) < part.whole:
+        devices = f" on each of {world} devices" if world > 1 else ""
         raise DataError(
-            f"{source.name} has {len(images)} training images, fewer than one batch of {batch_size}; expected "
-            f"a batch that they fill: -b {min(len(images), 32)}"
+            f"{source.name} has {len(images)} training images, fewer than one batch of {batch_size}{devices}; expected "
+            f"a batch that they fill: -b {max(1, min(len(images) // world, 32))}"
         )
-    order = Order(images.labels, seed, batch_size if needs.pairs else None)
+    order = Order(images.labels, seed, part.whole if needs.pairs else None)
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
@@ -84,7 +90,7 @@ def load(
         return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device)
 
     return Data(
-        train=ShuffledBatches(train, batch_size, settings.workers, config, bad, augmentation, device, needs),
+        train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs),
         validation=in_order(source.validation),
         validation_images=RawImages(source.validation, MODES[config["input_size"][0]], bad),
         classes=source.classes,
@@ -106,7 +112,12 @@ def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
         )
 
 
-def _refuse_stream(settings: DataSettings, needs: Needs) -> None:
+def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
+    if world > 1:
+        raise DataError(
+            f"{settings.data} is a stream, which is only read from front to back, and cannot be divided evenly among "
+            f"{world} devices. Unpack it to a folder with train/ and val/, or use --devices 1."
+        )
     asked = {
         "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,
         "to know which image is which": needs.indices, "images set aside": needs.held_out,
@@ -218,11 +229,37 @@ class ValidationImages(Dataset):
         return images, targets.flatten(), bad
 
 
+@dataclass(frozen=True)
+class Part:
+    """The `size` images that one rank has of a batch which `world` ranks share.
+
+    They stand side by side; `mirrored`, half of them does at the front and half at the back, because mixup mixes an
+    image with the one as far from the other end, which is then the same rank's (but for the odd one of an odd `size`).
+    """
+
+    size: int
+    rank: int = 0
+    world: int = 1
+    mirrored: bool = False
+
+    @property
+    def whole(self) -> int:
+        return self.size * self.world
+
+    def places(self) -> list[int]:
+        """Where the images stand in the whole batch."""
+        if not self.mirrored:
+            return list(range(self.rank * self.size, (self.rank + 1) * self.size))
+        front, back = self.size - self.size // 2, self.size // 2
+        end = self.whole - self.rank * back
+        return [*range(self.rank * front, (self.rank + 1) * front), *range(end - back, end)]
+
+
 class EpochPlaces(Sampler):
     """Batches of (epoch, place), from batch `start` of the epoch on: what is skipped is never read."""
 
-    def __init__(self, num_images: int, batch_size: int):
-        self.batch_size, self.steps = batch_size, num_images // batch_size
+    def __init__(self, num_images: int, part: Part):
+        self.whole, self.places, self.steps = part.whole, part.places(), num_images // part.whole
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -230,7 +267,22 @@ class EpochPlaces(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start, self.steps):
-            yield [(self.epoch, step * self.batch_size + place) for place in range(self.batch_size)]
+            yield [(self.epoch, step * self.whole + place) for place in self.places]
+
+
+class OrderedPlaces(Sampler):
+    """Batches of positions in order: each `every`-th of them, from the `first` on."""
+
+    def __init__(self, num_images: int, batch_size: int):
+        starts = range(0, num_images, batch_size)
+        self.batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
+        self.first, self.every = 0, 1
+
+    def __len__(self) -> int:
+        return len(self.batches[self.first :: self.every])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches[self.first :: self.every])
 
 
 class CountedBatches:
@@ -287,7 +339,7 @@ class ShuffledBatches:
     def __init__(
         self,
         dataset: TrainImages,
-        batch_size: int,
+        part: Part,
         workers: int,
         config: dict[str, Any],
         bad: BadImages,
@@ -295,8 +347,8 @@ class ShuffledBatches:
         device: torch.device,
         needs: Needs,
     ):
-        self.places = EpochPlaces(len(dataset), batch_size)
-        self.loader = _loader(dataset, self.places, workers, config, bad, device, batch_size)
+        self.places = EpochPlaces(len(dataset), part)
+        self.loader = _loader(dataset, self.places, workers, config, bad, device, part.size)
         self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
 
     def __len__(self) -> int:
@@ -309,7 +361,7 @@ class ShuffledBatches:
             labels, indices = targets.unbind(1)
             if self.views > 1:
                 images = images.unflatten(0, (self.views, -1))
-            batch = self.augmentation(images, labels, epoch, step)
+            batch = self.augmentation(images, labels, epoch, step, self.places.places)
             yield (*batch, indices) if self.needs.indices else batch
 
 
@@ -325,13 +377,18 @@ class OrderedBatches:
         bad: BadImages,
         device: torch.device,
     ):
-        order = BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False)
-        self.loader = _loader(dataset, order, workers, config, bad, device)
+        self.order = OrderedPlaces(len(dataset), batch_size)
+        self.loader = _loader(dataset, self.order, workers, config, bad, device)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.order.batches)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.every(0, 1)
+
+    def every(self, first: int, step: int) -> Iterator[Batch]:
+        """Each `step`-th batch from the `first` on; the others are not read."""
+        self.order.first, self.order.every = first, step
         return iter(self.loader)
 
 

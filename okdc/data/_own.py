@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from okdc.data._common import Batch, Data, iterate_seeded
 from okdc.errors import DataError
@@ -24,6 +26,8 @@ def wrap(
     name: str | None = None,
     seed: int = 0,
     needs: Needs = NOTHING,
+    rank: int = 0,
+    world: int = 1,
 ) -> Data:
     """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
 
@@ -31,7 +35,9 @@ def wrap(
     without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on.
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
-    A method that `needs` views sees the same image with every member, and pairs are those that batches happen to hold.
+    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a loader
+    with torch's DistributedSampler has been divided already. A method that `needs` views sees the same image with every
+    member, and pairs are those that batches happen to hold.
     Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, and needs unmet.
     """
     if needs.indices or needs.held_out:
@@ -58,7 +64,7 @@ def wrap(
         "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
     }  # fmt: skip
     return Data(
-        train=OwnBatches(train, seen.steps, len(names), seed),
+        train=OwnBatches(train, seen.steps, len(names), seed, *_division(train, rank, world)),
         validation=None if validation is None else OwnValidation(validation, len(names), seed),
         validation_images=None,
         classes=tuple(names),
@@ -72,11 +78,13 @@ def wrap(
 class OwnBatches:
     """Training batches of the user's loader; skipped batches are read and thrown away.
 
-    A last batch of a single image is left out, as drop_last would: batch norm cannot learn from one.
+    A last batch of a single image is left out, as drop_last would: batch norm cannot learn from one. So are, of
+    several ranks' batches, those that are not of one size.
     """
 
-    def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int):
-        self.loader, self.steps, self.num_classes, self.seed = loader, steps, num_classes, seed
+    def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int, rank: int = 0, world: int = 1):
+        self.loader, self.steps, self.num_classes, self.seed = loader, steps // world, num_classes, seed
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return self.steps
@@ -89,7 +97,7 @@ class OwnBatches:
                 part.set_epoch(epoch)
         step = -1
         checked = (_checked(b, "training", self.num_classes) for b in iterate_seeded(self.loader, self.seed, epoch))
-        for step, batch in enumerate(batch for batch in checked if len(batch[0]) > 1):
+        for step, batch in enumerate(self._own(batch for batch in checked if len(batch[0]) > 1)):
             if step >= start:
                 yield batch
         if step < 0:
@@ -97,6 +105,16 @@ class OwnBatches:
                 f"the training loader gave batches once, but none in epoch {epoch} (or of one image only); expected an "
                 "iterable that can be read again each epoch, such as a torch DataLoader or a list of batches."
             )
+
+    def _own(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while len(group := list(islice(batches, self.world))) == self.world:
+            if len({len(images) for images, _ in group}) == 1:
+                yield group[self.rank]
+
+
+def _division(loader: Any, rank: int, world: int) -> tuple[int, int]:
+    """Which of how many batches are this rank's: all where the loader's sampler has seen to it."""
+    return (0, 1) if isinstance(getattr(loader, "sampler", None), DistributedSampler) else (rank, world)
 
 
 class OwnValidation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from okdc.data._common import Batch, borrowed_generators
+from okdc.data._common import Batch, borrowed_generators, reseed
 from okdc.errors import DataError
 from okdc.settings import DataSettings
 
@@ -74,7 +75,10 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 class BatchAugmentation:
-    """Random erasing, mixup, cutmix and label smoothing of a batch; its random numbers are f(seed, epoch, step)."""
+    """Random erasing, mixup, cutmix and label smoothing of a batch, or of a rank's part of one.
+
+    Its random numbers are f(seed, epoch, step), those of erasing also of the image's place in the batch.
+    """
 
     def __init__(self, settings: DataSettings, num_classes: int, seed: int, device: torch.device):
         self.num_classes, self.seed, self.smoothing = num_classes, seed, settings.smoothing
@@ -86,20 +90,26 @@ class BatchAugmentation:
                 settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes
             )
 
-    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
+    def __call__(
+        self, images: Tensor, labels: Tensor, epoch: int, step: int, places: Sequence[int] | None = None
+    ) -> Batch:
         """images (B, C, H, W), labels (B,) int64 -> images, labels; the latter (B, classes) float where soft.
 
         Views (V, B, C, H, W) are erased each in its own place, and all mixed alike, because they share their labels.
         """
-        if images.dim() == 5:
-            views = [self._erase_and_mix(view, labels, epoch, step, i) for i, view in enumerate(images)]
-            return torch.stack([view for view, _ in views]), views[0][1]
-        return self._erase_and_mix(images, labels, epoch, step, 0)
-
-    def _erase_and_mix(self, images: Tensor, labels: Tensor, epoch: int, step: int, view: int) -> Batch:
+        places = places or range(len(labels))
         if self.erase:
-            with borrowed_generators(self.seed, epoch, step, 1, view):
-                images = self.erase(images)
+            with borrowed_generators(self.seed):
+                for view, of_view in enumerate(images if images.dim() == 5 else [images]):
+                    for place, image in zip(places, of_view, strict=True):
+                        reseed(self.seed, epoch, step, 1, view, place)
+                        self.erase(image)
+        if images.dim() == 5:
+            views = [self._mixed(view, labels, epoch, step) for view in images]
+            return torch.stack([view for view, _ in views]), views[0][1]
+        return self._mixed(images, labels, epoch, step)
+
+    def _mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
         if self.mixup:
             with borrowed_generators(self.seed, epoch, step, 3):
                 return self._mix(self.mixup, images, labels)

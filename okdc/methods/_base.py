@@ -25,6 +25,7 @@ class Method(nn.Module):
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
     taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
+    second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
 
     epoch: Tensor
@@ -49,7 +50,11 @@ class Method(nn.Module):
         return self.losses(self.cohort(images), labels)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Named scalar losses, already weighted; the loop adds them up and logs each."""
+        """Named scalar losses, already weighted; the loop adds them up and logs each.
+
+        On several devices the batch is this one's part, and the gradient of a mean over images comes out right; what
+        compares images with one another, or fills a buffer, takes all of them by `okdc._ranks.gather`.
+        """
         raise NotImplementedError
 
     def ensemble(self, out: CohortOutput) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from okdc._ranks import drawn_together, gather
 from okdc.errors import DataError
 
 
@@ -53,6 +54,9 @@ def mutual_contrast(
     Network i gives embeddings (S_i, B, d). Candidates are the batch, labels (B,) or (B, C), or where given `rows`
     (B, K, d) of each network's bank: own, same class, others. `weights[i, j]` (S_i, S_j, B) are those of the anchors.
     """
+    if rows is None:  # the batch is that of all ranks
+        embeddings, labels = [gather(each, 1) for each in embeddings], gather(labels)
+        weights = weights and {pair: gather(each, 2) for pair, each in weights.items()}
     pairs = []
     with torch.autocast(embeddings[0].device.type, enabled=False):
         for i, j in combinations(range(len(embeddings)), 2):
@@ -153,6 +157,9 @@ class Bank(nn.Module):
 
     def draw(self, indices: Tensor) -> Tensor:
         """Of each image (B,): itself, one of its class, and `negatives` of other classes, (B, 2 + negatives)."""
+        return drawn_together(self._draw, indices)
+
+    def _draw(self, indices: Tensor) -> Tensor:
         start, count = self.starts[indices, None], self.counts[indices, None]
         alike = self.order[start + self._below(count, 1)]
         place = self._below(len(self.order) - count, self.negatives)
@@ -165,6 +172,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def update(self, indices: Tensor, embeddings: Sequence[Tensor]) -> None:
         """Move the rows of images (B,) towards what M networks now give for them, (B, d) each, at unit length."""
+        indices, embeddings = gather(indices), [gather(each.detach()) for each in embeddings]
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
         for rows, new in zip(self.rows, embeddings, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from okdc._ranks import mean_
 from okdc.replay import random_state, set_random_state
 
 Objective = Callable[[list[Tensor], list[Tensor]], Tensor]  # of what is stepped (theta), and of what is asked for (phi)
@@ -54,8 +55,10 @@ def hypergradient(
 def _gradients(objective: Objective, theta: list[Tensor], phi: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     leaves = [t.detach().requires_grad_() for t in (*theta, *phi)]
     value = objective(leaves[: len(theta)], leaves[len(theta) :])
-    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return list(found[: len(theta)]), list(found[len(theta) :])
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    found = [each.contiguous() for each in gradients]
+    mean_(found)  # each rank has seen its part of the batch
+    return found[: len(theta)], found[len(theta) :]
 
 
 def _vector_hessian(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from okdc._ranks import mean_
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
@@ -81,6 +82,7 @@ class Kdcl(Method):
             logits = _stack(self.cohort(images).logits)
             with torch.autocast(logits.device.type, enabled=False):
                 errors += joint_errors(logits, _probabilities(labels, logits), self.error == "true_class")
+        mean_([errors])  # of all ranks, each of which saw a share of the images; their scale does not matter
         self.mixture.copy_(least_error(errors.double().cpu()))
 
 

@@ -36,6 +36,7 @@ class Lmcl(Method):
     """Layer-wise Mutual Contrastive Learning between whole networks; the target, member 0, ships."""
 
     share = "none"
+    second_order = True
 
     matching_momentum: Tensor
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from okdc._ranks import drawn_together, gather
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, memory_scores, nce
@@ -86,7 +87,7 @@ class MclOkd(Method):
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         out = self.cohort(images)
         embeddings = self.embed(out)
-        parts = self.contrastive_losses(out.logits, embeddings, labels, self.draw(indices))
+        parts = self.contrastive_losses(out.logits, embeddings, labels, drawn_together(self.draw, indices))
         if self.training:
             self.remember(embeddings, indices)
         return parts
@@ -131,6 +132,7 @@ class MclOkd(Method):
     @torch.no_grad()
     def remember(self, embeddings: Sequence[Tensor], indices: Tensor) -> None:
         """Move the rows of the images (B,) towards their embeddings (B, width)."""
+        indices, embeddings = gather(indices), [gather(each.detach()) for each in embeddings]
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
         new = torch.stack(list(embeddings))[:, last]

@@ -1,0 +1,240 @@
+"""Several processes, one per device: started, joined, wrapped around a method, and watched so that none hangs."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.parallel import DistributedDataParallel
+
+from okdc._ranks import local_rank, rank, world
+from okdc.errors import RecipeError, TrainingError
+from okdc.settings import TrainSettings
+
+ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
+FOR_EVER = 1e8  # seconds
+
+
+def place(settings: TrainSettings) -> tuple[int, int, int] | None:
+    """(rank, world, nodes) where torchrun, SLURM's srun or okdc itself has started this process as one of several."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("GROUP_WORLD_SIZE", 1))
+    # Not SLURM_NTASKS, which a batch script has too, though it is one process.
+    tasks, nodes = int(env.get("SLURM_STEP_NUM_TASKS", 1)), int(env.get("SLURM_STEP_NUM_NODES", 1))
+    if tasks > 1 and (tasks != nodes or settings.devices == 1):  # one task on each node is there to start the others
+        return int(env["SLURM_PROCID"]), tasks, nodes
+    return None
+
+
+def as_started(settings: TrainSettings) -> TrainSettings:
+    """The settings with the devices and nodes that there are; RecipeError where others were asked for in Python."""
+    here = place(settings)
+    if here is not None or world() > 1:
+        _, processes, nodes = here or (0, world(), 1)
+        return replace(settings, devices=processes // nodes, nodes=nodes)
+    if settings.devices * settings.nodes > 1:
+        raise RecipeError(
+            f"devices={settings.devices} and nodes={settings.nodes} take {settings.devices * settings.nodes} "
+            f"processes, and this is one. Start them: torchrun --nproc-per-node {settings.devices} SCRIPT.py, or "
+            f"okdc compress --devices {settings.devices}."
+        )
+    return settings
+
+
+@contextmanager
+def joined(settings: TrainSettings) -> Iterator[None]:
+    """All processes that were started together as one group; nothing where there is one, or where they are already."""
+    here = place(settings)
+    if here is None or here[1] == 1 or dist.is_initialized():
+        yield
+        return
+    on_cuda = settings.device.startswith("cuda") or (settings.device == "auto" and torch.cuda.is_available())
+    if settings.sync_bn and not on_cuda:
+        raise RecipeError("--sync-bn on the CPU: torch synchronises batch norm on CUDA only. Leave it out.")
+    os.environ.setdefault("MASTER_ADDR", _first_node())
+    os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+    # The watch is to speak first: it knows who is late.
+    options: dict[str, Any] = {"timeout": timedelta(seconds=(settings.timeout or FOR_EVER) + 60)}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=here[0], world_size=here[1], **options)
+    try:
+        if on_cuda and local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _first_node() -> str:
+    """The first host of SLURM's list, such as gpu[07-09,12],big3."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "localhost")
+    found = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else "localhost"
+
+
+def launch(command: Sequence[str], settings: TrainSettings, rendezvous: str | None) -> int:
+    """Run `command` once per device, by torch's elastic launcher, until all have ended; the exit code of the first.
+
+    `rendezvous` is HOST:PORT of the first node, where there are several. TrainingError where one was killed.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if settings.nodes > 1 and rendezvous is None:
+        raise RecipeError(
+            f"--nodes {settings.nodes} needs --rendezvous HOST:PORT, the same on every node: the first one's address "
+            "and a free port, such as node01:29400."
+        )
+    share = max(1, (os.cpu_count() or 1) // settings.devices)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))  # else all processes take all cores, and wait
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=settings.nodes, max_nodes=settings.nodes, nproc_per_node=settings.devices, max_restarts=0,
+            rdzv_backend="c10d", rdzv_endpoint=rendezvous or "localhost:0", run_id="okdc",
+            local_addr=None if rendezvous else "localhost", logs_specs=DefaultLogsSpecs(logs),
+        )  # fmt: skip
+        logging.disable(logging.ERROR)  # the launcher's own account of what the processes have said themselves
+        try:
+            elastic_launch(config, command[0])(*command[1:])
+        except ChildFailedError as error:
+            return _exit_code(error.failures)
+        except SignalException as stopped:  # passed on to all, which have finished their step and saved
+            return 128 + stopped.sigval
+        finally:
+            logging.disable(logging.NOTSET)
+    return 0
+
+
+def _exit_code(failures: dict[int, Any]) -> int:
+    """What the first process to fail ended with, whose message the user has seen; TrainingError where it was killed."""
+    killed = {number: each for number, each in failures.items() if each.exitcode < 0 and each.exitcode != ENDED}
+    for number, each in killed.items():
+        raise TrainingError(
+            f"rank {number} was killed by {each.signal_name()}, so the others were stopped. The last saved state is "
+            "kept: continue with --resume auto."
+        )
+    by_time = sorted((each for each in failures.values() if each.exitcode > 0), key=lambda each: each.timestamp)
+    return by_time[0].exitcode if by_time else 1
+
+
+def wrapped(module: Any, device: torch.device) -> Any:
+    """`module` so that its gradients are averaged over the ranks; itself where there is one rank alone."""
+    if world() == 1:
+        return module
+    # The graph is the same in each step, so that a parameter no step uses, which has no gradient, costs no search.
+    learner = DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, static_graph=True)
+    learner.broadcast_buffers = False  # the loop averages batch norm's; the rest is the same on all ranks as it is
+    return learner
+
+
+@contextmanager
+def synchronised(method: nn.Module, wanted: bool) -> Iterator[None]:
+    """Batch norm over the batches of all ranks; afterwards each is what it was, as the target is the user's own."""
+    from timm.layers import BatchNormAct2d, SyncBatchNormAct
+
+    norms: list[Any] = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kinds = [type(norm) for norm in norms if wanted and world() > 1]
+    for norm, kind in zip(norms, kinds):  # changed in place, because hooks stand on them
+        norm.process_group = None
+        norm.__class__ = SyncBatchNormAct if issubclass(kind, BatchNormAct2d) else nn.SyncBatchNorm
+    try:
+        yield
+    finally:
+        for norm, kind in zip(norms, kinds):
+            norm.__class__ = kind
+            del norm.process_group
+
+
+class Watch:
+    """Ends a run in which no rank comes forward for `timeout` seconds, saying which one is behind, and where.
+
+    Every rank tells the others four times a second how far it is. A context manager; alone it does nothing.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout or FOR_EVER
+        self.count, self.where, self.since = 0, "the start", time.monotonic()
+        self.over_and_done = threading.Event()
+        self.store: Any = None
+
+    def __enter__(self) -> Watch:
+        if world() > 1:
+            self.store = _get_default_store().clone()
+            self.rank, self.world = rank(), world()
+            self._tell()
+            threading.Thread(target=self._observe, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        self.over_and_done.set()
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        if self.store is not None and lost:
+            raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
+
+    def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
+        """The batches, while noting where in the run this rank is: `where`, and step and epoch of the state."""
+        iterator = iter(batches)
+        while True:
+            self._at(f"waiting for data of {where}", state)
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._at(where, state)
+            yield batch
+
+    def _at(self, where: str, state: Any) -> None:
+        self.count += 1
+        self.where, self.since = f"{where}, step {state.step + 1} of epoch {state.epoch + 1}", time.monotonic()
+
+    def _tell(self) -> None:
+        self.store.set(f"okdc/{self.rank}", json.dumps([self.count, self.where]))
+
+    def _behind(self) -> str:
+        """The rank or ranks that have come least far, in words."""
+        try:
+            self._tell()
+            told = [json.loads(each) for each in self.store.multi_get([f"okdc/{i}" for i in range(self.world)])]
+        except RuntimeError:
+            return "Rank 0 is gone, and what it knew of the others with it."
+        least = min(count for count, _ in told)
+        late = [f"rank {i} ({where})" for i, (count, where) in enumerate(told) if count == least]
+        return f"Furthest behind: {', '.join(late)}."
+
+    def _observe(self) -> None:
+        while not self.over_and_done.wait(min(0.25, self.timeout / 4)):
+            with suppress(RuntimeError):  # of a store that is gone with the first rank, as collectives will show
+                self._tell()
+            if time.monotonic() - self.since > self.timeout:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        behind, first = self._behind(), True
+        with suppress(RuntimeError):
+            first = self.store.add("okdc/given up", 1) == 1
+        if first:  # one message is enough
+            print(f"okdc: error: nothing has happened for {self.timeout:g} s. {behind}{ADVICE}", file=sys.stderr)
+        if f"rank {self.rank} (" in behind:
+            faulthandler.dump_traceback()  # where it hangs
+        os._exit(1)
+
+
+ADVICE = " The last saved state is kept: continue with --resume auto, or wait longer with --timeout SECONDS."
