@@ -120,6 +120,11 @@ class TrainSettings:
     )
     channels_last: bool | None = _setting(None, "channels-last memory layout; on by default on CUDA")
     torchcompile: bool = _setting(False, "compile the training step")
+    torchcompile_mode: str | None = _setting(
+        None,
+        "how: reduce-overhead uses CUDA graphs, max-autotune compiles for long",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     model_ema: bool = _setting(False, "keep a moving average of the target and ship that (by-products ship without)")
     model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
     seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)

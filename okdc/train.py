@@ -78,8 +78,7 @@ def fit(
 
 def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: Display, events: Events) -> None:
     method, settings = state.method, run.settings
-    learner = torch.compile(method) if settings.torchcompile else method  # what DDP would wrap
-    buffers = _Buffers(method)
+    step = stepper(state, run)
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
         _begin_epoch(state, data, run)
@@ -87,7 +86,7 @@ def _train(state: TrainState, data: Data, run: Run, stop: StopSignal, display: D
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         clock = time.perf_counter()
         while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
-            losses = _step(state, learner, group, buffers, run)
+            losses = step(group)
             state.step += 1
             if state.schedule is not None:
                 state.schedule.step_update(state.epoch * run.steps + state.step)
@@ -121,6 +120,14 @@ def _begin_epoch(state: TrainState, data: Data, run: Run) -> None:
     batches = (run.machine.move(*batch) for batch in data.held_out)
     with run.machine.autocast():
         state.method.before_epoch((images, labels) for images, labels in batches)
+
+
+def stepper(state: TrainState, run: Run) -> Callable[[list[Batch]], dict[str, float]]:
+    """One optimizer step over a group of batches, as a function; it gives the mean of every loss part."""
+    compiles, mode = run.settings.torchcompile, run.settings.torchcompile_mode
+    learner = torch.compile(state.method, mode=mode) if compiles else state.method  # what DDP would wrap
+    buffers = _Buffers(state.method)
+    return lambda group: _step(state, learner, group, buffers, run)
 
 
 def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run) -> dict[str, float]:
