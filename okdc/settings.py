@@ -68,6 +68,9 @@ class DataSettings:
     dataset_download: bool = _setting(False, "let torch/… and hfds/… download")
     class_map: str = _setting("", "file that maps class names to indices")
     workers: int = _setting(2, "data loading processes", "-j", at_least=0)
+    resident: str = _setting(
+        "auto", "keep images decoded, on the GPU if any; auto: small ones, if they fit", choices=("auto", "on", "off")
+    )
     crop_padding: int | None = _setting(
         None, "pad by this many pixels and crop at random (CIFAR) instead of a random resized crop", at_least=0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from okdc.errors import DataError
 
 log = logging.getLogger("okdc")
 
+BadImage = tuple[str, str]  # name, reason
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
 
@@ -127,3 +129,8 @@ def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
+
+
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """What a data worker does first: Ctrl-C reaches it too, and is its parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
