@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from okdc import checkpoint
 from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
@@ -30,6 +30,7 @@ __all__ = ["TrainState", "choose_device", "fit"]
 
 # Skipped steps in a row after which a run stops; fp16 may need a good many of them to find its scale.
 PATIENCE, PATIENCE_FP16 = 5, 25
+LARGEST_STATISTIC = 2**14  # numbers in a buffer of batch norm and the like
 
 Batch = tuple[Tensor, ...]  # images, labels, and the images' indices where the method needs them
 
@@ -135,23 +136,23 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
     optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
     buffers.keep()
     total = sum(len(labels) for _, labels, *_ in group)
-    parts: dict[str, Tensor] = {}
+    names: list[str] = []
+    parts = torch.zeros(())
     state.method.lr.fill_(state.lr)
     for i, batch in enumerate(group):
         batch = machine.move(*batch)
         seed_everything(run.settings.seed, state.epoch, state.step, i)
         with machine.autocast():
             losses = learner(*batch)
-        share = len(batch[1]) / total
-        scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
-        for name, loss in losses.items():
-            parts[name] = parts.get(name, 0) + loss.detach().float() * share
+        names, told, share = list(losses), torch.stack(list(losses.values())), len(batch[1]) / total
+        scaler.scale(told).backward(torch.full_like(told, share))
+        parts = parts.to(told.device) + told.detach().float() * share
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
-    values = torch.stack([*parts.values(), norm.float()]).tolist()  # the one time that a step waits for the device
-    bad = [name for name, value in zip([*parts, "gradient"], values) if not math.isfinite(value)]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
+    values = torch.cat([parts, norm.float()[None]]).tolist()  # the one time that a step waits for the device
+    bad = [name for name, value in zip([*names, "gradient"], values) if not math.isfinite(value)]
     if bad:
         buffers.put_back()
     else:
@@ -168,17 +169,20 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
         state.method.after_step(*batch)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
-    return dict(zip(parts, values))
+    return dict(zip(names, values))
 
 
 class _Buffers:
-    """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back."""
+    """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back.
+
+    But for memories of all training images, too large to be copied at every step: they refuse what is not finite.
+    """
 
     def __init__(self, method: nn.Module) -> None:
         self.groups: dict[
             torch.dtype, tuple[list[Tensor], list[Tensor]]
         ] = {}  # of one type, so that a copy is one call
-        for buffer in method.buffers():
+        for buffer in (buffer for buffer in method.buffers() if buffer.numel() <= LARGEST_STATISTIC):
             live, kept = self.groups.setdefault(buffer.dtype, ([], []))
             live.append(buffer)
             kept.append(buffer.clone())

@@ -12,6 +12,7 @@ import torch
 import torchvision.transforms.functional as VF
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from okdc._checking import parse
