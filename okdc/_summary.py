@@ -211,7 +211,7 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
         f"[bold]{found.method}[/] around [bold]{found.model}[/], {_shape(found.input_size)}, batch {found.batch_size}: "
         f"{found.flops_ratio:.2f} times the FLOPs of the target alone (a step, forward and backward)\n"
     )
-    table = _table("", "plain ms", "cohort ms", "ratio (spread)", "overhead", "speed", "MiB plain", "MiB cohort")
+    table = _table("ms and MiB", "plain", "cohort", "ratio (spread)", "overhead", "speed", "plain", "cohort")
     for row in found.rows:
         table.add_row(
             row.name, f"{row.plain.median:.1f}", f"{row.cohort.median:.1f}",

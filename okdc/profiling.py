@@ -209,20 +209,17 @@ def _rows(
                 for i, step in enumerate(pair):
                     times[name][i].append(_time(step, counts[name][i], device))
     first = statistics.median(own for own, _ in next(iter(times.values()))[1])
-    return tuple(_row(name, *times[name], memory[name], flops_ratio, first) for name in steps)
+    return tuple(_row(name, times[name], memory[name], flops_ratio, first) for name in steps)
 
 
-def _row(
-    name: str,
-    plain: list[tuple[float, float]],
-    cohort: list[tuple[float, float]],
-    memory: list[int],
-    flops_ratio: float,
-    first: float,
-) -> Row:
+def _row(name: str, times: list[list[tuple[float, float]]], memory: list[int], flops_ratio: float, first: float) -> Row:
+    plain, cohort = times
     ratio = Spread.of([theirs[0] / ours[0] for ours, theirs in zip(plain, cohort, strict=True)])
-    spreads = [Spread.of([each[clock] for each in times]) for clock in (0, 1) for times in (plain, cohort)]
-    return Row(name, *spreads, ratio, ratio.median / flops_ratio, first / spreads[1].median, *memory)
+    own, wall = ([Spread.of([each[clock] for each in times]) for times in (plain, cohort)] for clock in (0, 1))
+    return Row(
+        name, own[0], own[1], wall[0], wall[1], ratio, ratio.median / flops_ratio, first / own[1].median,
+        memory[0], memory[1],
+    )  # fmt: skip
 
 
 def _time(step: Step, count: int, device: torch.device) -> tuple[float, float]:

@@ -137,7 +137,7 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
     buffers.keep()
     total = sum(len(labels) for _, labels, *_ in group)
     names: list[str] = []
-    parts = torch.zeros(())
+    parts: Any = 0
     state.method.lr.fill_(state.lr)
     for i, batch in enumerate(group):
         batch = machine.move(*batch)
@@ -146,7 +146,7 @@ def _step(state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers
             losses = learner(*batch)
         names, told, share = list(losses), torch.stack(list(losses.values())), len(batch[1]) / total
         scaler.scale(told).backward(torch.full_like(told, share))
-        parts = parts.to(told.device) + told.detach().float() * share
+        parts = parts + told.detach().float() * share
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -7,7 +7,7 @@ the place of its DataLoader.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,14 +68,14 @@ def keep(
 
 def law(settings: DataSettings, config: dict[str, Any]) -> Law:
     """What the settings do to a training image that `keep` has kept."""
-    size = tuple(config["input_size"][-2:])
+    height, width = config["input_size"][-2:]
     if settings.no_aug:
-        return Law(size)
-    flips = {"hflip": settings.hflip, "vflip": settings.vflip}
+        return Law((height, width))
+    flipped = Law((height, width), hflip=settings.hflip, vflip=settings.vflip)
     if settings.crop_padding is not None:
-        return Law(size, padding=settings.crop_padding, **flips)
-    scale, ratio = tuple(settings.scale), tuple(settings.ratio)
-    return Law(size, scale=scale, ratio=ratio, interpolation=config["interpolation"], **flips)
+        return replace(flipped, padding=settings.crop_padding)
+    (least, most), (tall, wide) = settings.scale, settings.ratio
+    return replace(flipped, scale=(least, most), ratio=(tall, wide), interpolation=config["interpolation"])
 
 
 def _obstacle(settings: DataSettings, config: dict[str, Any], training: bool) -> str | None:
