@@ -100,7 +100,9 @@ def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer
     known = [str(name) for name in timm.optim.list_optimizers() if name != "adahessian"]
     if settings.opt.lower().removeprefix("lookahead_") not in known:
         raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
-    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **_fused(settings.opt), **extra}
+    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
+    if not {"fused", "foreach", "differentiable"} & extra.keys():
+        options |= _fused(settings.opt)
     try:
         return timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
