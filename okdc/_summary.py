@@ -211,17 +211,18 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
         f"[bold]{found.method}[/] around [bold]{found.model}[/], {_shape(found.input_size)}, batch {found.batch_size}: "
         f"{found.flops_ratio:.2f} times the FLOPs of the target alone (a step, forward and backward)\n"
     )
-    table = _table("ms and MiB", "plain", "cohort", "ratio (spread)", "overhead", "speed", "plain", "cohort")
+    table = _table("", "plain", "cohort", "ratio (spread)", "overhead", "speed", "MiB")
     for row in found.rows:
+        spread = f"{row.ratio.low:.2f} to {row.ratio.high:.2f}"
         table.add_row(
-            row.name, f"{row.plain.median:.1f}", f"{row.cohort.median:.1f}",
-            f"{row.ratio.median:.2f} ({row.ratio.low:.2f} to {row.ratio.high:.2f})", f"{row.overhead:.2f}",
-            f"{row.speedup:.2f}x", f"{row.plain_memory / 2**20:,.0f}", f"{row.cohort_memory / 2**20:,.0f}",
+            row.name, f"{row.plain.median:.4g}", f"{row.cohort.median:.4g}", f"{row.ratio.median:.2f} ({spread})",
+            f"{row.overhead:.2f}", f"{row.speedup:.2f}x",
+            f"{row.plain_memory / 2**20:.0f}/{row.cohort_memory / 2**20:.0f}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"\nMedians of {found.rounds} rounds in turn; {clock}. Overhead: ratio over that of the FLOPs. Speed: of the "
-        "cohort's step beside the first row's. Memory: of weights, optimizer and what one step adds at its height."
+        f"\nms a step, medians of {found.rounds} rounds in turn; {clock}. Overhead: ratio over that of the FLOPs. Speed: of "
+        "the cohort's step beside the first row's. MiB, plain/cohort: weights, optimizer, and what a step adds at most."
     )
     if found.data:
         console.print(

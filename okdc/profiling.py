@@ -178,12 +178,12 @@ def _ways(settings: TrainSettings) -> dict[str, TrainSettings]:
     bf16 = {"amp": True, "amp_dtype": "bfloat16"}
     ways: dict[str, dict[str, Any]] = {
         "fp32": {},
-        "fp32, channels-last": {"channels_last": True},
+        "fp32 channels-last": {"channels_last": True},
         "bf16": bf16,
-        "bf16, channels-last": {**bf16, "channels_last": True},
+        "bf16 channels-last": {**bf16, "channels_last": True},
     }
     if settings.torchcompile:
-        ways |= {f"{name}, compiled": {**ways[name], "torchcompile": True} for name in ("fp32", "bf16, channels-last")}
+        ways |= {f"{name} compiled": {**ways[name], "torchcompile": True} for name in ("fp32", "bf16 channels-last")}
     usual = replace(settings, amp=False, channels_last=False, torchcompile=False)
     return {name: replace(usual, **changes) for name, changes in ways.items()}
 

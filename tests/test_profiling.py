@@ -27,7 +27,7 @@ def profiled(rounds: int = 1, with_data: bool = False, **typed: Any) -> Profile:
 def test_a_step_of_the_target_alone_costs_what_the_plain_one_does() -> None:
     found = profiled(rounds=3, method="baseline")
     assert found.plain_flops == found.cohort_flops > 0 and found.data is None
-    assert [row.name for row in found.rows] == ["fp32", "fp32, channels-last", "bf16", "bf16, channels-last"]
+    assert [row.name for row in found.rows] == ["fp32", "fp32 channels-last", "bf16", "bf16 channels-last"]
     for row in found.rows:
         assert row.ratio.low <= row.ratio.median <= row.ratio.high and row.overhead == row.ratio.median
         assert 0.3 < row.ratio.median < 3  # a busy machine is allowed for
