@@ -222,7 +222,7 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
     console.print(table)
     console.print(
         f"\nms a step, medians of {found.rounds} rounds in turn; {clock}. Overhead: ratio over that of the FLOPs. "
-        "Speed: of the cohort's step beside the first row's. MiB, plain/cohort: weights, optimizer and what a step adds."
+        "Speed: of the cohort's step beside the first row's. MiB, plain/cohort: weights, optimizer, what a step adds."
     )
     if found.data:
         console.print(
