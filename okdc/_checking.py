@@ -64,6 +64,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+# On and off are words (--resident on), as in YAML 1.2; in 1.1 they are true and false.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if first not in "oO" or tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
 def parse(text: str, where: str) -> Any:
     """The plain values (mappings, lists, text, numbers) in `text`; raises RecipeError naming `where`."""
     try:

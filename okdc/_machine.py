@@ -61,9 +61,9 @@ class Machine:
         dtype = _precision(settings.amp_dtype, device) if (on_cuda if settings.amp is None else settings.amp) else None
         return cls(device, dtype, torch.channels_last if channels_last else torch.preserve_format)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The context in which forward passes are made."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
 
     def move(self, images: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """A batch on the device: images (B, C, H, W) or views (V, B, C, H, W), and what belongs to them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from okdc.cohort import Cost
     from okdc.estimate import Estimate
     from okdc.pipeline import Result
+    from okdc.profiling import Profile
     from okdc.recipe import Recipe
 
 
@@ -227,6 +229,37 @@ def show_sweep(rows: list[dict[str, str]], summary: list[tuple[str, int]], path:
     if failures.row_count:
         console.print("\n", failures, sep="")
     console.print(f"\nThe table is {path}; {Path(path).with_suffix('.md')} says it in words.")
+
+
+def show_profile(found: Profile, as_json: bool = False) -> None:
+    """A training step of the cohort beside the plain target's, one row per way of computing it."""
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    console, on_cpu = _console(), found.device == "CPU"
+    clock = f"CPU time, {found.threads} thread{'s' * (found.threads > 1)}" if on_cpu else found.device
+    console.print(
+        f"[bold]{found.method}[/] around [bold]{found.model}[/], {_shape(found.input_size)}, batch {found.batch_size}: "
+        f"{found.flops_ratio:.2f} times the FLOPs of the target alone (a step, forward and backward)\n"
+    )
+    table = _table("", "plain", "cohort", "ratio (spread)", "overhead", "speed", "MiB")
+    for row in found.rows:
+        spread = f"{row.ratio.low:.2f} to {row.ratio.high:.2f}"
+        table.add_row(
+            row.name, f"{row.plain.median:.4g}", f"{row.cohort.median:.4g}", f"{row.ratio.median:.2f} ({spread})",
+            f"{row.overhead:.2f}", f"{row.speedup:.2f}x",
+            f"{row.plain_memory / 2**20:.0f}/{row.cohort_memory / 2**20:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"\nms a step, medians of {found.rounds} rounds in turn; {clock}. Overhead: ratio over that of the FLOPs. "
+        "Speed: of the cohort's step beside the first row's. MiB, plain/cohort: weights, optimizer, what a step adds."
+    )
+    if found.data:
+        console.print(
+            f"{found.data.name}: {found.data.images_per_second:,.0f} training images a second; training waits for "
+            f"them {found.data.waiting:.0%} of its time."
+        )
 
 
 def _console() -> Console:

@@ -305,6 +305,41 @@ def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: 
         raise ExportError(f"no int8 file was written: {reasons['onnx_int8']}")
 
 
+@main.command(cls=_flags.GroupedCommand, short_help="Measure what a training step costs beside the plain target's.")
+@click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
+@click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
+@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often each is measured.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@_flags.settings("network", "cohort", "data", "train.batch_size", "train.device", "train.opt", "train.torchcompile")
+@_flags.settings("train.torchcompile_mode", "train.amp", "train.amp_dtype", "train.channels_last")
+def profile(
+    recipe_name: str | None,
+    method: str | None,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    rounds: int,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Measure what a training step costs beside the plain target's, in one run, in turn and repeatedly.
+
+    In full and mixed precision, in both memory layouts, and with --torchcompile compiled. With --data: how fast the
+    images come as well, and what share of its time training waits for them.
+
+    \b
+    okdc profile --model resnet18 --method ahbf --batch-size 8
+    okdc profile --recipe cifar100/resnet32-ahbf --data ./cifar100 --json
+    """
+    typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+
+    from okdc import _summary, methods, profiling
+
+    start = recipe.load(recipe_name) if recipe_name else recipe.Recipe()
+    wanted = recipe.override(start, typed, methods.settings, source="command line")
+    found = profiling.profile(wanted, rounds=rounds, with_data="data" in typed)
+    _summary.show_profile(found, as_json)
+
+
 @main.command(short_help="List the methods, or show the card of one.")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:

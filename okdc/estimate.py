@@ -52,37 +52,41 @@ def estimate(wanted: Recipe) -> Estimate:
 
     A method that needs a teacher gets the recipe's, or else a new network like the target that stands in for one.
     """
+    with own_randomness():
+        learner, stands_in = built(wanted)
+        return measure(learner, assembly.needs(wanted)[0], stands_in)
+
+
+def built(wanted: Recipe) -> tuple[Method, bool]:
+    """The recipe's network and method on the CPU, as training would build them, and whether its teacher stands in."""
     kind, name = methods.get(wanted.method["name"]), wanted.method["name"]
     stands_in = kind.needs_teacher and wanted.cohort.teacher is None
     _teacher.check(wanted.cohort, name, needed=kind.needs_teacher and not stands_in)
-    with own_randomness():
-        seed_everything(wanted.train.seed)
-        target = networks.load(wanted.network)
-        input_size = networks.data_config(target, wanted.network)["input_size"]
-        classes = networks.check_input(target, input_size).shape[1]
-        like = replace(wanted.network, pretrained=False, checkpoint=None)
-        teacher = networks.load(like, classes) if stands_in else None
-        if named := wanted.cohort.teacher:
-            # Shapes are enough here, so a name is not downloaded.
-            known = Path(named).exists()
-            alike = replace(like, model=named, img_size=None, small_input=False, num_classes=None, model_kwargs={})
-            teacher = (
-                _teacher.load(named, input_size, classes, wanted.network.model)
-                if known
-                else networks.load(alike, classes)
-            )
-        # What is remembered of the training images is not counted: how many there are is not known here.
-        labels = torch.arange(IMAGES * classes) % classes
-        learner = assembly.method(
-            target, wanted, input_size, classes, named=True, teacher=teacher, train_labels=labels
-        )  # fmt: skip
-        return measure(learner, assembly.needs(wanted)[0], stands_in)
+    seed_everything(wanted.train.seed)
+    target = networks.load(wanted.network)
+    input_size = networks.data_config(target, wanted.network)["input_size"]
+    classes = networks.check_input(target, input_size).shape[1]
+    like = replace(wanted.network, pretrained=False, checkpoint=None)
+    teacher = networks.load(like, classes) if stands_in else None
+    if named := wanted.cohort.teacher:
+        # Shapes are enough here, so a name is not downloaded.
+        known = Path(named).exists()
+        alike = replace(like, model=named, img_size=None, small_input=False, num_classes=None, model_kwargs={})
+        teacher = (
+            _teacher.load(named, input_size, classes, wanted.network.model) if known else networks.load(alike, classes)
+        )
+    # What is remembered of the training images is not counted: how many there are is not known here.
+    labels = torch.arange(max(IMAGES * classes, wanted.train.batch_size)) % classes
+    learner = assembly.method(
+        target, wanted, input_size, classes, named=True, teacher=teacher, train_labels=labels
+    )  # fmt: skip
+    return learner, stands_in
 
 
 def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = False) -> Estimate:
     """Run one forward pass for its FLOPs and one for what it keeps; the method is left as it was."""
     anatomy, costs = method.cohort.anatomy, method.costs()
-    batch = _batch(method, needs)
+    batch = batch_of(method, needs)
     with unchanged(method), at_rest(method), torch.no_grad(), FlopCounterMode(display=False) as counter:
         method(*batch)
     members = {id(p) for p in method.cohort.parameters()}
@@ -104,12 +108,12 @@ def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = Fa
     )
 
 
-def _batch(method: Method, needs: Needs) -> tuple[Tensor, ...]:
+def batch_of(method: Method, needs: Needs, size: int = IMAGES) -> tuple[Tensor, ...]:
     """Noise and labels as the method asks for them."""
     anatomy, first = method.cohort.anatomy, next(method.parameters())
     views = (len(method.cohort),) if needs.views else ()
-    images = torch.randn(*views, IMAGES, *anatomy.input_size, device=first.device, dtype=first.dtype)
-    indices = torch.arange(IMAGES, device=first.device)
+    images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
+    indices = torch.arange(size, device=first.device)
     labels = indices // 2 % anatomy.num_classes
     return (images, labels, indices) if needs.indices else (images, labels)
 

@@ -71,6 +71,9 @@ class DataSettings:
     dataset_download: bool = _setting(False, "let torch/… and hfds/… download")
     class_map: str = _setting("", "file that maps class names to indices")
     workers: int = _setting(2, "data loading processes", "-j", at_least=0)
+    resident: str = _setting(
+        "auto", "keep images decoded, on the GPU if any; auto: small ones, if they fit", choices=("auto", "on", "off")
+    )
     crop_padding: int | None = _setting(
         None, "pad by this many pixels and crop at random (CIFAR) instead of a random resized crop", at_least=0
     )
@@ -125,6 +128,11 @@ class TrainSettings:
     )
     channels_last: bool | None = _setting(None, "channels-last memory layout; on by default on CUDA")
     torchcompile: bool = _setting(False, "compile the training step")
+    torchcompile_mode: str | None = _setting(
+        None,
+        "how: reduce-overhead uses CUDA graphs, max-autotune compiles for long",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
     model_ema: bool = _setting(False, "keep a moving average of the target and ship that (by-products ship without)")
     model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
     seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)

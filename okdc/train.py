@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from okdc import checkpoint
 from okdc._distributed import Watch, synchronised, wrapped
@@ -33,6 +33,7 @@ __all__ = ["TrainState", "choose_device", "fit"]
 
 # Skipped steps in a row after which a run stops; fp16 may need a good many of them to find its scale.
 PATIENCE, PATIENCE_FP16 = 5, 25
+LARGEST_STATISTIC = 2**14  # numbers in a buffer of batch norm and the like
 
 Batch = tuple[Tensor, ...]  # images, labels, and the images' indices where the method needs them
 
@@ -101,8 +102,7 @@ def _train(
     watch: Watch,
 ) -> None:
     method, settings = state.method, run.settings
-    learner = wrapped(torch.compile(method) if settings.torchcompile else method, run.machine.device)
-    buffers = _Buffers(method)
+    step = stepper(state, run, stop)
     clock = None
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
@@ -114,7 +114,7 @@ def _train(
         state.between, clock = now - clock if clock else state.between, now
         waiting.taken()
         while state.step < run.steps and (group := list(islice(batches, settings.grad_accum_steps))):
-            losses = _step(state, learner, group, buffers, run, stop)
+            losses = step(group)
             state.step += 1
             if state.schedule is not None:
                 state.schedule.step_update(state.epoch * run.steps + state.step)
@@ -152,6 +152,14 @@ def _begin_epoch(state: TrainState, data: Data, run: Run, waiting: Waiting) -> N
         state.method.before_epoch((images, labels) for images, labels in batches)
 
 
+def stepper(state: TrainState, run: Run, stop: StopSignal) -> Callable[[list[Batch]], dict[str, float]]:
+    """One optimizer step over a group of batches, as a function; it gives the mean of every loss part."""
+    compiles, mode = run.settings.torchcompile, run.settings.torchcompile_mode
+    learner = wrapped(torch.compile(state.method, mode=mode) if compiles else state.method, run.machine.device)
+    buffers = _Buffers(state.method)
+    return lambda group: _step(state, learner, group, buffers, run, stop)
+
+
 def _step(
     state: TrainState, learner: Any, group: list[Batch], buffers: _Buffers, run: Run, stop: StopSignal
 ) -> dict[str, float]:
@@ -159,26 +167,26 @@ def _step(
     optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
     buffers.keep()
     total = sum(len(labels) for _, labels, *_ in group)
-    parts: dict[str, Tensor] = {}
+    names: list[str] = []
+    parts: Any = 0
     state.method.lr.fill_(state.lr)
     for i, batch in enumerate(group):
         batch = machine.move(*batch)
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast():
             losses = learner(*batch)
-        share = len(batch[1]) / total
-        scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
-        for name, loss in losses.items():
-            parts[name] = parts.get(name, 0) + loss.detach().float() * share
+        names, told, share = list(losses), torch.stack(list(losses.values())), len(batch[1]) / total
+        scaler.scale(told).backward(torch.full_like(told, share))
+        parts = parts + told.detach().float() * share
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters])
-    told = torch.stack([*parts.values(), norm.float()])
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
+    told = torch.cat([parts, norm.float()[None]])
     if world() > 1:
         told = stop.agree(told, buffers.statistics)
     values = told.tolist()  # the one time that a step waits for the device
-    bad = [name for name, value in zip([*parts, "gradient"], values) if not math.isfinite(value)]
+    bad = [name for name, value in zip([*names, "gradient"], values) if not math.isfinite(value)]
     if bad:
         buffers.put_back()
     else:
@@ -195,11 +203,14 @@ def _step(
         state.method.after_step(*batch)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
-    return dict(zip(parts, values))
+    return dict(zip(names, values))
 
 
 class _Buffers:
-    """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back."""
+    """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back.
+
+    But for memories of all training images, too large to be copied at every step: they refuse what is not finite.
+    """
 
     def __init__(self, method: nn.Module) -> None:
         self.groups: dict[
@@ -207,7 +218,7 @@ class _Buffers:
         ] = {}  # of one type, so that a copy is one call
         names = ("running_mean", "running_var")  # of whatever norm; every rank has seen a part of the batch
         self.statistics = [buffer for name, buffer in method.named_buffers() if name.endswith(names)]
-        for buffer in method.buffers():
+        for buffer in (buffer for buffer in method.buffers() if buffer.numel() <= LARGEST_STATISTIC):
             live, kept = self.groups.setdefault(buffer.dtype, ([], []))
             live.append(buffer)
             kept.append(buffer.clone())

@@ -67,9 +67,12 @@ def test_help_is_quick() -> None:
     assert min(seconds() for _ in range(5)) < 0.6
 
 
-@pytest.mark.parametrize("command", ["compress", "export", "verify", "benchmark", "inspect", "methods", "recipes"])
+COMMANDS = ["compress", "export", "verify", "benchmark", "inspect", "profile", "methods", "recipes"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    assert list(main.commands) == ["compress", "export", "verify", "benchmark", "inspect", "methods", "recipes"]
+    assert list(main.commands) == COMMANDS
     shown = okdc(command, "--help")
     assert shown.exit_code == 0 and f"okdc {command}" in shown.output.partition("Options:")[0].partition("\n")[2]
 

@@ -33,7 +33,7 @@ CONFIG = {
 
 
 def settings(path: Path | str, **changes: Any) -> DataSettings:
-    return replace(DataSettings(data=str(path), workers=0), **changes)
+    return replace(DataSettings(data=str(path), workers=0, resident="off"), **changes)  # test_resident.py has the rest
 
 
 def write(path: Path, color: int = 0, mode: str = "RGB", size: int = 20) -> Path:

@@ -76,6 +76,9 @@ ALLOWED = {
     | RECIPE,
     "estimate": {"_machine", "_teacher", "assembly", "calls", "cohort", "methods", "needs", "networks", "sharing"}
     | RECIPE,
+    "_memory": set(),
+    "profiling": {"_machine", "_memory", "_state", "assembly", "cohort", "data", "estimate", "methods", "train"}
+    | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"methods"},
     "cli": {
@@ -89,6 +92,7 @@ ALLOWED = {
         "methods",
         "networks",
         "pipeline",
+        "profiling",
         "runs",
         "zoo",
     }

@@ -22,6 +22,7 @@ from okdc.errors import DataError
 
 log = logging.getLogger("okdc")
 
+BadImage = tuple[str, str]  # name, reason
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
 

@@ -13,7 +13,9 @@ from timm.data.loader import PrefetchLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from okdc.data._batchwise import Law
 from okdc.data._common import (
+    BadImage,
     BadImages,
     Batch,
     Data,
@@ -27,15 +29,15 @@ from okdc.data._common import (
 )
 from okdc.data._images import Images, listed
 from okdc.data._pairs import images_per_class, paired_order
+from okdc.data._resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
 from okdc.data._streams import Stream, load_stream
-from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
+from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing, read
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.settings import DataSettings
 
 HELD_OUT = 20  # each how-manieth image of a class is set aside where a method needs some
 
-BadImage = tuple[str, str]  # name, reason
 Loaded = tuple[Tensor, Tensor, list[BadImage]]
 
 
@@ -87,10 +89,14 @@ def load(
 
     def in_order(part: Images) -> OrderedBatches:
         dataset = ValidationImages(part, image_transform(settings, config, False), config)
-        return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device)
+        kept = keep(part, settings, config, False, bad, device)
+        return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device, kept)
 
+    resident = None
+    if kept := keep(images, settings, config, True, bad, device):
+        resident = kept, law(settings, config)
     return Data(
-        train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs),
+        train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs, resident),
         validation=in_order(source.validation),
         validation_images=RawImages(source.validation, MODES[config["input_size"][0]], bad),
         classes=source.classes,
@@ -127,15 +133,6 @@ def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
             f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
             "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
         )
-
-
-def _read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tuple[Image.Image, int] | None:
-    try:
-        image, label = images[position]
-        return convert(image, mode), label
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        bad.append((images.name(position), f"{type(error).__name__}: {error}"))
-        return None
 
 
 def _collate(samples: list[tuple[Any, ...]], bad: list[BadImage]) -> Loaded:
@@ -200,7 +197,7 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self.epoch, self.positions = epoch, self.order.of(epoch)
         for position in islice(self.order.candidates(self.positions, place), self.attempts):
-            if sample := _read(self.images, position, self.mode, bad):
+            if sample := read(self.images, position, self.mode, bad):
                 image, label = sample
                 return [self._view(image, epoch, place, view) for view in range(self.views)], label, position
         return None
@@ -224,7 +221,7 @@ class ValidationImages(Dataset):
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         bad: list[BadImage] = []
-        samples = [_read(self.images, position, self.mode, bad) for position in positions]
+        samples = [read(self.images, position, self.mode, bad) for position in positions]
         images, targets, bad = _collate([([self.transform(s[0])], s[1]) for s in samples if s], bad)
         return images, targets.flatten(), bad
 
@@ -346,9 +343,14 @@ class ShuffledBatches:
         augmentation: BatchAugmentation,
         device: torch.device,
         needs: Needs,
+        resident: tuple[Decoded, Law] | None = None,
     ):
         self.places = EpochPlaces(len(dataset), part)
-        self.loader = _loader(dataset, self.places, workers, config, bad, device, part.size)
+        self.loader: Any = (
+            ResidentTraining(*resident, dataset, self.places, config, device)
+            if resident
+            else _loader(dataset, self.places, workers, config, bad, device, part.size)
+        )
         self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
 
     def __len__(self) -> int:
@@ -376,9 +378,14 @@ class OrderedBatches:
         config: dict[str, Any],
         bad: BadImages,
         device: torch.device,
+        kept: Decoded | None = None,
     ):
         self.order = OrderedPlaces(len(dataset), batch_size)
-        self.loader = _loader(dataset, self.order, workers, config, bad, device)
+        self.loader: Any = (
+            ResidentInOrder(kept, dataset.images.labels, self.order, config, device)
+            if kept
+            else _loader(dataset, self.order, workers, config, bad, device)
+        )
 
     def __len__(self) -> int:
         return len(self.order.batches)

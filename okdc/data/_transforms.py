@@ -16,7 +16,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from okdc.data._common import Batch, borrowed_generators, reseed
+from okdc.data._common import BadImage, Batch, borrowed_generators, reseed
+from okdc.data._images import Images
 from okdc.errors import DataError
 from okdc.settings import DataSettings
 
@@ -72,6 +73,16 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
     return image if image.mode == mode else image.convert(mode)
+
+
+def read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tuple[Image.Image, int] | None:
+    """An image and its label, or None where it cannot be read, which `bad` is then told."""
+    try:
+        image, label = images[position]
+        return convert(image, mode), label
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        bad.append((images.name(position), f"{type(error).__name__}: {error}"))
+        return None
 
 
 class BatchAugmentation:

@@ -176,7 +176,9 @@ class Bank(nn.Module):
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
         for rows, new in zip(self.rows, embeddings, strict=True):
-            rows[indices] = F.normalize(self.momentum * rows[indices] + (1 - self.momentum) * new[last])
+            old = rows[indices]
+            moved = F.normalize(self.momentum * old + (1 - self.momentum) * new[last])
+            rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old)
 
     @staticmethod
     def _below(limit: Tensor, draws: int) -> Tensor:

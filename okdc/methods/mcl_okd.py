@@ -136,7 +136,9 @@ class MclOkd(Method):
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
         new = torch.stack(list(embeddings))[:, last]
-        self.banks[:, indices] = F.normalize(self.momentum * self.banks[:, indices] + (1 - self.momentum) * new, dim=2)
+        old = self.banks[:, indices]
+        moved = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=2)
+        self.banks[:, indices] = torch.where(moved.isfinite().all(2, keepdim=True), moved, old)
 
     def _below(self, limit: Tensor, count: int) -> Tensor:
         """Uniform integers (B, count) from 0 to below `limit` (B, 1)."""

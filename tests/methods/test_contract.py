@@ -158,3 +158,16 @@ def test_losses_are_full_precision_under_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         parts = method(*asked(method))
     assert {value.dtype for value in parts.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["afd", "ahbf", "mcl_okd", "pcl"])  # maps, a chain, memories, views and averages
+def test_the_whole_cohort_compiles_to_one_graph(name: str) -> None:
+    method = build(name).train()
+    compiled = torch.compile(copy.deepcopy(method), fullgraph=True, backend="aot_eager")  # a graph break raises
+    torch.manual_seed(5)
+    expected = method(*asked(method))
+    torch.manual_seed(5)
+    found = compiled(*asked(method))
+    assert found.keys() == expected.keys()
+    for part, value in expected.items():
+        torch.testing.assert_close(found[part], value, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,241 @@
+"""Small images kept decoded, on the GPU where there is one, and augmented in batches: the input never bounds a step.
+
+Order, stand-ins for unreadable images and what comes after augmentation are the loader's own; a `Resident` stands in
+the place of its DataLoader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from timm.data.loader import adapt_to_chs
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from okdc.data._batchwise import FILTERS, Law, mix
+from okdc.data._common import BadImages, Batch, derive_seed, leave_signals, log
+from okdc.data._images import Images
+from okdc.data._transforms import MODES, image_transform, read
+from okdc.errors import DataError
+from okdc.settings import DataSettings
+
+if TYPE_CHECKING:
+    from okdc.data._loading import TrainImages
+
+FITS = 2**30  # bytes, decoded
+SMALL = 128  # pixels a side: larger ones are decoded and cropped by the loader's processes, beside the training
+FEW = 4096  # images that are not worth starting processes for
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """All images of a split, (N, C, H, W) uint8 on the device; of the unreadable ones, by position, it has none."""
+
+    images: Tensor
+    readable: Tensor  # (N,) bool, on the CPU
+
+
+def keep(
+    split: Images,
+    settings: DataSettings,
+    config: dict[str, Any],
+    training: bool,
+    bad: BadImages,
+    device: torch.device,
+) -> Decoded | None:
+    """The images of a split, decoded, or None where the loader is to read them, batch by batch.
+
+    DataError where `--resident on` asks for what cannot be, and for too many unreadable images.
+    """
+    if settings.resident == "off":
+        return None
+    obstacle = _obstacle(settings, config, training)
+    found = obstacle or _decode(split, settings, config, training, bad, device)
+    if isinstance(found, Decoded):
+        return found
+    if settings.resident == "on":
+        raise DataError(f"the images of {split.origin} cannot be kept decoded: {found}. Leave out --resident on.")
+    return None
+
+
+def law(settings: DataSettings, config: dict[str, Any]) -> Law:
+    """What the settings do to a training image that `keep` has kept."""
+    height, width = config["input_size"][-2:]
+    if settings.no_aug:
+        return Law((height, width))
+    flipped = Law((height, width), hflip=settings.hflip, vflip=settings.vflip)
+    if settings.crop_padding is not None:
+        return replace(flipped, padding=settings.crop_padding)
+    (least, most), (tall, wide) = settings.scale, settings.ratio
+    return replace(flipped, scale=(least, most), ratio=(tall, wide), interpolation=config["interpolation"])
+
+
+def _obstacle(settings: DataSettings, config: dict[str, Any], training: bool) -> str | None:
+    """Why the augmentation cannot be done to a batch at once, in words that say what to leave out."""
+    if not training or settings.no_aug:
+        return None
+    if settings.aa or settings.color_jitter:
+        return f"{'--aa' if settings.aa else '--color-jitter'} changes one image at a time"
+    if settings.crop_padding is None and config["interpolation"] not in FILTERS:
+        return f"a resized crop with --interpolation {config['interpolation']} is done to one image at a time"
+    return None
+
+
+def _before_augmentation(settings: DataSettings, config: dict[str, Any], training: bool) -> Any:
+    """PIL image -> uint8 tensor (C, H, W): all that is the same for an image in every epoch."""
+    if not training or settings.no_aug:
+        return image_transform(settings, config, training)
+    if settings.crop_padding is None:
+        return transforms.PILToTensor()
+    side, interpolation = max(config["input_size"][-2:]), str_to_interp_mode(config["interpolation"])
+    return transforms.Compose([transforms.Resize(side, interpolation=interpolation), transforms.PILToTensor()])
+
+
+def _decode(
+    split: Images, settings: DataSettings, config: dict[str, Any], training: bool, bad: BadImages, device: torch.device
+) -> Decoded | str:
+    """All images in one tensor, or why not, in words."""
+    source = _Decoding(split, _before_augmentation(settings, config, training), MODES[config["input_size"][0]])
+    example = next((image for image in map(source.first, range(len(split))) if image is not None), None)
+    if example is None:
+        return "none of them can be read"
+    size = len(split) * example.nbytes
+    if settings.resident == "auto" and (size > _room(device) or max(*example.shape, *config["input_size"]) > SMALL):
+        return "they are too many, or too large"
+    images = torch.empty(len(split), *example.shape, dtype=torch.uint8)
+    readable = torch.zeros(len(split), dtype=torch.bool)
+    unread: list[tuple[str, str]] = []
+    for positions, decoded, failed in _chunks(source, settings.workers):
+        unread += failed
+        if any(image.shape != example.shape for image in decoded):
+            return "they are not all of one size"
+        if positions:
+            images[positions] = torch.stack(decoded) if isinstance(decoded, list) else decoded
+            readable[positions] = True
+    for name, reason in unread:
+        bad.add(name, reason)
+    return Decoded(images.to(device), readable)
+
+
+def _room(device: torch.device) -> int:
+    return min(FITS, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else FITS
+
+
+class _Decoding(Dataset):
+    """(positions, their images, the unreadable ones) of a chunk; images of one size as one tensor."""
+
+    def __init__(self, split: Images, transform: Any, mode: str) -> None:
+        self.split, self.transform, self.mode = split, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def first(self, position: int) -> Tensor | None:
+        sample = read(self.split, position, self.mode, [])
+        return sample and self.transform(sample[0])
+
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[tuple[str, str]]]:
+        failed: list[tuple[str, str]] = []
+        samples = [(position, read(self.split, position, self.mode, failed)) for position in positions]
+        found = [(position, self.transform(sample[0])) for position, sample in samples if sample]
+        images = [image for _, image in found]
+        # One tensor travels between processes faster than many.
+        together = torch.stack(images) if len({image.shape for image in images}) == 1 else images
+        return [position for position, _ in found], together, failed
+
+
+def _chunks(source: _Decoding, workers: int) -> Iterator[Any]:
+    loader: DataLoader = DataLoader(
+        source,
+        batch_size=CHUNK,
+        num_workers=workers if len(source) >= FEW else 0,
+        collate_fn=lambda chunk: chunk,
+        worker_init_fn=leave_signals,
+        generator=torch.Generator(),
+    )
+    console = Console(stderr=True)
+    many = len(source) >= FEW
+    if many and not console.is_terminal:
+        log.info("decoding %d images of %s", len(source), source.split.origin)
+    yield from track(loader, "decoding", console=console, transient=True, disable=not (many and console.is_terminal))
+
+
+class Normalised:
+    """uint8 images (B, C, H, W) as timm's PrefetchLoader gives them: float32, by mean and std."""
+
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+        channels = config["input_size"][0]
+        self.mean, self.std = (
+            torch.tensor([255 * x for x in adapt_to_chs(config[name], channels)], device=device).view(1, channels, 1, 1)
+            for name in ("mean", "std")
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self.mean).div_(self.std)
+
+
+class ResidentTraining:
+    """Training batches, each as (views * B, C, H, W) float32 and targets (B, 2): label, and position of the image."""
+
+    def __init__(
+        self, kept: Decoded, law: Law, dataset: TrainImages, places: Any, config: dict[str, Any], device: torch.device
+    ) -> None:
+        self.kept, self.dataset, self.places, self.law, self.device = kept, dataset, places, law, device
+        self.normalised = Normalised(config, device)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[Batch]:
+        data, epoch, positions = self.dataset, -1, torch.empty(0)
+        for batch in self.places:
+            if batch[0][0] != epoch:
+                epoch = batch[0][0]
+                positions = data.order.of(epoch)
+            places = torch.tensor([place for _, place in batch])
+            shown = self._readable(positions, places)
+            keys = mix(positions[places]) + (places if data.order.pairs_in else 0)
+            images = self.kept.images[shown.to(self.device)]
+            views = [
+                self.law(images, mix(keys + (derive_seed(data.seed, epoch, 2, view) << 31)).to(self.device))
+                for view in range(data.views)
+            ]
+            targets = torch.stack([data.images.labels[shown], shown], 1)
+            yield self.normalised(torch.cat(views) if len(views) > 1 else views[0]), targets.to(self.device)
+
+    def _readable(self, positions: Tensor, places: Tensor) -> Tensor:
+        """The images of places; an unreadable one gives its place to another."""
+        shown = positions[places]
+        for i in (~self.kept.readable[shown]).nonzero().flatten().tolist():
+            others = self.dataset.order.candidates(positions, int(places[i]))
+            shown[i] = next(position for position in others if self.kept.readable[position])
+        return shown
+
+
+class ResidentInOrder:
+    """Validation batches; unreadable images are left out."""
+
+    def __init__(
+        self, kept: Decoded, labels: Tensor, batches: Any, config: dict[str, Any], device: torch.device
+    ) -> None:
+        self.kept, self.labels, self.batches, self.device = kept, labels, batches, device
+        self.normalised = Normalised(config, device)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            positions = torch.tensor(batch)
+            positions = positions[self.kept.readable[positions]]
+            if len(positions):
+                images = self.kept.images[positions.to(self.device)]
+                yield self.normalised(images), self.labels[positions].to(self.device)
