@@ -227,8 +227,8 @@ class Watch:
                 self._give_up()
 
     def _give_up(self) -> None:
-        behind, first = self._behind(), True
-        with suppress(RuntimeError):
+        behind, first = self._behind(), False
+        with suppress(RuntimeError):  # the store is gone with a first rank that has said it
             first = self.store.add("okdc/given up", 1) == 1
         if first:  # one message is enough
             print(f"okdc: error: nothing has happened for {self.timeout:g} s. {behind}{ADVICE}", file=sys.stderr)

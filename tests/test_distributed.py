@@ -187,7 +187,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path, one_thread, steps):
     assert not far
 
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 
 
 def train_all(folder: str, steps: str) -> None:

@@ -11,9 +11,23 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 
 # Each module (or folder) of the package and what it may import of okdc; "" is the package itself (its version).
 RECIPE = {"errors", "recipe", "settings"}
+FREE = (
+    "errors",
+    "replay",
+    "_cifar",
+    "_gates",
+    "_latency",
+    "_memory",
+    "_plots",
+    "_portable",
+    "_ranks",
+    "_schema",
+    "_tally",
+    "_triton",
+)
 ALLOWED = {
     # maths, and what knows nothing
-    **{name: set() for name in ("errors", "replay", "_cifar", "_latency", "_plots", "_portable", "_ranks", "_tally")},
+    **{name: set() for name in FREE},
     "losses": {"_ranks"},
     "__init__": set(),
     # recipes
@@ -24,7 +38,8 @@ ALLOWED = {
     # networks and cohorts
     "_weights": {"errors"},
     "_torchvision": {"_weights"} | RECIPE,
-    "networks": {"_cifar", "_torchvision", "_weights", "checkpoint"} | RECIPE,
+    "networks": {"_cifar", "_stem", "_torchvision", "_weights", "calls", "checkpoint"} | RECIPE,
+    "_stem": {"calls", "errors"},
     "calls": {"errors"},
     "stages": {"calls", "errors"},
     "anatomy": {"calls", "errors", "stages"},
@@ -32,7 +47,7 @@ ALLOWED = {
     "depth": {"anatomy", "calls", "refit", "stages"},
     "growth": {"anatomy", "depth", "stages"},
     "narrowing": {"anatomy", "depth", "errors"},
-    "sharing": {"anatomy", "errors", "replay"},
+    "sharing": {"anatomy", "calls", "errors", "replay"},
     "cohort": {"anatomy", "calls", "errors", "growth", "narrowing", "replay", "sharing"},
     "needs": set(),
     "methods": {"_ranks", "anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
@@ -43,25 +58,31 @@ ALLOWED = {
     "_distributed": {"_ranks"} | RECIPE,
     "_progress": {"checkpoint"},
     "_state": {"_machine", "_progress", "_ranks", "checkpoint"} | RECIPE,
-    "train": {"_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"} | RECIPE,
+    "_waiting": {"_state", "errors"},
+    "train": {"_waiting", "_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"} | RECIPE,
     # export
-    "verify": {"_latency", "_portable", "_shipped", "_tally", "errors"},
-    "_bundle": {"", "_portable", "_shipped", "errors", "networks", "verify"},
-    "_card": {"_bundle", "_portable", "_shipped"},
-    "exporting": {"", "_bundle", "_card", "_portable", "_shipped", "verify"} | RECIPE,
+    "verify": {"_gates", "_schema", "_latency", "_portable", "_shipped", "_tally", "errors"},
+    "_bundle": {"", "_stem", "_portable", "_shipped", "errors", "networks", "verify"},
+    "_card": {"_bundle", "_gates", "_portable", "_shipped", "_stem"},
+    "_calibration": {"_shipped", "errors"},
+    "_hub": {"_bundle", "_portable", "errors"},
+    "_torch_runner": {"_bundle"},
+    "exporting": {"", "_calibration", "_gates", "_triton", "_bundle", "_card", "_portable", "_shipped", "verify"}
+    | RECIPE,
     "report": {"_plots"},
     "examine": {"_shipped", "anatomy", "cohort", "depth", "errors", "networks", "replay", "settings", "sharing"},
     "zoo": {"errors", "examine", "networks"},
     # the steps, and the command line over them
     "_teacher": {"_machine", "checkpoint", "data", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
-    "assembly": {"_machine", "_ranks", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"}
+    "assembly": {"_stem", "_machine", "_ranks", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"}
     | RECIPE,
     "_byproducts": {"calls", "checkpoint", "data", "exporting", "methods"} | RECIPE,
     "pipeline": {
         "",
         "_byproducts",
         "_distributed",
+        "_hub",
         "_machine",
         "_ranks",
         "_teacher",
@@ -76,17 +97,19 @@ ALLOWED = {
     | RECIPE,
     "estimate": {"_machine", "_teacher", "assembly", "calls", "cohort", "methods", "needs", "networks", "sharing"}
     | RECIPE,
-    "_memory": set(),
     "profiling": {"_machine", "_memory", "_state", "assembly", "cohort", "data", "estimate", "methods", "train"}
     | RECIPE,
+    "benchmark": {"_bundle", "_machine", "_portable", "_shipped", "exporting", "networks", "pipeline", "verify"}
+    | RECIPE,
     "_flags": {"_checking"} | RECIPE,
-    "_summary": {"methods"},
+    "_summary": {"benchmark", "methods"},
     "cli": {
         "",
         "_distributed",
         "_flags",
         "_summary",
         "anatomy",
+        "benchmark",
         "estimate",
         "exporting",
         "methods",
@@ -150,7 +173,10 @@ def test_methods_do_not_know_each_other() -> None:
 
 def test_export_targets_know_nothing_of_okdc() -> None:
     files = sorted((PACKAGE.parent / "export").glob("*.py"))
-    assert [f.name for f in files] == ["predict.py", "to_onnx.py", "to_tensorrt.py", "to_torch.py"]
+    assert [f.name for f in files] == [
+        "predict.py", "to_onnx.py", "to_onnx_fp16.py", "to_onnx_int8.py", "to_onnx_int8_trt.py", "to_tensorrt.py",
+        "to_tensorrt_fp16.py", "to_tensorrt_int8.py", "to_torch.py",
+    ]  # fmt: skip
     assert all(not imported(f) for f in files)
 
 
