@@ -38,6 +38,8 @@ from okdc.methods import Method
 from okdc.recipe import DataSettings, NetworkSettings, Recipe, override, resolve
 from okdc.recipe import load as load_recipe
 
+LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python
+
 
 @dataclass
 class Result:
@@ -199,16 +201,18 @@ def _recipe(
     elif model is not None:
         flat["model"] = type(model).__name__
     if loader is not None:
-        flat["data"] = "loader"
+        flat["data"] = LOADER
         flat.setdefault("batch_size", getattr(loader, "batch_size", None))  # the learning rate is scaled by it
     if isinstance(recipe, Recipe):
         return override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
     return resolve(recipe, flat=flat, method_settings=methods.settings)
 
 
-def _images(wanted: Recipe, config: dict[str, Any]) -> Data:
-    """Validation images for a student that is already trained."""
-    settings: DataSettings = replace(wanted.data, workers=0)
+def _images(wanted: Recipe, config: dict[str, Any]) -> Data | None:
+    """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
+    if wanted.data.data == LOADER:
+        return None
+    settings: DataSettings = replace(wanted.data, workers=0, resident="off")  # training images are hardly read
     source = open_source(settings, wanted.train.seed)
     size = wanted.train.validation_batch_size or wanted.train.batch_size
     config = {**config, "input_size": tuple(config["input_size"])}

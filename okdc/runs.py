@@ -116,6 +116,13 @@ def read_student(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
+# Settings that say where, how fast and how carefully a run is done, not what it learns.
+ASIDE = {
+    "device", "timeout", "recovery_interval", "checkpoint_hist", "log_interval", "torchcompile", "torchcompile_mode",
+    "channels_last", "workers", "resident", "max_bad_images",
+}  # fmt: skip
+
+
 def find_baseline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The newest finished run beside `folder` of the same network on the same data and schedule with `baseline`."""
     if recipe.method["name"] == "baseline":
@@ -126,7 +133,12 @@ def find_baseline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             theirs = facts["recipe"]
-            same = all(theirs[section] == mine[section] for section in ("network", "data", "train"))
+            same = all(
+                theirs[section].get(key, value) == value  # a run of before may not know the setting
+                for section in ("network", "data", "train")
+                for key, value in mine[section].items()
+                if key not in ASIDE
+            )
             if theirs["method"]["name"] == "baseline" and same:
                 return {"name": path.parent.name, "history": facts["history"], "metrics": facts["metrics"]}
         except (OSError, ValueError, KeyError, TypeError):

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
 import okdc.networks
-from okdc import checkpoint, methods, runs
+from okdc import checkpoint, methods, pipeline, runs
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.recipe import Recipe, override, resolve
 from tests.networks import Tiny
@@ -163,6 +163,8 @@ def test_without_validation_the_last_weights_ship(tmp_path: Path) -> None:
     assert result.metrics["top1"] is None and result.verification["verdict"] == "parity_only"
     last = checkpoint.load(result.path / "last.pth.tar")["state_dict"]
     assert all(torch.equal(v, last[k]) for k, v in result.student.state_dict().items())
+    again = pipeline.verify(result.path)  # the loader's images are gone
+    assert again["verdict"] == "parity_only" and all(row["pass"] for row in again["rows"])
 
 
 def test_the_report_names_the_control_beside_it(tmp_path: Path) -> None:
