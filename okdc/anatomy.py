@@ -168,7 +168,9 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         params=sum(p.numel() for p in network.parameters()),
         flops=root.flops_end // images.shape[0],
         classifier=classifier.name,
-        embedding=(classifier.input or (0,))[0],
+        embedding=(classifier.input or (0,))[
+            0 if isinstance(network.get_submodule(classifier.name), nn.Conv2d) else -1
+        ],
         feature_map=feature.name,
         feature_shape=feature.output or (),
         layout=layout(feature.output or (), aspect),
@@ -196,11 +198,12 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
     if isinstance(own, nn.ModuleList):  # a classifier for each of several depths: the deepest comes last
         own = own[-1]
     parts = set(own.modules()) if isinstance(own, nn.Module) else set()
-    candidates = [
-        c
-        for c in calls
-        if c.output is not None and c.output[0] == num_classes and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))
-    ]
+    layers = [c for c in calls if c.output and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))]
+    candidates = [c for c in layers if c.output and c.output[0] == num_classes]
+    if not candidates:  # one that is applied to each token, of which the logits are then taken (CLIP's pooling)
+        candidates = [
+            c for c in layers if c.output and c.output[-1] == num_classes and isinstance(modules[c.name], nn.Linear)
+        ]
     if isinstance(own, nn.Identity):  # it says itself that it has none
         candidates = []
     named = [c for c in candidates if modules[c.name] in parts]

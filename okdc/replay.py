@@ -213,8 +213,8 @@ class Tap:
 
 
 def as_vector(x: Tensor) -> Tensor:
-    """(B, D) from what a classifier is given: a vector, or for a convolution (B, D, H, W) the mean of the pixels."""
-    return x.mean((2, 3)) if x.dim() == 4 else x.flatten(1)
+    """(B, D) from what a classifier is given: a vector, or the mean of pixels (B, D, H, W) or of tokens (B, N, D)."""
+    return x.mean((2, 3)) if x.dim() == 4 else x.mean(1) if x.dim() == 3 else x
 
 
 def as_map(x: Tensor, layout: str) -> Tensor:

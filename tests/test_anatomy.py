@@ -7,6 +7,7 @@ import timm
 import torch
 
 from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort
 from okdc.errors import NetworkError
 from okdc.networks import load as build
 from okdc.settings import NetworkSettings
@@ -77,3 +78,22 @@ def test_a_last_stage_that_is_most_of_the_network_is_parted(name: str) -> None:
 def test_a_last_stage_of_one_token() -> None:
     anatomy = inspect(timm.create_model("levit_128s", num_classes=10, img_size=64), (3, 64, 64))
     assert (anatomy.feature_map, anatomy.feature_shape, anatomy.cut()) == ("stages", (1, 384), "stages.1")
+
+
+def test_a_classifier_of_every_token() -> None:
+    class Pooled(torch.nn.Module):  # CLIP's: each token is projected, then the first is taken
+        def __init__(self) -> None:
+            super().__init__()
+            self.early = torch.nn.Conv2d(3, 16, 3, stride=4, padding=1)
+            self.late = torch.nn.Conv2d(16, 16, 3, padding=1)
+            self.proj = torch.nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.late(self.early(x).relu()).flatten(2).transpose(1, 2)
+            return self.proj(torch.cat([x.mean(1, keepdim=True), x], 1))[:, 0]
+
+    network = Pooled()
+    anatomy = inspect(network, (3, 32, 32))
+    assert (anatomy.classifier, anatomy.embedding) == ("proj", 16)
+    cohort = Cohort(network, torch.randn(2, 3, 32, 32), [Branch("early")], taps=("embedding",))
+    assert cohort(torch.randn(2, 3, 32, 32)).embeddings[1].shape == (2, 16)
