@@ -227,12 +227,13 @@ class Watch:
                 self._give_up()
 
     def _give_up(self) -> None:
-        behind, first = self._behind(), False
+        behind, first, gone = self._behind(), False, True
         with suppress(RuntimeError):  # the store is gone with a first rank that has said it
             first = self.store.add("okdc/given up", 1) == 1
+            gone = False
         if first:  # one message is enough
             print(f"okdc: error: nothing has happened for {self.timeout:g} s. {behind}{ADVICE}", file=sys.stderr)
-        if f"rank {self.rank} (" in behind:
+        if f"rank {self.rank} (" in behind or gone:
             faulthandler.dump_traceback()  # where it hangs
         os._exit(1)
 

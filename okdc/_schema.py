@@ -16,6 +16,7 @@ class Latency(TypedDict):
     batch: int
     p50_ms: float
     p90_ms: float
+    p95_ms: float
     p99_ms: float
     images_per_second: float
     cpu_ms: float  # processor time, p50

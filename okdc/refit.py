@@ -112,6 +112,8 @@ def _widen_convolution(layer: nn.Conv2d, channels: int) -> None:
     else:
         layer.groups = math.gcd(layer.groups, channels)
     shape = (layer.out_channels, channels // layer.groups, *layer.kernel_size)
+    if "weight" not in layer._parameters:
+        raise TypeError("the weight is computed from others (weight norm), which have the old shape")
     layer.weight = _redrawn(layer.weight, shape)
     if layer.bias is not None:
         layer.bias = _redrawn(layer.bias, (layer.out_channels,))

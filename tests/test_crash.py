@@ -50,6 +50,7 @@ class Plan:
         words = f"compress --model tests.networks:Tiny --method {self.method} --data {images} --img-size 16 -b {BATCH}"
         words += f" --crop-padding 2 --lr 0.02 --no-onnx --log-interval 1 -j {self.workers} --epochs {self.epochs}"
         words += " --model-ema --model-ema-decay 0.9" * self.ema + " --mixup 0.4" * self.mixup + " --amp" * self.bf16
+        words += " --resident off" * (self.workers > 0)  # else nothing is left for workers to do
         return f"{words} --recovery-interval {1 + self.seed % 3} --sched-on-updates --warmup-epochs 1".split()
 
     def accidents(self) -> Iterator[Accident]:

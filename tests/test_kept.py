@@ -54,7 +54,7 @@ def test_frozen_parameters_stay_frozen_in_every_member() -> None:
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     assert frozen == {"stem.0.weight", "stem.1.weight", "stem.1.bias", "late.1.weight", "late.1.bias"}
     assert {name for name, p in network.named_parameters() if torch.equal(p, before[name])} == frozen
-    assert not cohort.branches[0].late.first[1].weight.requires_grad
+    assert not cohort.branches[0].late[1].weight.requires_grad
 
 
 def test_buffers_that_the_forward_updates() -> None:

@@ -213,7 +213,7 @@ def test_peers_of_other_architectures_are_compared_on_one_grid() -> None:
 
 def test_branches_that_are_planned_by_hand() -> None:
     cohort = Cohort(Tiny(), IMAGES, [Branch("early", (1,), width=0.5)], taps=Oemc.taps)
-    assert cohort.grown == ["1 x ResidualConv after late, width 0.5"]
+    assert cohort.grown == ["1 x Conv2d-BatchNorm2d-ReLU after late.2, width 0.5"]
     assert Oemc(cohort).cohort.stage_widths == ((32,), (16,))
 
 
