@@ -7,7 +7,6 @@ import multiprocessing
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
@@ -112,4 +111,8 @@ def _of_a_dead_worker(error: Exception) -> bool:
     """Whether this is torch's complaint of one, or the end of the pipe through which one handed over its tensors."""
     if isinstance(error, RuntimeError):
         return "DataLoader worker" in str(error)
-    return "multiprocessing" in traceback.extract_tb(error.__traceback__)[-1].filename
+    # Walked by hand and quickly: torch's own complaint may come as a signal in the middle of anything that takes long.
+    frames = error.__traceback__
+    while frames and frames.tb_next:
+        frames = frames.tb_next
+    return frames is not None and "multiprocessing" in frames.tb_frame.f_code.co_filename
