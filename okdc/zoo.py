@@ -138,14 +138,18 @@ def summary(rows: Iterable[dict[str, str]]) -> list[tuple[str, int]]:
     counts = Counter(row["outcome"] for row in rows)
     compiled = [row["compile_breaks"] == "0" for row in rows if row["compile_breaks"]]
     exported = [_is_exported(row["onnx_difference"]) for row in rows if row["onnx_difference"]]
-    asked_for = [("compiled without a break", compiled), ("exported to ONNX within 1e-5", exported)]
+    narrowed = [row["narrowed"] == "yes" for row in rows if row["narrowed"]]
+    asked_for = [
+        ("narrowed", narrowed),
+        ("compiled without a break", compiled),
+        ("exported to ONNX within 1e-5", exported),
+    ]
     return [
         ("networks", len(rows)),
         *sorted(counts.items()),
         ("shared exactly, eval and train mode", sum(row["shared"] == "exact" for row in rows)),
         ("grown in depth", sum(bool(row["grown"]) for row in rows)),
         ("grown by its own blocks", sum(row["own_blocks"] == "yes" for row in rows)),
-        ("narrowed", sum(row["narrowed"] == "yes" for row in rows)),
         ("every gradient there", sum(row["trains"] == "yes" for row in rows)),
         ("stripped exactly", sum(row["strip"] == "exact" for row in rows)),
         ("default cut leaves 5% of the FLOPs or more", sum(float(row["tail_flops"] or 0) >= 0.05 for row in rows)),
