@@ -73,9 +73,8 @@ def least_gigabytes(name: str) -> float:
     """The memory that `COPIES` of a network's weights take, at the least; 0 where that cannot be told beforehand."""
     try:
         with torch.device("meta"):
-            torchvision_name = name.removeprefix("torchvision/")
-            make = timm.create_model if torchvision_name == name else torchvision.models.get_model
-            network = make(torchvision_name)
+            plain = name.removeprefix("torchvision/")
+            network = (timm.create_model if plain == name else torchvision.models.get_model)(plain)
     except Exception:  # it looks at its weights while it is made
         return 0.0
     return COPIES * sum(p.numel() for p in network.parameters()) * 4 / 1e9

@@ -75,9 +75,7 @@ def fit(
         first(begin)
         folder.mkdir(parents=True, exist_ok=True)
         if resume is None:
-            first(
-                lambda: save(state, run)
-            )  # so that whatever happens from here on, there is something to continue from
+            first(lambda: save(state, run))  # whatever happens from here on, there is something to continue from
         else:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
             first(lambda: write_summary(folder / "summary.csv", state.history))
