@@ -180,7 +180,7 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
 
     A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
-    NAME is built with random weights and exported to a temporary folder: for speed alone.
+    NAME is built with random weights and exported to a temporary folder, int8 calibrated on noise: for speed alone.
 
     \b
     okdc benchmark runs/NAME --batch-sizes 1,8,32 --output speed.md
