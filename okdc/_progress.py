@@ -130,9 +130,14 @@ def faster_data(recipe: dict[str, Any]) -> str:
     data, cores = recipe.get("data", {}), os.cpu_count() or 1
     if data.get("data") == "loader":
         return "Let your loader do its work in processes (num_workers=N), or do less for each image."
+    if data.get("resident") == "off":
+        return "Let small images be kept decoded: --resident auto."
     if (workers := data.get("workers", 0)) < cores:
         return f"Try more data loading processes: -j {min(cores, max(2, 2 * workers))}."
-    return f"All {cores} cores load data already: store smaller images, or augment them less (--aa, --reprob)."
+    return (
+        f"All {cores} cores load data already: keep the images decoded (--resident on says what is in its way), store "
+        "them smaller, or augment them less (--aa, --reprob)."
+    )
 
 
 def write_summary(path: Path, history: list[Row]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterable
 from types import ModuleType
@@ -33,7 +34,9 @@ def narrow(
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     network.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # Where its search ends early, the forward below tells whether the widths fit.
+            warnings.filterwarnings("ignore", "Maximum recursive depth", UserWarning)
             graph = pruning.DependencyGraph().build_dependency(network, (example,), verbose=False)
         owners = _attentions(network)
         groups = list(graph.get_all_groups(ignored_layers=fixed))

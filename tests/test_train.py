@@ -555,6 +555,7 @@ def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
 def test_advice_for_whoever_waits_for_data_is_what_helps():
     cores = os.cpu_count() or 1
     assert "(num_workers=N)" in faster_data({"data": {"data": "loader", "workers": 0}})
+    assert "--resident auto" in faster_data({"data": {"data": "images", "workers": 0, "resident": "off"}})
     assert f"-j {min(cores, 2)}." in faster_data({"data": {"data": "images", "workers": 0}}) or cores == 1
     assert "--aa" in faster_data({"data": {"data": "images", "workers": cores}})
 
