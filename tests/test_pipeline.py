@@ -107,12 +107,13 @@ def test_the_best_checkpoint_loads_in_plain_timm(run: tuple[Path, subprocess.Com
 
 def test_export_again_and_a_missing_tensorrt(run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     path, _ = run
-    done = command("export", path, "--onnx", "--torch", "--output", "deploy", cwd=path.parents[1])
+    line = ["export", path, "--onnx", "--batch-sizes", "1", "--output", "deploy"]
+    done = command(*line, "--torch", cwd=path.parents[1])
     assert done.returncode == 0, done.stderr
     assert (path.parents[1] / "deploy" / "model.pt2").is_file()
     if torch.cuda.is_available():
         return
-    done = command("export", path, "--onnx", "--trt", "--output", "deploy", cwd=path.parents[1])
+    done = command(*line, "--trt", cwd=path.parents[1])
     assert done.returncode == 2 and "tensorrt" in done.stderr.lower() and "Traceback" not in done.stderr
     assert (path.parents[1] / "deploy" / "model.onnx").is_file()
 
