@@ -19,25 +19,30 @@ def names() -> list[str]:
 
 def build(settings: NetworkSettings) -> nn.Module:
     """The network that `settings.model` names, with its own number of classes and one tensor of logits as output."""
+    kwargs = arguments(settings)
+    if settings.pretrained:  # torchvision decides on these: its weights have the auxiliary classifiers
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("aux_logits", "init_weights")}
     name = settings.model.removeprefix(PREFIX)
-    kwargs = {**_arguments(name, settings), **settings.model_kwargs}
     network = torchvision.models.get_model(name, weights="DEFAULT" if settings.pretrained else None, **kwargs)
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's: with them forward returns a tuple
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # with them forward returns a tuple
         if hasattr(network, auxiliary):
             setattr(network, auxiliary, None)
             network.aux_logits = False
     return network
 
 
-def _arguments(name: str, settings: NetworkSettings) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if settings.img_size and name.startswith("vit_"):
-        arguments["image_size"] = settings.img_size
-    if settings.img_size and name.startswith("maxvit"):
-        arguments["input_size"] = (settings.img_size, settings.img_size)
-    if name in ("googlenet", "inception_v3") and not settings.pretrained:
-        arguments["init_weights"] = True  # else torchvision warns that it may change its default
-    return arguments
+def arguments(settings: NetworkSettings) -> dict[str, Any]:
+    """What torchvision.models.get_model needs beside name and classes to make this network again, without weights."""
+    name, found = settings.model.removeprefix(PREFIX), dict[str, Any]()
+    own = data_config(settings.model) if settings.pretrained else None  # some weights are for a size of their own
+    side = settings.img_size or (own["input_size"][-1] if own else None)
+    if side and name.startswith("vit_"):
+        found["image_size"] = side
+    if side and name.startswith("maxvit"):
+        found["input_size"] = (side, side)
+    if name in ("googlenet", "inception_v3"):
+        found |= {"aux_logits": False, "init_weights": True, "transform_input": settings.pretrained}
+    return found | settings.model_kwargs
 
 
 def data_config(model: str) -> dict[str, Any] | None:

@@ -121,7 +121,7 @@ def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     data = wrap([(noise, torch.arange(_CALIBRATION) % classes)], num_classes=classes, preprocess=config, name="noise")
     try:
         verification = exporting.export_bundle(
-            network, data, settings, folder, arch=name, model_args=dict(wanted.network.model_kwargs)
+            network, data, settings, folder, arch=name, model_args=networks.arguments(wanted.network)
         )
     except exporting.UnfitError as error:
         verification, folder = error.verification, exporting.failed_folder(folder)

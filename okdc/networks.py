@@ -57,6 +57,13 @@ def names() -> list[str]:
     return timm.list_models() + [_TORCHVISION + name for name in _torchvision.names()]
 
 
+def arguments(settings: NetworkSettings) -> dict[str, Any]:
+    """What timm or torchvision need beside name and classes to make this network again, without its weights."""
+    if settings.model.startswith(_TORCHVISION):
+        return _torchvision.arguments(settings)
+    return dict(settings.model_kwargs)
+
+
 def data_config(
     network: nn.Module,
     settings: NetworkSettings,

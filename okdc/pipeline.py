@@ -160,7 +160,8 @@ def export(
         saved = NetworkSettings(model=name, pretrained=not Path(name).exists())
         student = networks.load(saved, len(known["classes"]) if known else None, typed=[model])
     arch = known["arch"] if known else name
-    config = known["preprocess"] if known else networks.data_config(student, replace(wanted.network, model=arch))
+    network = replace(wanted.network if known else NetworkSettings(pretrained=True), model=arch)
+    config = known["preprocess"] if known else networks.data_config(student, network)
     data = _images(wanted, config) if known or "data" in settings else None
     classes = known["classes"] if known else data.classes if data else _numbered(student, config)
     folder = Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export"
@@ -170,7 +171,7 @@ def export(
         wanted.export,
         folder,
         arch=arch,
-        model_args=dict(wanted.network.model_kwargs),
+        model_args=networks.arguments(network),
         info={"command": _command()} | ({"recipe": wanted.to_dict(), "title": Path(name).name} if known else {}),
         preprocess=config,
         classes=classes,
@@ -224,7 +225,7 @@ def _images(wanted: Recipe, config: dict[str, Any]) -> Data | None:
 def _export(student: nn.Module, data: Data, wanted: Recipe, folder: Path, result: Result) -> dict[str, Any]:
     return exporting.export_bundle(
         student, data, wanted.export, folder / "export", arch=result.arch,
-        model_args=dict(wanted.network.model_kwargs), info=_info(wanted, result),
+        model_args=networks.arguments(wanted.network), info=_info(wanted, result),
     )  # fmt: skip
 
 

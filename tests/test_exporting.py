@@ -16,14 +16,14 @@ import onnx
 import pytest
 import timm
 import torch
-import torchvision
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file
 
-from okdc import _bundle, _shipped, exporting
+from okdc import _bundle, _shipped, exporting, networks
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings
+from okdc.settings import NetworkSettings
 from okdc.verify import torch_runner
 
 PREPROCESS = {
@@ -236,10 +236,12 @@ def test_a_network_that_timm_does_not_know(data: Images, tmp_path: Path) -> None
     assert "logits differ" in exporting.verify_bundle(folder, data, QUICK)["rows"][0]["reason"]
 
 
-def test_torchvision_rebuilds_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["torchvision/shufflenet_v2_x0_5", "torchvision/googlenet"])
+def test_torchvision_rebuilds_its_own(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network, folder = torchvision.models.shufflenet_v2_x0_5(num_classes=4), tmp_path / "export"
-    arch, known = "torchvision/shufflenet_v2_x0_5", {"preprocess": PREPROCESS, "classes": CLASSES}
+    settings, folder = NetworkSettings(model=arch), tmp_path / "export"
+    known = {"preprocess": PREPROCESS, "classes": CLASSES, "model_args": networks.arguments(settings)}
+    network = networks.load(settings, 4).eval()
     export(network, None, folder, WEIGHTS_ONLY, arch=arch, **known)
     lines = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     scope: dict[str, Any] = {}

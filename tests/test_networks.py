@@ -121,6 +121,21 @@ def test_cifar_networks_behave_like_timms(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"model": "torchvision/vit_b_16"}, {}),
+        ({"model": "torchvision/vit_b_16", "img_size": 64}, {"image_size": 64}),
+        ({"model": "torchvision/vit_h_14", "pretrained": True}, {"image_size": 518}),  # that of its weights
+        ({"model": "torchvision/maxvit_t", "img_size": 448}, {"input_size": (448, 448)}),
+        ({"model": "torchvision/resnet18", "model_kwargs": {"groups": 1}}, {"groups": 1}),
+        ({"model": "resnet18", "img_size": 64, "model_kwargs": {"stem_width": 8}}, {"stem_width": 8}),
+    ],
+)
+def test_what_makes_a_network_again_is_noted(settings: dict, expected: dict) -> None:
+    assert networks.arguments(NetworkSettings(**settings)) == expected
+
+
 def test_cifar_networks_take_grey_images_dropout_and_stochastic_depth() -> None:
     assert load("vgg16_cifar", 5, in_chans=1, drop=0.5)(torch.randn(2, 1, 32, 32)).shape == (2, 5)
     network = load("wrn_16_1_cifar", 5, drop=0.3, drop_path=0.9).train()
