@@ -52,6 +52,7 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         row |= {"input": "x".join(map(str, shape)), "params_m": _millions(sum(p.numel() for p in network.parameters()))}
         images = torch.randn(2, *shape)
         anatomy = inspect(network, images)
+        _fill(network.get_submodule(anatomy.classifier))
         row |= _describe(anatomy)
         row |= _share_and_grow(network, images, anatomy)
         if row["shared"] == "exact":
@@ -99,6 +100,14 @@ def _build(name: str, img_size: int | None) -> tuple[nn.Module, tuple[int, int, 
         except OkdcError as error:
             reason = error
     raise reason
+
+
+@torch.no_grad()
+def _fill(classifier: nn.Module) -> None:
+    """timm makes some classifiers zero, and then whatever is before them gives the same logits."""
+    for parameter in classifier.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
 
 
 def _describe(anatomy: Anatomy) -> dict[str, Any]:
