@@ -108,17 +108,34 @@ def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer
         raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
     options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
     if not {"fused", "foreach", "differentiable"} & extra.keys():
-        options |= _fused(settings.opt)
+        options |= _fused(settings.opt, options)
     try:
-        return timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
+        optimizer = timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise RecipeError(f"--opt {settings.opt} cannot be made with {options}: {error}") from error
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+    if isinstance(inner, torch.optim.SGD):
+        inner.register_step_pre_hook(_start_momentum)
+    return optimizer
 
 
-def _fused(name: str) -> dict[str, bool]:
+def _fused(name: str, options: dict[str, Any]) -> dict[str, bool]:
     """The option that makes a step one pass over the weights, eight times as fast on a CPU, where there is one."""
     kind = timm.optim.get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
-    return {"fused": True} if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) else {}
+    known = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    return {"fused": True} if known and not options.get("dampening") else {}
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Momentum from zero for parameters that get their first gradient in this step.
+
+    Without dampening that is torch's own first step; its fused SGD fails where only some parameters have momentum.
+    """
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _spare_biases_and_norms(group: dict) -> list[dict]:

@@ -170,6 +170,39 @@ def test_a_run_that_crashed_and_resumes_equals_one_that_did_not(tmp_path, settin
     assert whole.method.steps_seen == settings.epochs * STEPS // settings.grad_accum_steps
 
 
+class Late(nn.Conv2d):
+    """Skipped in the first passes in training mode: its weights have no gradient in the first epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return super().forward(x) if self.passes > STEPS + 2 else x
+
+
+@pytest.mark.parametrize("opt", ["sgd", "lookahead_sgd", "adamw"])
+def test_a_first_gradient_may_come_late(tmp_path, opt):
+    """The step in one pass is that of each parameter by itself, also resumed from before the first gradient."""
+    torch.manual_seed(0)
+    target = nn.Sequential(Late(), network(norm=False))
+    settings = replace(SETTINGS, recovery_interval=1, opt=opt)
+
+    def method() -> Tiny:
+        return Tiny(copy.deepcopy(target))
+
+    whole = run(tmp_path / "whole", settings, method=method())
+    with pytest.raises(Crash):
+        run(tmp_path / "cut", settings, method=method(), data=tiny_data(crash_at(1, 1)))
+    resumed = run(tmp_path / "cut", settings, method=method(), resume=tmp_path / "cut" / "last.pth.tar")
+    assert_same_run(whole, resumed, tmp_path / "whole", tmp_path / "cut")
+    plain = run(tmp_path / "plain", replace(settings, opt_kwargs={"fused": False}), method=method())
+    for mine, theirs in zip(whole.student.parameters(), plain.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(whole.student[0].weight, target[0].weight)
+
+
 def test_a_complete_run_is_returned_without_training(tmp_path):
     whole = run(tmp_path)
     again = run(tmp_path, resume=tmp_path / "last.pth.tar", data=tiny_data(crash_at(3, 0)))
