@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from okdc.settings import ExportSettings
 FOLDER = "byproducts"
 
 
-def take(learner: Method, folder: Path, home: torch.device) -> tuple[dict[str, nn.Module], str | None]:
-    """The by-products of a finished run, on the device `home`, and why there are none where they cannot be had.
+def take(
+    learner: Method, folder: Path, settle: Callable[[nn.Module], nn.Module]
+) -> tuple[dict[str, nn.Module], str | None]:
+    """The by-products of a finished run, and why there are none where they cannot be had.
 
-    They are those of the best epoch, which the learner goes back to.
+    They are those of the best epoch, which the learner goes back to; `settle` takes them to the target's device.
     """
     best = checkpoint.load(folder / checkpoint.BEST)
     if "okdc" in best:
@@ -33,7 +36,7 @@ def take(learner: Method, folder: Path, home: torch.device) -> tuple[dict[str, n
         networks = learner.eval().byproducts()
     except Exception as error:  # whatever it is, the student is trained and must come out
         return {}, f"{type(error).__name__}: {error}"
-    return {n: m.eval().to(home).to(memory_format=torch.contiguous_format) for n, m in networks.items()}, None
+    return {name: settle(network.eval()) for name, network in networks.items()}, None
 
 
 def export(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -217,15 +218,36 @@ def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], clas
 
 
 @contextmanager
-def at_home(target: nn.Module) -> Iterator[None]:
-    """The target goes back to the device that it came from, and, when training fails, to the modes it had."""
+def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """The target goes back to the device and memory formats that it had, and, when training fails, to its modes.
+
+    What is yielded takes a network of the same names there.
+    """
     home = next(target.parameters()).device
     modes = {module: module.training for module in target.modules()}
+    channels_last = {name for name, tensor in _tensors(target) if _is_channels_last(tensor)}
+
+    def settle(network: nn.Module) -> nn.Module:
+        network.to(home).to(memory_format=torch.contiguous_format)
+        for name, tensor in _tensors(network):
+            if name in channels_last and tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return network
+
     try:
-        yield
+        yield settle
     except BaseException:
         for module, mode in modes.items():
             module.training = mode
         raise
     finally:
-        target.to(home).to(memory_format=torch.contiguous_format)
+        settle(target)
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(network.named_parameters(), network.named_buffers())
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether it says so: a 1x1 convolution's weight is the same in both formats."""
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

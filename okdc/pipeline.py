@@ -91,8 +91,7 @@ def compress(
         folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
         seed_everything(wanted.train.seed)
         target, data = assembly.network_and_data(model, loader, validation, wanted)
-        home = next(target.parameters()).device
-        with assembly.at_home(target):
+        with assembly.at_home(target) as settle:
             input_size, classes = data.preprocess["input_size"], len(data.classes)
             named = not isinstance(model, nn.Module)
             teacher = assembly.teacher(wanted, data, proved=last is not None)
@@ -105,7 +104,7 @@ def compress(
                     learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
                     begin=lambda: runs.begin(folder, wanted, facts),
                 )  # fmt: skip
-                byproducts, lost = _byproducts.take(learner, folder, home)
+                byproducts, lost = _byproducts.take(learner, folder, settle)
             finally:
                 learner.strip()
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))

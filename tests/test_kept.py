@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,11 +14,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+import okdc
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
 from tests import networks
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+EARLY = torch.ones(1, 8, 4, 4)  # what Tiny's second part takes
 
 
 def trained(network: nn.Module, branch: Branch, images: torch.Tensor = IMAGES) -> Cohort:
@@ -72,6 +76,66 @@ def test_channels_last() -> None:
     for mine, theirs in zip(out.logits, expected.logits, strict=True):
         torch.testing.assert_close(mine, theirs)
     assert cohort.strip().early[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class FrozenNorms(networks.Tiny):
+    """Trains with the statistics that its normalisation came with, as detectors do."""
+
+    def train(self, mode: bool = True) -> FrozenNorms:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def _channels_last() -> nn.Module:
+    return networks.Tiny().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _weight_norm() -> nn.Module:
+    network = networks.Tiny()
+    with pytest.warns(FutureWarning, match="deprecated"):
+        nn.utils.weight_norm(network.late[0])
+    return network
+
+
+def _orthogonal() -> nn.Module:
+    network = networks.Tiny()
+    parametrizations.orthogonal(network.head)
+    return network
+
+
+def _hooked() -> nn.Module:
+    network = networks.Tiny()
+    network.early.register_forward_hook(lambda module, given, output: output * 2)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (_channels_last, lambda new, old: not new.late[0].weight.is_contiguous()),
+        (_weight_norm, lambda new, old: not torch.equal(new.late[0].weight_g, old["late.0.weight_g"])),
+        (_orthogonal, lambda new, old: torch.allclose(new.head.weight @ new.head.weight.T, torch.eye(4), atol=1e-4)),
+        (FrozenNorms, lambda new, old: torch.equal(new.late[1].running_var, old["late.1.running_var"])),
+        (_hooked, lambda new, old: torch.equal(new.early(EARLY), 2 * nn.Sequential(*new.early)(EARLY))),
+    ],
+    ids=["channels_last", "weight_norm", "parametrization", "frozen statistics", "hook"],
+)
+def test_the_students_of_whole_runs(make: Callable[[], nn.Module], kept: Callable[..., bool], tmp_path: Path) -> None:
+    """From the user's network to the student: the same object, trained, with what it had."""
+    torch.manual_seed(0)
+    network = make()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    layouts = {name: tensor.stride() for name, tensor in network.state_dict().items()}
+    batches = [(IMAGES, torch.arange(4))] * 2
+    settings = {"epochs": 1, "weight_decay": 0, "onnx": False}  # torch's orthogonal does not survive weight decay
+    student = okdc.compress(network, batches, batches, method="one", output=tmp_path, **settings).student
+    after = student.state_dict()
+    assert student is network and {name: tensor.stride() for name, tensor in after.items()} == layouts
+    assert not torch.equal(after["stem.0.weight"], before["stem.0.weight"])
+    assert kept(student, before)
 
 
 def test_gradient_checkpointing_stays_on_the_target() -> None:
