@@ -208,9 +208,11 @@ def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call
         candidates = []
     named = [c for c in candidates if modules[c.name] in parts]
     if not (named or candidates):
+        advice = "okdc needs to know the classifier: end the network with one."
+        if isinstance(own, nn.Identity):
+            advice = "It was made without a classifier: network.reset_classifier(N) gives it one for N classes."
         raise NetworkError(
-            f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. "
-            "okdc needs to know the classifier: end the network with one (timm's networks made without: --num-classes)."
+            f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. {advice}"
         )
     return (named or candidates)[-1]
 

@@ -22,7 +22,7 @@ from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
-from okdc.recipe import CohortSettings, NetworkSettings, Recipe
+from okdc.recipe import CohortSettings, NetworkSettings, Recipe, runs_code
 
 log = logging.getLogger("okdc")
 
@@ -37,9 +37,15 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
     if unknown and not _outputs(model, wanted):  # the classes were counted in the labels: some may not occur
         data = replace(data, classes=(*data.classes, *map(str, unknown)))
     if logits.shape[1] != len(data.classes):
+        if isinstance(model, nn.Module):
+            advice = f"Give it {len(data.classes)} outputs, or name it instead of passing the object: okdc then resets "
+            advice += "its classifier."
+        elif runs_code(wanted.network.model):
+            advice = f"Give the function an argument num_classes: okdc then calls it with {len(data.classes)}."
+        else:
+            advice = "Leave --num-classes out: it is found from the data."
         raise DataError(
-            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. Give it "
-            f"{len(data.classes)} outputs, or name it instead of passing the object: okdc then resets its classifier."
+            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. {advice}"
         )
     if not any(p.requires_grad for p in target.parameters()):
         raise NetworkError("no parameter of the network requires a gradient: there is nothing to train. Unfreeze some.")

@@ -27,6 +27,7 @@ from okdc.recipe import load as load_recipe
 _TORCHVISION = _torchvision.PREFIX
 _DOWNLOADERS = ("huggingface_hub", "httpx", "requests", "urllib", "urllib3")
 _OWN_FLAGS = {"drop_rate": "drop", "drop_path_rate": "drop_path"}
+_FLAGS = {name: name for name in ("num_classes", "in_chans", "img_size", "pretrained")} | _OWN_FLAGS
 
 
 def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Collection[str | None] = ()) -> nn.Module:
@@ -176,6 +177,9 @@ def _from_timm(settings: NetworkSettings, classes: int | None) -> nn.Module:
         raise NetworkError(f"{name} has no config.json: expected a folder that timm or okdc export saved.")
     if not local and not remote and not timm.is_model(name.partition(".")[0]):
         raise _unknown(name)
+    for argument in settings.model_kwargs.keys() & _FLAGS.keys():
+        flag = "--" + _FLAGS[argument].replace("_", "-")
+        raise NetworkError(f"network.model_kwargs: {argument} is a setting of its own: {flag}, not --model-kwargs.")
     try:
         arguments = resolve_model_input_args(
             name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import okdc
 from okdc.cohort import Branch, Cohort
-from okdc.errors import CutError, NetworkError
+from okdc.errors import CutError, DataError, NetworkError
 from tests import networks
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -275,5 +276,19 @@ def test_other_outputs_than_logits_are_refused() -> None:
         NetworkError, match=r"returned a dict of 1 \('logits': .*super\(\).forward\(images\)\['logits'\]"
     ):
         Cohort(Dictionary(), IMAGES)
-    with pytest.raises(NetworkError, match=r"no final Linear .* --num-classes"):
+    with pytest.raises(NetworkError, match=r"no final Linear .* network.reset_classifier\(N\)"):
         Cohort(timm.create_model("test_resnet", num_classes=0), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (networks.Tiny(), "name it instead of passing the object"),
+        ("tests.networks:Tiny", "Give the function an argument num_classes"),
+    ],
+    ids=["object", "function"],
+)
+def test_a_wrong_number_of_classes_comes_with_what_to_type(model: Any, advice: str, tmp_path: Path) -> None:
+    batches = [(IMAGES, torch.tensor([0, 1, 2, 5]))]
+    with pytest.raises(DataError, match=rf"has 6 classes\. .*{advice}"):
+        okdc.compress(model, batches, batches, method="one", output=tmp_path)

@@ -212,6 +212,8 @@ def test_a_function_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ({"model": "collections:Counter"}, "not a torch.nn.Module"),
         ({"model": "vgg11", "drop_path": 0.1}, "Leave out network.drop_path"),
         ({"model": "resnet18", "model_kwargs": {"dpeth": 3}}, "network.model_kwargs: dpeth"),
+        ({"model": "resnet18", "model_kwargs": {"num_classes": 0}}, "--num-classes, not --model-kwargs"),
+        ({"model": "vit_tiny_patch16_224", "model_kwargs": {"img_size": 32}}, "--img-size, not --model-kwargs"),
         ({"model": "torchvision/resnet18", "drop": 0.1}, "--model-kwargs"),
         ({"model": "torchvision/resnet18", "model_kwargs": {"foo": 3}}, "foo"),
         ({"model": "resnet32_cifar", "pretrained": True}, "no pre-trained weights"),
