@@ -211,7 +211,9 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
 @click.option("--sample", type=click.IntRange(1), help="With --all: only so many others of timm's, always the same.")
 @click.option("--filter", "pattern", metavar="PATTERN", help="With --all: only names that match, such as 'resnet*'.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="With --all: networks at a time.")
-@click.option("--output", metavar="FILE", default="zoo.csv", show_default=True, help="With --all: the table; goes on.")
+@click.option(
+    "--output", metavar="FILE", default="zoo.csv", show_default=True, help="With --all: the table; it goes on."
+)
 @click.option("--limit-seconds", type=float, default=600.0, show_default=True, help="With --all: of one network.")
 @click.option("--limit-gb", type=float, default=12.0, show_default=True, help="With --all: memory of one network.")
 @click.option("--compile", "compiles", is_flag=True, help="With --all: also count the graph breaks of torch.compile.")
@@ -229,7 +231,8 @@ def inspect(
     the memory that training takes. Nothing is trained and no data is read.
 
     With --all: share, grow, narrow, train a step of and strip many networks, each in a process of its own, into a csv
-    file, with what came of them in words beside it (.md).
+    file, with what came of them in words beside it (.md). Started again, it goes on: a network with a row is skipped,
+    unless it crashed, was stopped by a limit that is higher now, or lacks a column that is asked for now.
 
     \b
     okdc inspect resnet18

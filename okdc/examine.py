@@ -27,8 +27,8 @@ from okdc.settings import NetworkSettings
 from okdc.sharing import unchanged
 
 COLUMNS = (
-    "network", "family", "outcome", "input", "params_m", "gflops", "stages", "cut", "cut_shape", "tail_flops",
-    "tail_params", "shared", "grown", "own_blocks", "narrowed", "trains", "classifier", "embedding",
+    "network", "family", "outcome", "img_size", "input", "params_m", "gflops", "stages", "cut", "cut_shape",
+    "tail_flops", "tail_params", "shared", "grown", "own_blocks", "narrowed", "trains", "classifier", "embedding",
     "feature_map", "feature_shape", "strip", "compile_breaks", "onnx_difference", "seconds", "reason", "versions",
 )  # fmt: skip
 

@@ -92,13 +92,18 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """The rows of `names`, in their order, also in the csv file `output`; networks that have a row there are skipped.
 
-    `options` are those of `examine.examine`; `done` is told of every new row. What came of all is also written in words
-    beside the csv, as .md. RunError for a csv of something else.
+    Unless it crashed, was stopped by a lower limit, or lacks a column that is asked for now. `options` are those of
+    `examine.examine`; `done` is told of every new row. What came of all is also written in words beside the csv, as
+    .md. RunError for a csv of something else, or of another image size.
     """
-    rows = {row["network"]: row for row in read(output)}
+    rows: dict[str, dict[str, Any]] = {row["network"]: row for row in read(output)}
+    asked = str(options.get("img_size") or "")
+    for other in {row["img_size"] for row in rows.values()} - {asked}:
+        its, ours = (f"--img-size {size}" if size else "no --img-size" for size in (other, asked))
+        raise RunError(f"{output} was made with {its}, this sweep has {ours}: give another --output.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["okdc.examine"])  # every network's process starts with the imports done
-    waiting = [name for name in names if name not in rows]
+    waiting = [name for name in names if name not in rows or _is_open(rows[name], limits, options)]
     running: list[_Job] = []
     try:
         while waiting or running:
@@ -108,16 +113,30 @@ def sweep(
                 row = _result(job, limits)
                 if row is not None:
                     running.remove(job)
-                    rows[job.name] = row
-                    _append(output, row)
+                    rows[job.name] = row | {"img_size": asked}
+                    _write(output, [rows[job.name]], "a")
                     done(row)
             time.sleep(0.2)
     finally:
         for job in running:
             job.process.kill()
+    whole = output.with_name(f".{output.name}.tmp")
+    _write(whole, rows.values(), "w")
+    whole.replace(output)  # without the rows that were made again
     table = [{column: str(rows[name].get(column, "")) for column in examine.COLUMNS} for name in names]
     output.with_suffix(".md").write_text(in_words(table), encoding="utf-8")
     return table
+
+
+def _is_open(row: dict[str, Any], limits: Limits, options: dict[str, Any]) -> bool:
+    """Whether a row is not the answer to what is asked now."""
+    if row["outcome"] == "time":
+        return float(row["seconds"]) < limits.seconds
+    if row["outcome"] == "memory":
+        return float(row["reason"].rpartition("more than ")[2].removesuffix(" GB")) < limits.gigabytes
+    columns = {"compiles": "compile_breaks", "onnx": "onnx_difference"}
+    lacks = any(options.get(option) and not row[column] for option, column in columns.items())
+    return row["outcome"] == "crashed" or (row["outcome"] in ("ok", "partly") and lacks)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -246,14 +265,13 @@ def _gigabytes(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
+def _write(path: Path, rows: Iterable[dict[str, Any]], mode: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with path.open(mode, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, examine.COLUMNS, restval="", lineterminator="\n")
-        if new:
+        if not file.tell():
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 _NAMES = """

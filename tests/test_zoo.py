@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from okdc.errors import NetworkError, RunError
 from okdc.settings import NetworkSettings
 
 TABLES = Path(__file__).parent / "zoo"
+NO_TIME = zoo.Limits(seconds=0.0)
 FAST = {  # name: default cut and what is appended, on images of 64 x 64
     "test_resnet": ("layer3", "1 x BasicBlock after layer4.0"),
     "test_vit": ("blocks.3", "1 x Block after blocks.5"),
@@ -62,18 +64,32 @@ def test_a_network_of_torchvision_says_what_size_it_was_built_for() -> None:
 
 def test_a_sweep_keeps_limits_and_goes_on(tmp_path: Path) -> None:
     table = tmp_path / "zoo.csv"
-    assert zoo.sweep(["test_vit"], table, limits=zoo.Limits(seconds=0.0))[0]["outcome"] == "time"
-    assert zoo.sweep(["test_vit2"], table, limits=zoo.Limits(gigabytes=0.001))[0]["outcome"] == "memory"
     told: list[str] = []
-    names = ["test_resnet", "test_vit", "resnet18_that_is_not"]
-    rows = zoo.sweep(names, table, img_size=32, done=lambda row: told.append(row["network"]))
-    assert told == ["test_resnet", "resnet18_that_is_not"], "test_vit had a row"
-    assert [row["outcome"] for row in rows] == ["ok", "time", "refused"]
-    assert "no network 'resnet18_that_is_not'" in rows[2]["reason"]
-    assert len(zoo.read(table)) == 4
+
+    def sweep(*names: str, img_size: int | None = 32, **options: Any) -> list[dict[str, str]]:
+        told.clear()
+        return zoo.sweep(names, table, img_size=img_size, done=lambda row: told.append(row["network"]), **options)
+
+    for _ in range(2):
+        assert sweep("test_vit", limits=NO_TIME)[0]["outcome"] == "time"
+    assert told == [], "it would be stopped again"
+    for _ in range(2):
+        assert sweep("test_vit2", limits=zoo.Limits(gigabytes=0.001))[0]["outcome"] == "memory"
+    assert told == []
+    rows = sweep("test_vit", "resnet18_that_is_not")
+    assert told == ["test_vit", "resnet18_that_is_not"], "what was stopped has a higher limit now"
+    assert [row["outcome"] for row in rows] == ["ok", "refused"]
+    assert "no network 'resnet18_that_is_not'" in rows[1]["reason"]
+    assert [row["network"] for row in zoo.read(table)] == ["test_vit", "test_vit2", "resnet18_that_is_not"]
     assert dict(zoo.summary(rows))["shared exactly, eval and train mode"] == 1
     words = table.with_suffix(".md").read_text()
-    assert "| networks | 3 |" in words and "- test_vit: time: not done after 0 seconds" in words
+    assert "| networks | 2 |" in words and "- resnet18_that_is_not: refused: no network 'NAME'" in words
+    sweep("test_vit", "resnet18_that_is_not")
+    assert told == []
+    sweep("test_vit", "resnet18_that_is_not", onnx=True, limits=NO_TIME)
+    assert told == ["test_vit"], "it was not exported before"
+    with pytest.raises(RunError, match=r"was made with --img-size 32, this sweep has no --img-size: .*--output"):
+        sweep("test_vit", img_size=None)
     table.write_text("a,b\n1,2\n")
     with pytest.raises(RunError, match="is no table of okdc inspect --all"):
         zoo.read(table)
