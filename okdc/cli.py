@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from okdc import __version__, _flags, recipe
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
@@ -245,6 +246,7 @@ def inspect(
         raise click.UsageError("expected the name of one network, or --all.")
     if options["families"] and options["sample"]:
         raise click.UsageError("--families and --sample are two sets of names: give one of them.")
+    _refuse_ignored(model)
     if everything:
         _examine_all(**options)
         return
@@ -266,6 +268,24 @@ def inspect(
     input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
     _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
+
+
+def _refuse_ignored(model: str | None) -> None:
+    """UsageError for options of --all beside the name `model`, and for those of one network beside --all."""
+    context = click.get_current_context()
+    sweep = ("families", "sample", "pattern", "jobs", "output", "limit_seconds", "limit_gb", "compiles", "onnx")
+    wrong = {
+        param.name: param.opts[0]
+        for param in context.command.params
+        if param.name not in ("model", "everything", "img_size") and (param.name in sweep) == bool(model)
+        if context.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
+    }
+    words = " ".join(wrong.values())
+    if wrong and model:
+        names = "" if wrong.keys() & {"families", "sample", "pattern"} else f"--filter {model} "
+        raise click.UsageError(f"{words}: only for many networks. Type: okdc inspect --all {names}{words} ...")
+    if wrong:
+        raise click.UsageError(f"{words}: only for one network. Type: okdc inspect NAME {words} ...")
 
 
 def _examine_all(

@@ -248,6 +248,21 @@ def test_inspect_shows_stages_and_cuts() -> None:
     assert unknown.exit_code == 2 and "resnet20_cifar" in unknown.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("--all --in-chans 1 --cut layer2", "--in-chans --cut: only for one network. Type: okdc inspect NAME"),
+        ("--all --method one", "--method: only for one network"),
+        ("resnet18 --families", "Type: okdc inspect --all --families ..."),
+        ("resnet18 --filter x* --jobs 3", "--filter --jobs: only for many networks"),
+        ("resnet18 --onnx", "Type: okdc inspect --all --filter resnet18 --onnx ..."),
+    ],
+)
+def test_inspect_refuses_what_it_would_ignore(words: str, advice: str) -> None:
+    refused = okdc("inspect", *words.split())
+    assert refused.exit_code == 2 and advice in " ".join(refused.stderr.split())
+
+
 def test_inspect_shows_what_a_method_would_build() -> None:
     def told(result: Result) -> str:
         return " ".join(result.output.split())
