@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +131,11 @@ def show_methods() -> None:
     _next("okdc methods NAME")
 
 
-def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
-    """Stages and cuts of a network; `cut` or else the default is marked, and its tail's share of the cost given."""
+def show_anatomy(model: str, anatomy: Anatomy, cut: str | None, refused: Callable[[str], str | None]) -> None:
+    """Stages and cuts of a network; `cut` or else the default is marked, and its tail's share of the cost given.
+
+    `refused` says why no branch can part after a cut; None where one can.
+    """
     console = _console()
     console.print(
         f"[bold]{model}[/]: {anatomy.params:,} parameters, {anatomy.flops / 1e9:.3g} GFLOPs "
@@ -154,6 +157,9 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None) -> None:
         mark = "asked for" if cut == each.name else "default" * (each.name == anatomy.cut())
         cuts.add_row(each.name, _shape(each.shape), f"{each.flops_after:.0%}", f"{each.params_after:.0%}", mark)
     console.print(cuts)
+    if refusal := refused(chosen):
+        console.print(f"\nNo branch can part after {chosen}: {refusal}", markup=False)
+        return
     _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
 
 

@@ -7,13 +7,16 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from okdc import __version__, _flags, recipe
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class _Failure(click.ClickException):
@@ -267,7 +270,21 @@ def inspect(
     network = networks.load(network_settings)
     input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
-    _summary.show_anatomy(model, anatomy.inspect(network, input_size), cut)
+    found = anatomy.inspect(network, input_size)
+    _summary.show_anatomy(model, found, cut, lambda place: _refusal(network, input_size, place))
+
+
+def _refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
+    """Why no branch can part from the network after `cut`, found by letting one part."""
+    import torch
+
+    from okdc.cohort import Branch, Cohort
+
+    try:
+        Cohort(network, torch.randn(2, *input_size), [Branch(cut)]).strip()
+    except OkdcError as error:
+        return str(error)
+    return None
 
 
 def _refuse_ignored(model: str | None) -> None:

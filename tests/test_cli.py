@@ -249,6 +249,15 @@ def test_inspect_shows_stages_and_cuts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "reason"), [("ByData", "which modules run depends on the images"), ("Growing", "gives other logits")]
+)
+def test_inspect_offers_no_cut_that_compress_refuses(name: str, reason: str) -> None:
+    shown = okdc("inspect", f"tests.networks:{name}", "--img-size", "32")
+    said = " ".join(shown.output.split())
+    assert shown.exit_code == 0 and "No branch can part after" in said and reason in said and "Next:" not in said
+
+
+@pytest.mark.parametrize(
     ("words", "advice"),
     [
         ("--all --in-chans 1 --cut layer2", "--in-chans --cut: only for one network. Type: okdc inspect NAME"),
