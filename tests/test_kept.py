@@ -213,6 +213,35 @@ def test_reparameterisable_networks(name: str) -> None:
         torch.testing.assert_close(reparameterize_model(student)(images), expected, rtol=1e-3, atol=1e-4)
 
 
+def _distilled() -> nn.Module:
+    torch.manual_seed(0)
+    small = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3}
+    return timm.create_model("deit_tiny_distilled_patch16_224", num_classes=4, **small)
+
+
+def test_both_heads_of_a_distilled_network_are_trained_and_kept() -> None:
+    network = _distilled()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    cohort = trained(network, Branch("blocks.1", (1,)))
+    mine, theirs = (dict(each.named_parameters()) for each in (network, cohort.branches[0]))
+    for head in ("head.weight", "head_dist.weight"):
+        assert not torch.equal(mine[head], before[head]) and theirs[head].grad is not None
+        assert not torch.equal(theirs[head], mine[head]), "each member has heads of its own"
+    student = cohort.strip()
+    assert student is network and list(student.state_dict()) == list(before)
+    logits, token = student.eval().forward_features(IMAGES)[:, :2].unbind(1)
+    torch.testing.assert_close(student(IMAGES), (student.head(logits) + student.head_dist(token)) / 2)
+
+
+def test_distilled_training_with_its_two_outputs_is_refused() -> None:
+    network = _distilled()
+    network.set_distilled_training(True)
+    with pytest.raises(
+        NetworkError, match=r"returns a tuple of 2 .* in training mode; .*Turn its auxiliary outputs off"
+    ):
+        Cohort(network.train(), IMAGES, [Branch("blocks.1")])
+
+
 def test_synchronised_batch_norm() -> None:
     """Its statistics need a process group only while training; the student has it as before."""
     network = nn.SyncBatchNorm.convert_sync_batchnorm(networks.Tiny())
