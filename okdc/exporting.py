@@ -103,6 +103,7 @@ def export_bundle(
             golden=_bundle.read_golden(part),
             bundle=part if _bundle.can_load(part) else None,
         )
+        _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
         facts = {"exports": notes, "calibration": drawn, "parameters": sum(p.numel() for p in student.parameters())}
         verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
@@ -146,9 +147,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         golden=_bundle.read_golden(folder),
         bundle=folder if _bundle.can_load(folder) else None,
     )
-    wrong_labels = _wrong_labels(facts["classes"], data)
-    if wrong_labels:
-        verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
+    _add_failure(verification, "labels.txt", _wrong_labels(facts["classes"], data))
     if not all(row["pass"] for row in verification["rows"]):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
@@ -340,6 +339,13 @@ def _data_facts(data: Any | None) -> dict[str, Any]:
     if data is None or data.validation is None:
         return {"name": None, "images": 0}
     return {"name": without_paths(str(data.name)), "images": data.sizes[1]}
+
+
+def _add_failure(verification: dict[str, Any], file: str, reason: str | None) -> None:
+    """A failed row for a file in which `reason` is wrong, if anything is."""
+    if reason:
+        verification["rows"].append(verify.failed_row(file, reason))
+        verification["verdict"] = "fail"
 
 
 def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, _shipped, exporting
+from okdc import _bundle, _calibration, _schema, _shipped, checkpoint, exporting, pipeline
 from okdc.data import Data
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
@@ -201,7 +201,54 @@ def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path,
     assert verification["verdict"] == "fail" and "when last measured" in rows(verification)["torch"]["reason"]
 
 
-# ---- planted faults
+# ---- planted faults, in the run that is exported again
+
+
+def wrong_colours(run: Path) -> None:
+    student = json.loads((run / "student.json").read_text())
+    student["preprocess"] |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (run / "student.json").write_text(json.dumps(student))
+
+
+def wrong_classes(run: Path) -> None:
+    student = json.loads((run / "student.json").read_text())
+    student["classes"] = student["classes"][1:] + student["classes"][:1]
+    (run / "student.json").write_text(json.dumps(student))
+
+
+def wrong_weights(run: Path) -> None:
+    best, noise = checkpoint.load(run / checkpoint.BEST), torch.Generator().manual_seed(0)
+    for weights in best["state_dict"].values():
+        if weights.dtype == torch.float32 and weights.ndim > 1:
+            weights += 0.5 * weights.std() * torch.randn(weights.shape, generator=noise)
+    torch.save(best, run / checkpoint.BEST)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (None, None),
+        (wrong_colours, "torch: its top-1 is .* when last measured"),
+        (wrong_classes, "labels.txt: its class 0 is '1', the data's is '0'"),
+        (wrong_weights, "torch: its top-1 is .* when last measured"),
+    ],
+)
+def test_a_run_that_is_exported_again_is_held_to_its_report_and_its_data(
+    result: Result, tmp_path: Path, spoil: Callable[[Path], None] | None, reason: str | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(result.path, run, ignore=shutil.ignore_patterns("export"))
+    settings = {"onnx": False, "fp16": False, "int8": False, "batch_sizes": []}
+    if spoil is None or reason is None:
+        assert pipeline.export(run, **settings)["verdict"] == "pass"
+        return
+    spoil(run)
+    with pytest.raises(exporting.UnfitError, match=reason):
+        pipeline.export(run, **settings)
+    assert not (run / "export").exists()
+
+
+# ---- planted faults, in the bundle
 
 
 def edit(name: str, **changes: Any) -> Callable[[Path], None]:
