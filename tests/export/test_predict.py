@@ -17,6 +17,7 @@ from timm.data import create_transform
 from torch import nn
 
 from okdc import _shipped
+from okdc.data._transforms import convert
 
 SCRIPT = _shipped.folder("export") / "predict.py"
 predict = _shipped.load(SCRIPT)
@@ -74,6 +75,19 @@ def test_sixteen_bits_are_not_clipped_to_white(channels):
         assert deep.mode in ("I;16", "I") and np.array_equal(predict.preprocess(deep, config), expected)
     with pytest.raises(predict.PredictError, match="floating-point"):
         predict.preprocess(grey.convert("F"), config)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 250, 10))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_palette_is_read_as_in_training(channels, transparency, tmp_path):
+    config = {"input_size": [channels, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    config |= {"mean": [0.5] * channels, "std": [0.2] * channels}
+    photo((50, 41), "P").save(tmp_path / "image.png", transparency=transparency)
+    with Image.open(tmp_path / "image.png") as image:
+        image.load()
+    trained_on = convert(image, "L" if channels == 1 else "RGB")
+    expected = create_transform(**config, is_training=False)(trained_on)
+    assert np.array_equal(predict.preprocess(image, config), expected.numpy())  # without a warning of Pillow's
 
 
 def test_defaults_are_those_of_timm():
