@@ -5,6 +5,7 @@ Nothing here runs code that it finds in a bundle: weights are safetensors, every
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -217,6 +218,27 @@ def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[
         "okdc.preprocess": json.dumps(preprocess, sort_keys=True),
         "okdc.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
     }
+
+
+def contradictions(folder: Path) -> dict[str, str]:
+    """How preprocess.json and labels.txt differ from what config.json and model.onnx say of the same, by file."""
+    config = read_json(folder / CONFIG)
+    claims = [(CONFIG, config["pretrained_cfg"], config["label_names"])]
+    if (folder / "model.onnx").is_file():
+        import onnx
+
+        with contextlib.suppress(Exception):  # of a file that is broken, its own row tells
+            known = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+            claims.append(("model.onnx", json.loads(known["okdc.preprocess"]), json.loads(known["okdc.labels"])))
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    preprocess, found = read_json(folder / "preprocess.json"), dict[str, str]()
+    for source, how, names in claims:
+        for key, value in preprocess.items():
+            if key in how and how[key] != value:
+                found.setdefault("preprocess.json", f"its {key} is {value}, that in {source} is {how[key]}")
+        if portable(names) != portable(labels):
+            found.setdefault("labels.txt", f"its classes are not those in {source}")
+    return found
 
 
 def refuse_foreign(folder: Path) -> None:

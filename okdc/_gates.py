@@ -11,9 +11,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
@@ -24,12 +27,15 @@ _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 class Gates:
     """What a row must reach; what is None is that of its precision in `DEFAULTS`.
 
-    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %.
+    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %;
+    known_from: how many images that was measured on; None: on these. margin: points that it may fall beside max_drop.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
     expected_top1: float | None = None
+    known_from: int | None = None
+    margin: float = 0.0
 
     def drop(self, precision: str) -> float:
         """The largest fall of top-1 for a file of this precision, points."""
@@ -41,6 +47,17 @@ class Gates:
 
 
 NO_WISHES = Gates()
+
+
+def chance(gates: Gates, labels: Sequence[int]) -> float:
+    """Points by which a top-1 that is known from other images may be off for these: three standard deviations.
+
+    Images that come class by class are no random sample: as many draws are counted as the label changes.
+    """
+    if gates.expected_top1 is None or gates.known_from in (None, len(labels)):
+        return 0.0
+    share, draws = gates.expected_top1 / 100, 1 + int(np.count_nonzero(np.diff(labels)))
+    return 300 * math.sqrt(share * (1 - share) / (draws * min(1, gates.known_from / len(labels))))
 
 
 def fail(row: dict[str, Any], reason: str) -> None:
@@ -65,7 +82,7 @@ def judge(
     """
     top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
     precision = row["precision"] or "fp32"
-    least, drop = gates.agreement(precision), gates.drop(precision)
+    least, drop = gates.agreement(precision), gates.drop(precision) + gates.margin
     if row["layers"] and (precision not in row["layers"] or (precision == "fp32" and len(row["layers"]) > 1)):
         found = ", ".join(f"{count} {name}" for name, count in row["layers"].items())
         fail(row, f"it is sold as {precision}, and its layers are {found}")

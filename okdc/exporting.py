@@ -89,6 +89,8 @@ def export_bundle(
         targets, unavailable, notes = _write_targets(
             part, student, arch, settings, classes, preprocess, info, calibration
         )
+        top1 = info.get("metrics", {}).get("top1")
+        known_from = _data_facts(data)["images"] if settings.images else None
         verification = verify.compare(
             student,
             targets | _further(targets),
@@ -98,7 +100,7 @@ def export_bundle(
             images=settings.images,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
-            gates=_gates(settings, data, info.get("metrics", {}).get("top1")),
+            gates=verify.Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
             golden=_bundle.read_golden(part),
             bundle=part if _bundle.can_load(part) else None,
@@ -131,7 +133,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     recorded = _bundle.read_json(folder / "verification.json")
     student = _bundle.load_student(folder)
     targets, skipped = _existing_targets(folder)
-    same_data = recorded.get("data") == _data_facts(data) and settings.images is None
+    same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = verify.compare(
         student,
@@ -142,12 +144,15 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         images=settings.images,
         batch_sizes=settings.batch_sizes,
         threads=settings.threads,
-        gates=_gates(settings, data, known),
+        gates=verify.Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=_bundle.read_golden(folder),
         bundle=folder if _bundle.can_load(folder) else None,
     )
-    _add_failure(verification, "labels.txt", _wrong_labels(facts["classes"], data))
+    odd = _bundle.contradictions(folder)
+    _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
+    for file, reason in odd.items():
+        _add_failure(verification, file, reason)
     if not all(row["pass"] for row in verification["rows"]):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
@@ -327,12 +332,6 @@ def _leave_out(part: Path, targets: Mapping[str, verify.Exported], verification:
                 path = targets[row["name"]].path
                 for file in (path, path.with_name(f"{path.name}.json")):  # an engine has a sidecar
                     file.unlink(missing_ok=True)
-
-
-def _gates(settings: ExportSettings, data: Any | None, top1: float | None) -> verify.Gates:
-    """The gates of the settings; a top-1 known from all validation images says nothing about some of them."""
-    whole = settings.images is None or settings.images >= _data_facts(data)["images"]
-    return verify.Gates(settings.max_drop, settings.min_agreement, top1 if whole else None)
 
 
 def _data_facts(data: Any | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from okdc import _latency
-from okdc._gates import NO_WISHES, Gates, fail, judge, verdict, weigh
+from okdc._gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
 from okdc._portable import one_line, without_paths
 from okdc._schema import VERSION
 from okdc._tally import Tally
@@ -125,6 +125,7 @@ class _Session:
         self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
         self.tallies = {name: Tally() for name in ("torch", *targets, *pipelines)}
         self.count = 0
+        self.labels: list[int] = []
         self.absent: dict[str, str] = {}
         for name, exported in targets.items():
             if name in self.problems:
@@ -151,6 +152,7 @@ class _Session:
         for images, labels, raw in batches:
             first = images if first is None else first
             self.count += len(images)
+            self.labels += labels.tolist() if labels is not None else []
             reference = self.reference(images) if self.reference is not None else None
             if reference is not None:
                 self._count("torch", reference, labels, reference)
@@ -217,11 +219,11 @@ class _Session:
         for name, pipeline in self.pipelines.items():
             if self.tallies[name].images or name in self.problems:
                 row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
+                drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
                 if precision == "fp32":
-                    rows.append(judge(row, expected, Gates(max_drop=0, min_agreement=100), PIPELINE_TOLERANCE))
-                else:
-                    allowed = Gates(gates.drop(precision), gates.agreement(precision))
-                    rows.append(judge(row, expected, allowed, math.inf))
+                    drop, least, tolerance = gates.max_drop or 0.0, gates.min_agreement, PIPELINE_TOLERANCE
+                    least = 100.0 if least is None else least
+                rows.append(judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance))
         return rows
 
     def _precision(self, name: str) -> str:

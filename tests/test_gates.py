@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from okdc._gates import DEFAULTS, NO_WISHES, Gates, is_variant, judge, milliseconds, verdict, weigh
+from okdc._gates import DEFAULTS, NO_WISHES, Gates, chance, is_variant, judge, milliseconds, verdict, weigh
 
 
 def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -45,6 +45,17 @@ def test_each_precision_has_gates_of_its_own(precision: str) -> None:
 )  # fmt: skip
 def test_a_file_in_another_precision_than_it_is_sold_as_fails(precision: str, layers: Any, passes: bool) -> None:
     assert judged(precision, layers=layers) is passes
+
+
+def test_a_top1_known_from_other_images_may_be_off_by_chance() -> None:
+    mixed, sorted_by_class = [0, 1, 2, 3] * 100, sorted([0, 1, 2, 3] * 100)
+    known = Gates(expected_top1=90.0, known_from=5000)
+    assert chance(known, mixed) == pytest.approx(300 * (0.9 * 0.1 / 400) ** 0.5)
+    assert chance(known, sorted_by_class) == pytest.approx(300 * (0.9 * 0.1 / 4) ** 0.5)  # four classes of a thousand
+    assert chance(Gates(expected_top1=90.0, known_from=100), mixed) == pytest.approx(2 * chance(known, mixed))
+    for exact in (Gates(expected_top1=90.0, known_from=400), Gates(expected_top1=90.0), NO_WISHES):
+        assert chance(exact, mixed) == 0
+    assert judged("fp32", Gates(margin=4.5), top1=85.0) and not judged("fp32", Gates(margin=4.5), top1=84.9)
 
 
 def test_of_noise_nothing_is_asked_but_that_float32_is_exact() -> None:

@@ -301,7 +301,7 @@ def shift_labels(folder: Path) -> None:
     ("spoil", "row", "reason"),
     [
         (edit("preprocess.json", mean=[0.1, 0.1, 0.1]), "predict.py", "torch"),
-        (edit("preprocess.json", std=[1.0, 1.0, 1.0]), "predict.py", "torch"),
+        (edit("preprocess.json", std=[1.0, 1.0, 1.0]), "preprocess.json", "its std is [1.0, 1.0, 1.0], that in config"),
         (swap_channels, "onnx", "logits differ"),
         (perturb("model.onnx", np.float32), "onnx", "agrees with torch"),
         (perturb("model.fp16.onnx", np.float16), "onnx_fp16", "agrees with torch"),
@@ -310,7 +310,7 @@ def shift_labels(folder: Path) -> None:
         (sell("model.onnx", "model.int8.trt.onnx"), "onnx_int8_trt", "sold as int8, and its layers are"),
         (sell("model.onnx", "model.fp16.onnx"), "onnx_fp16", "sold as fp16, and its layers are"),
         (sell("model.int8.onnx", "model.onnx"), "onnx", "sold as fp32, and its layers are"),
-        (shift_labels, "labels.txt", "class 0"),
+        (shift_labels, "labels.txt", "not those in config.json"),
     ],
     ids=[
         "wrong mean", "wrong std", "swapped channels", "perturbed fp32", "perturbed fp16", "perturbed int8",
@@ -326,4 +326,30 @@ def test_planted_faults_fail_their_row_and_only_theirs(
     verification = exporting.verify_bundle(copy, result.data, QUICK)
     failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
     assert verification["verdict"] == "fail" and reason in failed.pop(row)
-    assert set(failed) <= ({"predict.py"} if row == "onnx" else set())  # it runs model.onnx
+    also = {"onnx": {"predict.py"}, "predict.py": {"preprocess.json"}, "preprocess.json": {"predict.py"}}
+    assert set(failed) <= also.get(row, set())  # predict.py runs model.onnx as preprocess.json says
+
+
+@pytest.mark.parametrize("agreeing", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"images": 300}, None], ids=["all images", "some images", "no images"])
+def test_a_fault_in_the_bundles_own_preprocessing_is_caught(
+    result: Result, tmp_path: Path, settings: dict[str, Any] | None, agreeing: bool
+) -> None:
+    """The images are prepared as the bundle says: what is wrong there shows in what is known of it."""
+    run = tmp_path / "run"
+    shutil.copytree(result.path, run, ignore=shutil.ignore_patterns("*.tar", "*int8*", "*fp16*", "predict.py"))
+    wrong = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    edit("preprocess.json", **wrong)(run / "export")
+    if agreeing:  # the one who made the mistake made it everywhere
+        edit("config.json", pretrained_cfg=wrong)(run / "export")
+        (run / "export" / "model.onnx").unlink()
+    _bundle.write_sums(run / "export")
+    if settings is None:
+        (run / "recipe.yaml").unlink()  # a bundle that was copied alone
+    verification = pipeline.verify(run, batch_sizes=[], **settings or {})
+    failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
+    assert ("preprocess.json" in failed) is not agreeing
+    assert ("torch" in failed) is (settings is not None) and "when last measured" in failed.get(
+        "torch", "when last measured"
+    )
+    assert verification["verdict"] == ("fail" if failed else "parity_only")
