@@ -127,6 +127,7 @@ def test_a_faithful_export_passes(student: torch.nn.Module, exported: Exported, 
         ("return run(x)[:, :3]", "shape (16, 3)"),
         ("return run(x) if len(x) > 1 else run(x)[None]", "1 images at once"),
         ("if len(x) == 3: raise RuntimeError('fixed batch')\n        return run(x)", "3 images at once: fixed batch"),
+        ("if len(x) == 32: raise RuntimeError('too many')\n        return run(x)", "32 images at once: too many"),
         ("raise RuntimeError('broken /home/me/model.onnx')", "does not run: broken model.onnx"),
     ],
 )
