@@ -78,7 +78,7 @@ def export_bundle(
     failed = failed_folder(folder)
     _bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
