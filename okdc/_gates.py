@@ -3,9 +3,11 @@
 - The student in torch, the float32 files and predict.py are required: if one fails, nothing ships (exit code 3).
 - fp16 and int8 files are variants. One that fails is left out of the bundle, its row says why, and the rest ships;
   unless nothing else was exported, or all of it failed: then what was asked for is not there, and nothing ships.
+- onnxruntime's providers for GPUs are further ways to run model.onnx, which its own row judges. What one of them cannot
+  do is told in its row, and stops nothing: it is of this machine's libraries, not of the bundle.
 - A variant that passes and is not faster than float32 ONNX at the smallest batch size stays, as another device may gain
   by it, but is not worth shipping for this one.
-- A bundle that is verified again is held to all of its files, variants too.
+- A bundle that is verified again is held to all of its files, variants too, by the same rule for providers.
 - Recommended is the fastest file that is worth shipping; float32 ONNX unless another one saves a twentieth of its time.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
+GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
 
@@ -102,11 +105,16 @@ def is_variant(row: Mapping[str, Any]) -> bool:
     return row["file"] is not None and row["precision"] in ("fp16", "int8")
 
 
+def is_required(row: Mapping[str, Any]) -> bool:
+    """Whether nothing ships when it fails, of what is exported: all but variants and further providers."""
+    return not is_variant(row) and row["name"] not in GPU_ROWS
+
+
 def verdict(rows: Sequence[Mapping[str, Any]], labelled: bool) -> str:
     """pass, parity_only (there were no labelled images) or fail, by the rules above."""
     files = [row for row in rows if row["precision"] and row["file"]]
     nothing = bool(files) and not any(row["pass"] for row in files)
-    if nothing or not all(row["pass"] for row in rows if not is_variant(row)):
+    if nothing or not all(row["pass"] for row in rows if is_required(row)):
         return "fail"
     return "pass" if labelled else "parity_only"
 
@@ -122,7 +130,10 @@ def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         spent = milliseconds(row)
         if row["pass"] and is_variant(row) and limit and spent and spent > _PAYS * limit:
             row["worth_shipping"] = False
-            row["reason"] = f"not faster than onnx on this device: {spent:.2f} ms against {limit:.2f} ms"
+            batch = min(entry["batch"] for entry in row["latency"])
+            row["reason"] = (
+                f"not faster than onnx on this device at batch {batch}: {spent:.2f} ms against {limit:.2f} ms"
+            )
     fit = [row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]]
     if not fit:
         return None

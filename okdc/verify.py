@@ -223,8 +223,8 @@ class _Session:
                 row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
                 drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
                 if precision == "fp32":
-                    drop, least, tolerance = gates.max_drop or 0.0, gates.min_agreement, PIPELINE_TOLERANCE
-                    least = 100.0 if least is None else least
+                    drop, tolerance = gates.max_drop or 0.0, PIPELINE_TOLERANCE
+                    least = 100.0 if gates.min_agreement is None else gates.min_agreement
                 rows.append(judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance))
         return rows
 

@@ -73,6 +73,8 @@ def test_what_stops_a_release() -> None:
     assert verdict([torch, plain | bad, int8], True) == "fail"
     assert verdict([torch | bad, plain, int8], True) == "fail"
     assert verdict([torch, plain, row("predict.py", precision=None, **bad)], True) == "fail"  # type: ignore[arg-type]
+    assert verdict([torch, plain, row("onnx on cuda", **bad)], True) == "pass"  # the libraries of one machine
+    assert verdict([torch, plain | bad, row("onnx on cuda")], True) == "fail"
     assert verdict([torch], True) == "pass"  # weights only
     assert is_variant(int8) and not is_variant(plain) and not is_variant(torch)
 
@@ -82,7 +84,7 @@ def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marke
     best = weigh(rows)
     assert best is not None and best["file"] == "int8.onnx" and "6.00 ms at batch 1, 5.5 times as fast" in best["why"]
     assert [each["worth_shipping"] for each in rows] == [True, True, False, True]
-    assert "20.00 ms against 18.00 ms" in rows[2]["reason"]
+    assert "on this device at batch 1: 20.00 ms against 18.00 ms" in rows[2]["reason"]
     rows = [row("torch", ms=33), row("onnx", ms=18), row("int8", "int8", ms=6, top1=None, **{"pass": False})]
     rows[2]["worth_shipping"] = False
     assert (weigh(rows) or {})["file"] == "onnx.onnx"
