@@ -20,7 +20,8 @@ LATENCY = {"cuda_graph": True}
 
 def available() -> str | None:
     """None, or one sentence that says what is missing and what to type."""
-    return _to_tensorrt().available()
+    reason = _to_tensorrt().available()
+    return reason and reason.replace("model.onnx", "model.fp16.onnx")
 
 
 def write(

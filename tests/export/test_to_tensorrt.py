@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import onnx
 import pytest
 import torch
 
-from okdc import _shipped
+from okdc import _bundle, _shipped
 from tests.export import fake_tensorrt
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
@@ -81,6 +82,13 @@ def test_without_tensorrt_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SOURCE), run_name="__main__")
     assert ended.value.code == 2 and capsys.readouterr().err == f"{REASON}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(("target", "source"), [("tensorrt_fp16", "fp16.onnx"), ("tensorrt_int8", "int8.trt.onnx")])
+def test_the_command_to_type_names_the_onnx_of_its_precision(target, source):
+    sentence = _shipped.target(target).available()
+    assert sentence.endswith(f"type there: python to_tensorrt.py model.{source}") and sentence.count(source) == 2
 
 
 def test_loads_without_torch_or_tensorrt():
@@ -294,6 +302,40 @@ def test_contract_what_goes_wrong_when_running_is_told(trt, onnx_file, tmp_path)
     trt.plan.enqueue = False
     with pytest.raises(RuntimeError, match="did not run the engine"):
         run(np.zeros((1, 3, 32, 32), dtype=np.float32))
+
+
+def test_contract_a_graph_is_of_one_shape(trt, onnx_file, tmp_path):
+    build(onnx_file, tmp_path)
+    run = to_tensorrt.runner(tmp_path / "model.engine", cuda_graph=True)
+    assert run(np.zeros((2, 3, 32, 32), dtype=np.float32)).shape == (2, 7)
+    with pytest.raises(RuntimeError, match="takes images from"):
+        run(np.zeros((2, 1, 32, 32), dtype=np.float32))
+
+
+def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_file, tmp_path, monkeypatch, capsys):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.onnx").write_bytes(onnx_file[1].read_bytes())
+    shutil.copyfile(SOURCE, bundle / "to_tensorrt.py")
+    _bundle.write_sums(bundle)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
+    for _ in range(2):  # built, and built again for another machine
+        runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
+        assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", "model.engine", "model.engine.json"}
+        assert _bundle.check_sums(bundle) == []
+        _bundle.refuse_foreign(bundle)
+    assert [path.name for path in (tmp_path / "cache" / "okdc").iterdir()] == [
+        f"tensorrt-{trt.__version__}-sm9.0.timing"
+    ]
+
+
+def test_without_a_cache_folder_timings_are_kept_at_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = to_tensorrt._default_cache(HERE)
+    assert cache == tmp_path / ".cache" / "okdc" / "tensorrt-11.4.0.106-sm9.0.timing"
+    assert to_tensorrt._default_cache(HERE | {"compute_capability": "8.9"}) != cache
 
 
 def test_contract_a_name_promises_a_precision(trt, onnx_file, tmp_path):
