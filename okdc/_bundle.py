@@ -31,6 +31,7 @@ from okdc.errors import ExportError
 from okdc.verify import torch_runner
 
 SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"
+CACHE = "__pycache__"  # what Python leaves where predict.py was imported
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -248,6 +249,7 @@ def refuse_foreign(folder: Path) -> None:
     if not folder.exists():
         return
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {name for name in found if CACHE not in Path(name).parts}
     foreign = sorted(found - set(listed(folder)) - {SUMS})
     if not folder.is_dir() or foreign:
         what = f"holds {foreign[0]}, which is not part of an exported bundle" if foreign else "is a file"

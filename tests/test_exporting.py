@@ -142,6 +142,13 @@ def test_exporting_again_replaces_the_bundle_with_the_same_bytes(
     assert [path.name for path in copy.parent.iterdir()] == ["export"]
 
 
+def test_what_python_leaves_behind_is_no_other_thing(student: torch.nn.Module, data: Images, copy: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import predict"], cwd=copy, env={"PYTHONDONTWRITEBYTECODE": ""}, check=True)
+    assert list((copy / "__pycache__").iterdir()) and exporting.check_sums(copy) == []
+    export(student, data, copy, WEIGHTS_ONLY)
+    assert not (copy / "__pycache__").exists()
+
+
 def test_a_folder_with_other_things_in_it_is_refused(student: torch.nn.Module, data: Images, copy: Path) -> None:
     (copy / "thesis.txt").write_text("ten years")
     with pytest.raises(ExportError, match=r"thesis.txt.*--output"):
