@@ -65,12 +65,12 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write the bundle of a student to `folder` and verify it; returns the verification.
 
-    preprocess, classes: needed where there is no data to ask. info: title, licence, command, recipe, metrics; its
+    preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics; its
     metrics["top1"] is held against what torch reaches here. device: that of the student when not given. What was asked
     for and is not available on this machine is in "skipped". Raises UnfitError, with the bundle in
     `failed_folder(folder)`, when something is not fit to ship, and ExportError when the folder is not a bundle's.
     """
-    info = dict(info or {})
+    info = {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
     _bundle.refuse_foreign(folder)

@@ -79,7 +79,7 @@ def export(student: torch.nn.Module, data: Any, folder: Path, settings: ExportSe
 @pytest.fixture(scope="module")
 def bundle(student: torch.nn.Module, data: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "export"
-    assert export(student, data, folder, ExportSettings(batch_sizes=[1]))["verdict"] == "pass"
+    assert export(student, data, folder, ExportSettings(batch_sizes=[1], license="apache-2.0"))["verdict"] == "pass"
     return folder
 
 
@@ -100,7 +100,9 @@ def test_the_bundle_is_whole(bundle: Path, student: torch.nn.Module) -> None:
     assert all(row["pass"] and row["agreement"] == 100 for row in verification["rows"])
     assert verification["skipped"] == [] and verification["environment"]["torch"] == torch.__version__
     card = (bundle / "README.md").read_text()
-    assert all(f"`{name}`" in card for name in FILES - {"README.md", "model.onnx", "requirements.txt"})
+    assert (
+        all(f"`{name}`" in card for name in FILES - {"README.md"}) and "license: apache-2.0\n" in card.split("---")[1]
+    )
     assert exporting.read(bundle)["classes"] == CLASSES
     assert set(load_file(bundle / "model.safetensors")) == set(student.state_dict())
 
