@@ -116,7 +116,7 @@ def compress(
     further: list[dict[str, Any]] = []
     try:
         formats = wanted.export
-        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt)):
+        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
             result.verification = _export(result.student, data, wanted, folder, result)
             if (byproducts or lost) and wanted.export.byproducts:
                 further = [_byproducts.student_row(arch, result.student, data, result.verification)]
