@@ -23,7 +23,7 @@ from okdc._bundle import check_sums, environment
 from okdc._card import write_card
 from okdc._gates import GPU_ROWS, is_variant
 from okdc._portable import one_line, without_paths
-from okdc.errors import ExportError, GateError
+from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 
 __all__ = [
@@ -38,6 +38,7 @@ _FLAGS = {
     "tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8"),
 }  # fmt: skip
 _LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
+_FP16_IMAGES = 8
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 _ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
 
@@ -82,11 +83,9 @@ def export_bundle(
     part.mkdir(parents=True)
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
-        calibration, drawn = None, None
-        if settings.int8 and data is not None:
-            calibration, drawn = _calibration.draw(data, settings.calibration_images, settings.images)
+        calibration, drawn, without = _draw(data, settings)
         targets, unavailable, notes = _write_targets(
-            part, student, arch, settings, classes, preprocess, info, calibration
+            part, student, arch, settings, classes, preprocess, info, calibration, without
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
@@ -212,8 +211,12 @@ def _write_targets(
     preprocess: dict,
     info: Mapping[str, Any],
     calibration: np.ndarray | None,
+    without: str,
 ) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
-    """Every export target that is asked for: the files, what is not available here, and each writer's notes."""
+    """Every export target that is asked for: the files, what is not available here, and each writer's notes.
+
+    without: why there is no int8 where there is no `calibration`.
+    """
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
@@ -224,14 +227,14 @@ def _write_targets(
             continue
         module = _shipped.target(name)
         wants_images = calibration is None and "int8" in flags(name)
-        reason = _NO_IMAGES if wants_images else module.available()
+        reason = without if wants_images else module.available()
         if reason is not None:
             skipped.append({"target": name, "reason": without_paths(reason)})
             continue
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
         offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest)}
-        offered |= {"calibration": calibration, **written}
+        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, **written}
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:
@@ -247,6 +250,18 @@ def _write_targets(
     if settings.triton:
         _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
+
+
+def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
+    """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
+    if data is None or not (settings.int8 or settings.fp16):
+        return None, None, _NO_IMAGES
+    try:
+        if settings.int8:
+            return *_calibration.draw(data, settings.calibration_images, settings.images), ""
+        return _calibration.draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
+    except OkdcError as error:  # the other files need none
+        return None, None, str(error)
 
 
 def flags(name: str) -> tuple[str, ...]:

@@ -19,12 +19,13 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, _shipped, checkpoint, exporting, pipeline
-from okdc.data import Data
+from okdc import _bundle, _calibration, _schema, _shipped, checkpoint, cli, exporting, pipeline
+from okdc.data import Data, wrap
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
 from okdc.verify import torch_runner
+from tests.export import fake_tensorrt
 
 QUICK = ExportSettings(batch_sizes=[])
 ROWS = ["torch", "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "predict.py"]
@@ -36,7 +37,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return okdc.compress(
         "test_resnet", method="baseline", output=tmp_path_factory.mktemp("runs"), experiment="digits", img_size=32,
         no_aug=True, epochs=4, batch_size=32, opt="adamw", lr=0.003, workers=0, fp16=True, int8=True,
-        calibration_images=64, batch_sizes=[1],
+        calibration_images=64, batch_sizes=[1], license="mit",
     )  # fmt: skip
 
 
@@ -68,7 +69,12 @@ def test_every_precision_is_exported_verified_and_as_accurate(result: Result, bu
     assert found["onnx_int8_trt"]["latency"] == [] and found["onnx_int8_trt"]["worth_shipping"] is None
     assert verification["parameters"] == verification["exports"]["onnx"]["parameters"]
     card = (bundle / "README.md").read_text()
-    assert "Recommended here" in card and "calibrated on 64 training images" in card and "`model.int8.onnx`" in card
+    assert (
+        card.startswith("---\nlicense: mit\n")
+        and "Recommended here" in card
+        and "calibrated on 64 training images" in card
+        and "`model.int8.onnx`" in card
+    )
     assert exporting.check_sums(bundle) == []
 
 
@@ -109,6 +115,73 @@ def test_without_data_int8_is_skipped_with_the_flag_to_type(tmp_path: Path, resu
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert "--data" in skipped["onnx_int8"] and "--data" in skipped["onnx_int8_trt"]
     assert verification["verdict"] == "parity_only" and rows(verification)["onnx_fp16"]["pass"]
+
+
+def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, tmp_path: Path) -> None:
+    images, labels = next(iter(result.data.validation or ()))
+    known = {"num_classes": 10, "preprocess": result.data.preprocess, "name": "one"}
+    data = replace(wrap([(images, labels)], [(images, labels)], **known), training_images=[])
+    settings = ExportSettings(int8=True, batch_sizes=[])
+    verification = exporting.export_bundle(result.student, data, settings, tmp_path / "x", arch="test_resnet")
+    assert verification["verdict"] == "pass" and list(rows(verification)) == ["torch", "onnx"]
+    skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
+    for target in ("onnx_int8", "onnx_int8_trt"):
+        assert skipped[target].startswith("int8 is calibrated on at least two training images, and one has 0")
+    with pytest.raises(ExportError, match="no int8 file was written: int8 is calibrated on") as caught:
+        cli._require_asked(verification, False, True)
+    assert caught.value.exit_code == 2
+
+
+class Bright(torch.nn.Module):
+    """Overflows in float16 on images from 0 to 255, not on noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head((images * 1000).relu().mean((2, 3)) / 1000)
+
+
+def test_overflow_of_fp16_is_looked_for_on_training_images(tmp_path: Path) -> None:
+    images, labels = 255 * torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    config = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    data = wrap([(images, labels)], [(images, labels)], num_classes=4, preprocess=config, name="bright")
+    settings = ExportSettings(fp16=True, batch_sizes=[], max_drop=100, min_agreement=0)
+    verification = exporting.export_bundle(Bright(), data, settings, tmp_path / "x", arch="Bright")
+    assert verification["exports"]["onnx_fp16"]["kept_in_float"] and verification["calibration"] is None
+
+
+ENGINES = {"tensorrt": {"fp32"}, "tensorrt_fp16": {"fp16", "fp32"}, "tensorrt_int8": {"fp32", "int8"}}
+
+
+def test_every_engine_on_the_whole_road_with_a_fake_tensorrt(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = fake_tensorrt.pretend(monkeypatch, list(fake_tensorrt.NAMES)[-1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = Path(shutil.copytree(result.path, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+    wanted = {"trt": True, "fp16": True, "int8": True, "triton": True, "workspace": 2.5, "batch_sizes": []}
+    verification = pipeline.export(run, calibration_images=16, **wanted)
+    found, bundle = rows(verification), run / "export"
+    assert verification["verdict"] == "pass" and list(found) == [*ROWS[:-1], *ENGINES, "predict.py"]
+    for name, precisions in ENGINES.items():
+        assert found[name]["layers"].keys() == precisions and found[name]["provider"].endswith(" on H100")
+        assert found[name]["pass"] and found[name]["agreement"] >= 97
+    assert package.plan.told.count(("WORKSPACE", int(2.5 * 2**30))) == len(ENGINES)
+    assert [path.suffix for path in (tmp_path / "cache" / "okdc").iterdir()] == [".timing"]
+    plans = [path.read_bytes() for path in (bundle / "triton").rglob("model.plan")]
+    assert plans == [(bundle / "model.engine").read_bytes()]
+    assert exporting.check_sums(bundle) == []
+    card = (bundle / "README.md").read_text()
+    assert all(f"- `{path.name}`: " in card for path in bundle.iterdir() if path.name != "README.md")
+    for end in ("", ".json"):  # the float32 engine sold as float16
+        shutil.copyfile(bundle / f"model.engine{end}", bundle / f"model.fp16.engine{end}")
+    _bundle.write_sums(bundle)
+    again = exporting.verify_bundle(bundle, result.data, QUICK)
+    (failed,) = [row for row in again["rows"] if not row["pass"]]
+    assert again["verdict"] == "fail" and failed["name"] == "tensorrt_fp16"
+    assert "no layer in the precision of its name, only fp32" in failed["reason"]
 
 
 def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:

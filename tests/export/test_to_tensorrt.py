@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
@@ -183,43 +182,7 @@ def test_engine_without_its_sidecar_is_refused(tmp_path, missing):
 
 @pytest.fixture(params=NAMES)
 def trt(request, monkeypatch):
-    """The fake of each version, on a machine that claims to have a GPU; tensors stay on the CPU."""
-    package = fake_tensorrt.Package(request.param, fake_tensorrt.Plan())
-    monkeypatch.setitem(sys.modules, "tensorrt", package)
-    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
-    nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
-    for name, value in {
-        "is_available": lambda: True, "get_device_name": lambda *_: "H100", "get_device_capability": lambda *_: (9, 0),
-        "device": nothing, "stream": nothing, "Stream": lambda: stream, "current_stream": lambda _: stream,
-        "CUDAGraph": Graph, "graph": Graph.capture,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(to_tensorrt, "_gpu", lambda device: torch.device("cpu"))
-    Graph.plan = package.plan
-    return package
-
-
-class Graph:
-    """A CUDA graph: what was enqueued while it was captured, again."""
-
-    plan: fake_tensorrt.Plan
-    recording: Graph | None = None
-
-    def __init__(self):
-        self.enqueued = []
-
-    @contextlib.contextmanager
-    def capture(self, stream):
-        real = fake_tensorrt.Context.execute_async_v3
-        record = lambda context, number: self.enqueued.append((real, context, number)) or Graph.plan.enqueue  # noqa: E731
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fake_tensorrt.Context, "execute_async_v3", record)
-            yield
-
-    def replay(self):
-        for real, context, number in self.enqueued:
-            assert real(context, number)
+    return fake_tensorrt.pretend(monkeypatch, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -370,8 +333,7 @@ def test_contract_the_onnx_beside_must_be_the_one_it_was_built_from(trt, onnx_fi
     with pytest.raises(RuntimeError, match=r"built from another model\.onnx"):
         to_tensorrt.runner(tmp_path / "model.engine")
     (tmp_path / "model.onnx").unlink()
-    with pytest.raises(Exception, match="onnx"):  # the fake needs it; the real engine does not
-        to_tensorrt.runner(tmp_path / "model.engine")
+    assert_same(to_tensorrt.runner(tmp_path / "model.engine"), onnx_file[0], limit=1e-5)
 
 
 @pytest.mark.parametrize("version", NAMES)
@@ -395,6 +357,7 @@ def test_contract_the_fake_knows_no_name_that_the_version_has_not(version):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
+    """A network and the folder of its engines, with the facts of each by its target."""
     if REASON is not None:
         if os.environ.get("OKDC_REQUIRE_TRT") == "1":
             pytest.fail(f"OKDC_REQUIRE_TRT=1, but: {REASON}")
@@ -402,35 +365,45 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensorrt")
     network, source = tiny(), folder / "model.onnx"
     _shipped.target("onnx").write(network, EXAMPLE, source)
-    facts = to_tensorrt.write(
-        None, None, folder / to_tensorrt.FILE, onnx=source, profile=(1, 3, 4), timing_cache=folder / "timing"
-    )
-    return network, folder / to_tensorrt.FILE, facts
+    calibration = np.random.default_rng(0).standard_normal((16, 3, 32, 32), dtype=np.float32)
+    options = {"profile": (1, 3, 4), "timing_cache": folder / "timing"}
+    facts = {"tensorrt": to_tensorrt.write(None, None, folder / to_tensorrt.FILE, onnx=source, **options)}
+    for name, before in {"tensorrt_fp16": "onnx_fp16", "tensorrt_int8": "onnx_int8_trt"}.items():
+        target, given = _shipped.target(name), folder / _shipped.target(before).FILE
+        _shipped.target(before).write(None, None, given, onnx=source, calibration=calibration)
+        facts[name] = target.write(None, None, folder / target.FILE, **{before: given}, profile=(1, 3, 4))
+    return network, folder, facts
 
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_engine_equals_torch(built, cuda_graph):
-    network, path, facts = built
-    run = to_tensorrt.runner(path, device="cuda", cuda_graph=cuda_graph)
-    assert run.provider.startswith("TensorRT") and set(facts["precisions"]) == {"fp32"}
-    assert_same(run, network.cpu(), limit=1e-4)  # no TF32; the batch of five is split, as the profile ends at four
+@pytest.mark.parametrize(
+    ("name", "precision", "limit"),
+    [("tensorrt", "fp32", 1e-4), ("tensorrt_fp16", "fp16", 1e-2), ("tensorrt_int8", "int8", 0.3)],
+)
+def test_engine_equals_torch(built, cuda_graph, name, precision, limit):
+    network, folder, facts = built
+    target = _shipped.target(name)
+    run = target.runner(folder / target.FILE, device="cuda", cuda_graph=cuda_graph)
+    assert run.provider.startswith("TensorRT") and run.precisions == facts[name]["precisions"]
+    assert set(run.precisions) - {"fp32"} == {precision} - {"fp32"}
+    assert_same(run, network.cpu(), limit=limit)  # no TF32; the batch of five is split, as the profile ends at four
     images = torch.randn(2, 3, 32, 32, device="cuda")
     assert np.allclose(run.infer(images).cpu().numpy(), run(images.cpu().numpy()), atol=1e-6)
 
 
 @pytest.mark.tensorrt
 def test_second_build_uses_the_timing_cache(built):
-    _, path, _ = built
-    assert path.with_name("timing").stat().st_size > 0
-    source, cache = path.with_name("model.onnx"), path.with_name("timing")
-    again = to_tensorrt.write(None, None, path.with_name("again.engine"), onnx=source, timing_cache=cache)
+    _, folder, _ = built
+    source, cache = folder / "model.onnx", folder / "timing"
+    assert cache.stat().st_size > 0
+    again = to_tensorrt.write(None, None, folder / "again.engine", onnx=source, timing_cache=cache)
     assert again["onnx"] == "model.onnx"
 
 
 @pytest.mark.tensorrt
 def test_image_of_another_size_is_refused(built):
-    run = to_tensorrt.runner(built[1], device="cuda")
+    run = to_tensorrt.runner(built[1] / to_tensorrt.FILE, device="cuda")
     with pytest.raises(RuntimeError, match="takes images from"):
         run(np.zeros((1, 3, 48, 48), dtype=np.float32))
 
