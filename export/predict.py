@@ -170,9 +170,11 @@ def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with the upper 8 of its 16 bits, which Pillow would clip to white."""
+    """The image as it can be converted: of 16 bits the upper 8 (Pillow would clip to white), no transparent palette."""
     if image.mode == "F":
         raise PredictError("An image of floating-point numbers has no known range: save it with 8 or 16 bits.")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

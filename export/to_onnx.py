@@ -37,7 +37,7 @@ _PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
     "tensorrt": ("TensorrtExecutionProvider", {}),
 }
-_LARGEST = 32  # images at once that TensorRT's provider is prepared for; more make it build again
+_LARGEST = 32  # images at once that TensorRT's provider is prepared for, and that it is given
 _TYPES = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16"}  # onnx.TensorProto's numbers of what layers use
 
 
@@ -109,12 +109,15 @@ class _Session:
         settings = settings | ({"device_id": index} if index else {})
         try:
             if kind == "tensorrt":
-                settings = _shapes(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+                settings |= _shapes(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
             # Else onnxruntime goes on on the CPU, now or in the middle of a run, when the provider fails.
             self._session = onnxruntime.InferenceSession(model, options, [(wanted, settings)], enable_fallback=0)
         except Exception as error:  # onnxruntime's own errors share no base class
-            name = model if isinstance(model, str) else "the exported model"
-            raise RuntimeError(f"onnxruntime cannot load {name}: {error}") from error
+            name, said = "the exported model", str(error)
+            if isinstance(model, str):  # without its place, which may be gone soon
+                name = Path(model).name
+                said = said.replace(model, name)
+            raise RuntimeError(f"onnxruntime cannot load {name}: {said}") from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted:
             raise RuntimeError(
@@ -123,9 +126,15 @@ class _Session:
                 "provider, 'tensorrt<11'), or use the cpu device."
             )
         self._input = self._session.get_inputs()[0].name
+        self._largest = _LARGEST if kind == "tensorrt" else None
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {self._input: images})[0]
+        import numpy as np
+
+        size = self._largest or len(images) or 1
+        parts = [images[start : start + size] for start in range(0, len(images) or 1, size)]
+        outputs = [self._session.run(None, {self._input: part})[0] for part in parts]
+        return np.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
     @property
     def precisions(self) -> dict[str, int]:

@@ -43,10 +43,11 @@ def write(
 ) -> dict[str, Any]:
     """Convert the float32 ONNX file `onnx` (else `student`, exported first) to float16, and say what was written.
 
-    Nodes that give numbers near the end of float16 on `calibration` (N, C, H, W) float32, or on noise, stay in float32:
-    onnxruntime's CPU computes them in float32 anyway, so that only a GPU would show the overflow. Raises RuntimeError
-    when onnxruntime cannot convert the graph.
+    Nodes that give or take numbers near the end of float16 on `calibration` (N, C, H, W) float32, or on noise, stay in
+    float32: onnxruntime's CPU computes them in float32 anyway, so that only a GPU would show the overflow. Raises
+    RuntimeError when onnxruntime cannot convert the graph, or it overflows nevertheless.
     """
+    import numpy as np
     import onnx as onnx_package
     from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -61,9 +62,12 @@ def write(
         large = _large(model, images)
         expected = to_onnx._Session(str(source), "cpu", None)(images)
         proto = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(large))
+        _straighten(proto)
         ONNXModel(proto).topological_sort()  # the converter appends its casts at the end
         onnx_package.checker.check_model(proto)
         given = to_onnx._Session(proto.SerializeToString(), "cpu", None)(images)
+        if not np.isfinite(given).all():
+            raise RuntimeError("the network overflows in float16: ship it in float32.")
     to_onnx._write_bytes(Path(path), proto.SerializeToString())
     return {
         "bytes": Path(path).stat().st_size,
@@ -95,7 +99,7 @@ def _noise(model: onnx.ModelProto) -> np.ndarray:
 
 
 def _large(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
-    """The nodes that give larger numbers than float16 is safe for, and how large these are."""
+    """The nodes that give or take larger numbers than float16 is safe for, and how large these are."""
     import numpy as np
     import onnx
     import onnxruntime
@@ -111,5 +115,28 @@ def _large(model: onnx.ModelProto, images: np.ndarray) -> dict[str, float]:
     for image in images:  # one at a time: every activation is kept
         for name, value in zip(names, session.run(names, {session.get_inputs()[0].name: image[None]})):
             largest[name] = max(largest[name], float(np.abs(value).max(initial=0)))
-    nodes = ((node.name, max(largest.get(name, 0.0) for name in node.output)) for node in model.graph.node)
+    ends = ((node.name, [*node.input, *node.output]) for node in model.graph.node)
+    nodes = ((node, max(largest.get(name, 0.0) for name in names)) for node, names in ends)
     return {name: value for name, value in nodes if not value <= _LARGEST}
+
+
+def _straighten(proto: onnx.ModelProto) -> None:
+    """Take out the way through float16 that the converter puts between two nodes in float32: it would overflow.
+
+    And the casts that it makes twice, of weights that two such nodes share.
+    """
+    import onnx
+
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    casts = [(node, node.attribute[0].i) for node in proto.graph.node if node.op_type == "Cast"]
+    exact = {node.output[0]: node.input[0] for node, to in casts if to == half}
+    detours = {node.output[0]: exact[node.input[0]] for node, to in casts if to == full and node.input[0] in exact}
+    for output in proto.graph.output:  # which must keep its name
+        detours.pop(output.name, None)
+    for node in proto.graph.node:
+        node.input[:] = [detours.get(name, name) for name in node.input]
+    nodes = {node.output[0]: node for node in proto.graph.node if node.output[0] not in detours}
+    used = {name for node in nodes.values() for name in node.input} | {value.name for value in proto.graph.output}
+    nodes = {name: node for name, node in nodes.items() if name in used or name not in exact}
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes.values())

@@ -104,7 +104,7 @@ def runner(
     """A function (B, C, H, W) float32 -> (B, classes) float32 on TensorRT; `.provider` says so, `.infer` takes tensors.
 
     `.precisions` counts the engine's layers by number type, `.device` is the GPU: an engine always runs on one, the
-    first where `device` is "cpu". `cuda_graph` replays one captured graph per batch size. Raises RuntimeError with the
+    first where `device` is "cpu". `cuda_graph` replays one captured graph per shape. Raises RuntimeError with the
     command that rebuilds when the engine is of another TensorRT or another GPU.
     """
     return _Engine(Path(path), device, cuda_graph)
@@ -203,7 +203,7 @@ class _Engine:
         types = {trt.DataType.FLOAT: torch.float32, trt.DataType.HALF: torch.float16, trt.DataType.BF16: torch.bfloat16}
         self._types = types[engine.get_tensor_dtype(self._input)], types[engine.get_tensor_dtype(self._output)]
         self._largest = engine.get_tensor_profile_shape(self._input, 0)[2][0]
-        self._graphs: dict[int, tuple[Any, ...]] | None = {} if cuda_graph else None
+        self._graphs: dict[tuple[int, ...], tuple[Any, ...]] | None = {} if cuda_graph else None
         self.device = str(self._device)
         self.provider = f"TensorRT {trt.__version__} on {torch.cuda.get_device_name(self._device)}"
 
@@ -234,9 +234,10 @@ class _Engine:
 
     def _replay(self, images: torch.Tensor) -> torch.Tensor:
         assert self._graphs is not None
-        if len(images) not in self._graphs:
-            self._graphs[len(images)] = self._capture(images)
-        graph, static_images, static_logits, _ = self._graphs[len(images)]
+        shape = tuple(images.shape)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(images)
+        graph, static_images, static_logits, _ = self._graphs[shape]
         static_images.copy_(images)
         graph.replay()
         return static_logits.clone()
@@ -431,12 +432,24 @@ def _write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def _note_sums(path: Path) -> None:
+    """In a bundle: the check sums of the engine and its sidecar, which are this machine's own from now on."""
+    sums = path.with_name("SHA256SUMS")
+    if sums.is_file():
+        files = {file.name: file for file in (path, _sidecar(path))}
+        kept = [line for line in sums.read_text().splitlines() if line.partition("  ")[2] not in files]
+        new = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {name}" for name, file in files.items()]
+        _write_bytes(sums, "".join(f"{line}\n" for line in [*kept, *new]).encode())
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         print("usage: python to_tensorrt.py model.onnx", file=sys.stderr)
         sys.exit(2)
     try:
-        print(json.dumps(write(None, None, Path(sys.argv[1]).with_suffix(".engine"), onnx=sys.argv[1]), indent=2))
+        engine = Path(sys.argv[1]).with_suffix(".engine")
+        print(json.dumps(write(None, None, engine, onnx=sys.argv[1]), indent=2))
+        _note_sums(engine)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

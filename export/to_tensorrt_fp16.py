@@ -20,7 +20,8 @@ LATENCY = {"cuda_graph": True}
 
 def available() -> str | None:
     """None, or one sentence that says what is missing and what to type."""
-    return _to_tensorrt().available()
+    reason = _to_tensorrt().available()
+    return reason and reason.replace("model.onnx", "model.fp16.onnx")
 
 
 def write(
@@ -30,9 +31,10 @@ def write(
     *,
     onnx_fp16: str | Path | None = None,
     profile: tuple[int, int, int] = (1, 8, 32),
+    workspace: int = 4 << 30,
 ) -> dict[str, Any]:
-    """Write the engine of the ONNX file `onnx_fp16`; profile and errors are those of to_tensorrt.py."""
-    return _to_tensorrt().write(student, example, path, onnx=onnx_fp16, profile=profile)
+    """Write the engine of the ONNX file `onnx_fp16`; options and errors are those of to_tensorrt.py."""
+    return _to_tensorrt().write(student, example, path, onnx=onnx_fp16, profile=profile, workspace=workspace)
 
 
 def runner(

@@ -5,6 +5,7 @@ Nothing here runs code that it finds in a bundle: weights are safetensors, every
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from okdc.errors import ExportError
 from okdc.verify import torch_runner
 
 SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"
+CACHE = "__pycache__"  # what Python leaves where predict.py was imported
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -219,6 +221,27 @@ def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[
     }
 
 
+def contradictions(folder: Path) -> dict[str, str]:
+    """How preprocess.json and labels.txt differ from what config.json and model.onnx say of the same, by file."""
+    config = read_json(folder / CONFIG)
+    claims = [(CONFIG, config["pretrained_cfg"], config["label_names"])]
+    if (folder / "model.onnx").is_file():
+        import onnx
+
+        with contextlib.suppress(Exception):  # of a file that is broken, its own row tells
+            known = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+            claims.append(("model.onnx", json.loads(known["okdc.preprocess"]), json.loads(known["okdc.labels"])))
+    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    preprocess, found = read_json(folder / "preprocess.json"), dict[str, str]()
+    for source, how, names in claims:
+        for key, value in preprocess.items():
+            if key in how and how[key] != value:
+                found.setdefault("preprocess.json", f"its {key} is {value}, that in {source} is {how[key]}")
+        if portable(names) != portable(labels):
+            found.setdefault("labels.txt", f"its classes are not those in {source}")
+    return found
+
+
 def refuse_foreign(folder: Path) -> None:
     """Raise ExportError if replacing the folder would delete something that is not a bundle's."""
     if not folder.name:
@@ -226,6 +249,7 @@ def refuse_foreign(folder: Path) -> None:
     if not folder.exists():
         return
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = {name for name in found if CACHE not in Path(name).parts}
     foreign = sorted(found - set(listed(folder)) - {SUMS})
     if not folder.is_dir() or foreign:
         what = f"holds {foreign[0]}, which is not part of an exported bundle" if foreign else "is a file"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from okdc import _stem
 from okdc._bundle import CONFIG, WEIGHTS
 from okdc._gates import is_variant
@@ -24,9 +26,15 @@ _FILES = {
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
     "model.engine": "for TensorRT, on the kind of GPU that model.engine.json names",
+    "model.engine.json": "what model.engine is tied to, and built from",
+    "model.fp16.engine": "the same in float16, from model.fp16.onnx",
+    "model.fp16.engine.json": "what model.fp16.engine is tied to",
+    "model.int8.trt.engine": "the same in 8 bits, from model.int8.trt.onnx",
+    "model.int8.trt.engine.json": "what model.int8.trt.engine is tied to",
     "to_tensorrt.py": "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it",
     "triton": "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
+    "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",
     "SHA256SUMS": "`sha256sum --check SHA256SUMS`",
@@ -34,7 +42,7 @@ _FILES = {
 
 
 def write_card(folder: Path, arch: str, config: dict, verification: dict, info: Mapping[str, Any]) -> None:
-    """Write README.md; info may have title, licence, command, recipe and metrics."""
+    """Write README.md; info may have title, licence (an id such as mit), command, recipe and metrics."""
     info = portable(dict(info))
     parts = [_head(arch, config, info), _results(verification), _run(folder, arch, config), _files(folder)]
     (folder / "README.md").write_text("\n\n".join([*parts, _origin(config, info)]) + "\n", encoding="utf-8")
@@ -46,7 +54,7 @@ def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
     library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not changes else ""
     changed = f" Its first layers are not the architecture's: {_stem.described(changes)}." if changes else ""
     return (
-        f"---\nlicense: {info.get('licence') or 'other'}\n{library}"
+        f"---\n{yaml.safe_dump({'license': info.get('licence') or 'other'})}{library}"
         f"pipeline_tag: image-classification\ntags:\n- image-classification\n- okdc\n---\n\n"
         f"# {info.get('title') or portable(arch)}\n\n"
         f"{portable(arch)}, {config['num_classes']} classes, input {size}, trained and exported by "
@@ -151,8 +159,6 @@ def _origin(config: dict, info: Mapping[str, Any]) -> str:
     if info.get("command"):
         lines += ["", "## Command", "", "```bash", str(info["command"]), "```"]
     if info.get("recipe"):
-        import yaml
-
         lines += ["", "## Recipe", "", "```yaml", yaml.safe_dump(info["recipe"], sort_keys=False).rstrip(), "```"]
     return "\n".join(lines)
 

@@ -3,20 +3,26 @@
 - The student in torch, the float32 files and predict.py are required: if one fails, nothing ships (exit code 3).
 - fp16 and int8 files are variants. One that fails is left out of the bundle, its row says why, and the rest ships;
   unless nothing else was exported, or all of it failed: then what was asked for is not there, and nothing ships.
+- onnxruntime's providers for GPUs are further ways to run model.onnx, which its own row judges. What one of them cannot
+  do is told in its row, and stops nothing: it is of this machine's libraries, not of the bundle.
 - A variant that passes and is not faster than float32 ONNX at the smallest batch size stays, as another device may gain
   by it, but is not worth shipping for this one.
-- A bundle that is verified again is held to all of its files, variants too.
+- A bundle that is verified again is held to all of its files, variants too, by the same rule for providers.
 - Recommended is the fastest file that is worth shipping; float32 ONNX unless another one saves a twentieth of its time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
+GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
 
@@ -24,12 +30,15 @@ _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 class Gates:
     """What a row must reach; what is None is that of its precision in `DEFAULTS`.
 
-    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %.
+    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %;
+    known_from: how many images that was measured on; None: on these. margin: points that it may fall beside max_drop.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
     expected_top1: float | None = None
+    known_from: int | None = None
+    margin: float = 0.0
 
     def drop(self, precision: str) -> float:
         """The largest fall of top-1 for a file of this precision, points."""
@@ -41,6 +50,17 @@ class Gates:
 
 
 NO_WISHES = Gates()
+
+
+def chance(gates: Gates, labels: Sequence[int]) -> float:
+    """Points by which a top-1 that is known from other images may be off for these: three standard deviations.
+
+    Images that come class by class are no random sample: as many draws are counted as the label changes.
+    """
+    if gates.expected_top1 is None or gates.known_from in (None, len(labels)):
+        return 0.0
+    share, draws = gates.expected_top1 / 100, 1 + int(np.count_nonzero(np.diff(labels)))
+    return 300 * math.sqrt(share * (1 - share) / (draws * min(1, gates.known_from / len(labels))))
 
 
 def fail(row: dict[str, Any], reason: str) -> None:
@@ -65,7 +85,7 @@ def judge(
     """
     top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
     precision = row["precision"] or "fp32"
-    least, drop = gates.agreement(precision), gates.drop(precision)
+    least, drop = gates.agreement(precision), gates.drop(precision) + gates.margin
     if row["layers"] and (precision not in row["layers"] or (precision == "fp32" and len(row["layers"]) > 1)):
         found = ", ".join(f"{count} {name}" for name, count in row["layers"].items())
         fail(row, f"it is sold as {precision}, and its layers are {found}")
@@ -85,11 +105,16 @@ def is_variant(row: Mapping[str, Any]) -> bool:
     return row["file"] is not None and row["precision"] in ("fp16", "int8")
 
 
+def is_required(row: Mapping[str, Any]) -> bool:
+    """Whether nothing ships when it fails, of what is exported: all but variants and further providers."""
+    return not is_variant(row) and row["name"] not in GPU_ROWS
+
+
 def verdict(rows: Sequence[Mapping[str, Any]], labelled: bool) -> str:
     """pass, parity_only (there were no labelled images) or fail, by the rules above."""
     files = [row for row in rows if row["precision"] and row["file"]]
     nothing = bool(files) and not any(row["pass"] for row in files)
-    if nothing or not all(row["pass"] for row in rows if not is_variant(row)):
+    if nothing or not all(row["pass"] for row in rows if is_required(row)):
         return "fail"
     return "pass" if labelled else "parity_only"
 
@@ -105,7 +130,10 @@ def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         spent = milliseconds(row)
         if row["pass"] and is_variant(row) and limit and spent and spent > _PAYS * limit:
             row["worth_shipping"] = False
-            row["reason"] = f"not faster than onnx on this device: {spent:.2f} ms against {limit:.2f} ms"
+            batch = min(entry["batch"] for entry in row["latency"])
+            row["reason"] = (
+                f"not faster than onnx on this device at batch {batch}: {spent:.2f} ms against {limit:.2f} ms"
+            )
     fit = [row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]]
     if not fit:
         return None

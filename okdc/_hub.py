@@ -44,7 +44,9 @@ def push(bundle: Path, repository: str) -> str:
             timm.models.push_to_hf_hub(network, repository, commit_message=_MESSAGE, safe_serialization=True)
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=address.repo_id, folder_path=bundle, commit_message=_MESSAGE)
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=bundle, commit_message=_MESSAGE, ignore_patterns=f"*{_bundle.CACHE}/*"
+        )
     except Exception as error:  # whatever the network does
         raise ExportError(
             f"{bundle} is written, but could not be pushed: {one_line(error)}. "

@@ -21,14 +21,14 @@ from torch import nn
 from okdc import _bundle, _calibration, _shipped, _triton, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
-from okdc._gates import is_variant
+from okdc._gates import GPU_ROWS, is_variant
 from okdc._portable import one_line, without_paths
-from okdc.errors import ExportError, GateError
+from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 
 __all__ = [
-    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "flags", "read",
-    "row_name", "verify_bundle",
+    "GPU_ROWS", "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "flags",
+    "read", "row_name", "verify_bundle",
 ]  # fmt: skip
 
 # The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
@@ -37,8 +37,8 @@ _FLAGS = {
     "onnx_fp16": ("fp16",), "onnx_int8": ("int8",), "onnx_int8_trt": ("int8",),
     "tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8"),
 }  # fmt: skip
-GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
 _LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
+_FP16_IMAGES = 8
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 _ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
 
@@ -66,29 +66,29 @@ def export_bundle(
 ) -> dict[str, Any]:
     """Write the bundle of a student to `folder` and verify it; returns the verification.
 
-    preprocess, classes: needed where there is no data to ask. info: title, licence, command, recipe, metrics; its
+    preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics; its
     metrics["top1"] is held against what torch reaches here. device: that of the student when not given. What was asked
     for and is not available on this machine is in "skipped". Raises UnfitError, with the bundle in
     `failed_folder(folder)`, when something is not fit to ship, and ExportError when the folder is not a bundle's.
     """
-    info = dict(info or {})
+    info = {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
     _bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
     _bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
-        calibration, drawn = None, None
-        if settings.int8 and data is not None:
-            calibration, drawn = _calibration.draw(data, settings.calibration_images, settings.images)
+        calibration, drawn, without = _draw(data, settings)
         targets, unavailable, notes = _write_targets(
-            part, student, arch, settings, classes, preprocess, info, calibration
+            part, student, arch, settings, classes, preprocess, info, calibration, without
         )
+        top1 = info.get("metrics", {}).get("top1")
+        known_from = _data_facts(data)["images"] if settings.images else None
         verification = verify.compare(
             student,
             targets | _further(targets),
@@ -98,11 +98,12 @@ def export_bundle(
             images=settings.images,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
-            gates=_gates(settings, data, info.get("metrics", {}).get("top1")),
+            gates=verify.Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
             golden=_bundle.read_golden(part),
             bundle=part if _bundle.can_load(part) else None,
         )
+        _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
         facts = {"exports": notes, "calibration": drawn, "parameters": sum(p.numel() for p in student.parameters())}
         verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
@@ -130,7 +131,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     recorded = _bundle.read_json(folder / "verification.json")
     student = _bundle.load_student(folder)
     targets, skipped = _existing_targets(folder)
-    same_data = recorded.get("data") == _data_facts(data) and settings.images is None
+    same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = verify.compare(
         student,
@@ -141,15 +142,16 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         images=settings.images,
         batch_sizes=settings.batch_sizes,
         threads=settings.threads,
-        gates=_gates(settings, data, known),
+        gates=verify.Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=_bundle.read_golden(folder),
         bundle=folder if _bundle.can_load(folder) else None,
     )
-    wrong_labels = _wrong_labels(facts["classes"], data)
-    if wrong_labels:
-        verification["rows"].append(verify.failed_row("labels.txt", wrong_labels))
-    if not all(row["pass"] for row in verification["rows"]):
+    odd = _bundle.contradictions(folder)
+    _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
+    for file, reason in odd.items():
+        _add_failure(verification, file, reason)
+    if not all(row["pass"] for row in verification["rows"] if row["name"] not in GPU_ROWS):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
     return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
@@ -209,8 +211,12 @@ def _write_targets(
     preprocess: dict,
     info: Mapping[str, Any],
     calibration: np.ndarray | None,
+    without: str,
 ) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
-    """Every export target that is asked for: the files, what is not available here, and each writer's notes."""
+    """Every export target that is asked for: the files, what is not available here, and each writer's notes.
+
+    without: why there is no int8 where there is no `calibration`.
+    """
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
@@ -221,14 +227,14 @@ def _write_targets(
             continue
         module = _shipped.target(name)
         wants_images = calibration is None and "int8" in flags(name)
-        reason = _NO_IMAGES if wants_images else module.available()
+        reason = without if wants_images else module.available()
         if reason is not None:
             skipped.append({"target": name, "reason": without_paths(reason)})
             continue
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
         offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest)}
-        offered |= {"calibration": calibration, **written}
+        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, **written}
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:
@@ -244,6 +250,18 @@ def _write_targets(
     if settings.triton:
         _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
+
+
+def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
+    """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
+    if data is None or not (settings.int8 or settings.fp16):
+        return None, None, _NO_IMAGES
+    try:
+        if settings.int8:
+            return *_calibration.draw(data, settings.calibration_images, settings.images), ""
+        return _calibration.draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
+    except OkdcError as error:  # the other files need none
+        return None, None, str(error)
 
 
 def flags(name: str) -> tuple[str, ...]:
@@ -330,16 +348,17 @@ def _leave_out(part: Path, targets: Mapping[str, verify.Exported], verification:
                     file.unlink(missing_ok=True)
 
 
-def _gates(settings: ExportSettings, data: Any | None, top1: float | None) -> verify.Gates:
-    """The gates of the settings; a top-1 known from all validation images says nothing about some of them."""
-    whole = settings.images is None or settings.images >= _data_facts(data)["images"]
-    return verify.Gates(settings.max_drop, settings.min_agreement, top1 if whole else None)
-
-
 def _data_facts(data: Any | None) -> dict[str, Any]:
     if data is None or data.validation is None:
         return {"name": None, "images": 0}
     return {"name": without_paths(str(data.name)), "images": data.sizes[1]}
+
+
+def _add_failure(verification: dict[str, Any], file: str, reason: str | None) -> None:
+    """A failed row for a file in which `reason` is wrong, if anything is."""
+    if reason:
+        verification["rows"].append(verify.failed_row(file, reason))
+        verification["verdict"] = "fail"
 
 
 def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:

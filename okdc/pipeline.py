@@ -115,7 +115,7 @@ def compress(
     further: list[dict[str, Any]] = []
     try:
         formats = wanted.export
-        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt)):
+        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
             result.verification = _export(result.student, data, wanted, folder, result)
             if (byproducts or lost) and wanted.export.byproducts:
                 further = [_byproducts.student_row(arch, result.student, data, result.verification)]
@@ -147,7 +147,8 @@ def export(
         _hub.check(push_to_hub)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     known = None if isinstance(source, nn.Module) else runs.read_student(Path(source))
-    wanted = override(load_recipe(Path(name) / runs.RECIPE, typed=None) if known else Recipe(), settings)
+    trained = load_recipe(Path(name) / runs.RECIPE, typed=None) if known else Recipe()
+    wanted = override(trained, settings)
     if known and not known["rebuildable"]:
         raise NetworkError(
             f"{name} trained an object, which cannot be built again from here. Call .export() on the Result in "
@@ -164,6 +165,12 @@ def export(
     data = _images(wanted, config) if known or "data" in settings else None
     classes = known["classes"] if known else data.classes if data else _numbered(student, config)
     folder = Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export"
+    info: dict[str, Any] = {"command": _command()}
+    if known:
+        metrics = (
+            runs.read_metrics(Path(name)) if wanted.data == trained.data else {}
+        )  # which other images say nothing of
+        info |= {"recipe": wanted.to_dict(), "title": Path(name).name, "metrics": metrics}
     verification = exporting.export_bundle(
         student,
         data,
@@ -171,7 +178,7 @@ def export(
         folder,
         arch=arch,
         model_args=networks.arguments(network),
-        info={"command": _command()} | ({"recipe": wanted.to_dict(), "title": Path(name).name} if known else {}),
+        info=info,
         preprocess=config,
         classes=classes,
     )

@@ -116,6 +116,16 @@ def read_student(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The student's figures (per cent) in the report of a run; empty where it has none."""
+    if not (folder / REPORT).is_file():
+        return {}
+    try:
+        return json.loads((folder / REPORT).read_text(encoding="utf-8"))["metrics"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{folder / REPORT} is damaged ({error}). Copy the run folder again.") from error
+
+
 # Settings that say where, how fast and how carefully a run is done, not what it learns.
 ASIDE = {
     "device", "timeout", "recovery_interval", "checkpoint_hist", "log_interval", "torchcompile", "torchcompile_mode",

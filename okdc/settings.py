@@ -169,6 +169,7 @@ class ExportSettings:
     int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
+    workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
     opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
@@ -187,3 +188,4 @@ class ExportSettings:
         None, "smallest agreement with torch that ships, per cent; 99.9, 99.5 for fp16, 97 for int8 when not given",
         at_least=0, at_most=100,
     )  # fmt: skip
+    license: str | None = _setting(None, "licence of the weights for the model card, such as apache-2.0 or mit")

@@ -79,7 +79,7 @@ def export(student: torch.nn.Module, data: Any, folder: Path, settings: ExportSe
 @pytest.fixture(scope="module")
 def bundle(student: torch.nn.Module, data: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "export"
-    assert export(student, data, folder, ExportSettings(batch_sizes=[1]))["verdict"] == "pass"
+    assert export(student, data, folder, ExportSettings(batch_sizes=[1], license="apache-2.0"))["verdict"] == "pass"
     return folder
 
 
@@ -100,7 +100,9 @@ def test_the_bundle_is_whole(bundle: Path, student: torch.nn.Module) -> None:
     assert all(row["pass"] and row["agreement"] == 100 for row in verification["rows"])
     assert verification["skipped"] == [] and verification["environment"]["torch"] == torch.__version__
     card = (bundle / "README.md").read_text()
-    assert all(f"`{name}`" in card for name in FILES - {"README.md", "model.onnx", "requirements.txt"})
+    assert (
+        all(f"`{name}`" in card for name in FILES - {"README.md"}) and "license: apache-2.0\n" in card.split("---")[1]
+    )
     assert exporting.read(bundle)["classes"] == CLASSES
     assert set(load_file(bundle / "model.safetensors")) == set(student.state_dict())
 
@@ -140,6 +142,13 @@ def test_exporting_again_replaces_the_bundle_with_the_same_bytes(
     same = {name for name, content in before.items() if (copy / name).read_bytes() == content}
     assert same >= FILES - {"verification.json", "README.md", "SHA256SUMS"}  # those hold times
     assert [path.name for path in copy.parent.iterdir()] == ["export"]
+
+
+def test_what_python_leaves_behind_is_no_other_thing(student: torch.nn.Module, data: Images, copy: Path) -> None:
+    subprocess.run([sys.executable, "-c", "import predict"], cwd=copy, env={"PYTHONDONTWRITEBYTECODE": ""}, check=True)
+    assert list((copy / "__pycache__").iterdir()) and exporting.check_sums(copy) == []
+    export(student, data, copy, WEIGHTS_ONLY)
+    assert not (copy / "__pycache__").exists()
 
 
 def test_a_folder_with_other_things_in_it_is_refused(student: torch.nn.Module, data: Images, copy: Path) -> None:

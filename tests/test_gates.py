@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from okdc._gates import DEFAULTS, NO_WISHES, Gates, is_variant, judge, milliseconds, verdict, weigh
+from okdc._gates import DEFAULTS, NO_WISHES, Gates, chance, is_variant, judge, milliseconds, verdict, weigh
 
 
 def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -47,6 +47,17 @@ def test_a_file_in_another_precision_than_it_is_sold_as_fails(precision: str, la
     assert judged(precision, layers=layers) is passes
 
 
+def test_a_top1_known_from_other_images_may_be_off_by_chance() -> None:
+    mixed, sorted_by_class = [0, 1, 2, 3] * 100, sorted([0, 1, 2, 3] * 100)
+    known = Gates(expected_top1=90.0, known_from=5000)
+    assert chance(known, mixed) == pytest.approx(300 * (0.9 * 0.1 / 400) ** 0.5)
+    assert chance(known, sorted_by_class) == pytest.approx(300 * (0.9 * 0.1 / 4) ** 0.5)  # four classes of a thousand
+    assert chance(Gates(expected_top1=90.0, known_from=100), mixed) == pytest.approx(2 * chance(known, mixed))
+    for exact in (Gates(expected_top1=90.0, known_from=400), Gates(expected_top1=90.0), NO_WISHES):
+        assert chance(exact, mixed) == 0
+    assert judged("fp32", Gates(margin=4.5), top1=85.0) and not judged("fp32", Gates(margin=4.5), top1=84.9)
+
+
 def test_of_noise_nothing_is_asked_but_that_float32_is_exact() -> None:
     assert not judged("fp32", labelled=False, agreement=99.0) and judged("int8", labelled=False, agreement=50.0)
     assert judged("fp16", tolerance=1e-2, labelled=False, rel=0.09)
@@ -62,6 +73,8 @@ def test_what_stops_a_release() -> None:
     assert verdict([torch, plain | bad, int8], True) == "fail"
     assert verdict([torch | bad, plain, int8], True) == "fail"
     assert verdict([torch, plain, row("predict.py", precision=None, **bad)], True) == "fail"  # type: ignore[arg-type]
+    assert verdict([torch, plain, row("onnx on cuda", **bad)], True) == "pass"  # the libraries of one machine
+    assert verdict([torch, plain | bad, row("onnx on cuda")], True) == "fail"
     assert verdict([torch], True) == "pass"  # weights only
     assert is_variant(int8) and not is_variant(plain) and not is_variant(torch)
 
@@ -71,7 +84,7 @@ def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marke
     best = weigh(rows)
     assert best is not None and best["file"] == "int8.onnx" and "6.00 ms at batch 1, 5.5 times as fast" in best["why"]
     assert [each["worth_shipping"] for each in rows] == [True, True, False, True]
-    assert "20.00 ms against 18.00 ms" in rows[2]["reason"]
+    assert "on this device at batch 1: 20.00 ms against 18.00 ms" in rows[2]["reason"]
     rows = [row("torch", ms=33), row("onnx", ms=18), row("int8", "int8", ms=6, top1=None, **{"pass": False})]
     rows[2]["worth_shipping"] = False
     assert (weigh(rows) or {})["file"] == "onnx.onnx"

@@ -15,7 +15,7 @@ import pytest
 import timm
 from click.testing import CliRunner, Result
 
-from okdc import exporting
+from okdc import _hub, exporting
 from okdc.cli import main
 from okdc.recipe import ExportSettings
 
@@ -121,6 +121,10 @@ def test_the_whole_bundle_is_pushed_and_timm_pushes_the_network(
     network, whole = hub.commits
     assert set(network) == {"config.json", "model.safetensors", "README.md"}
     assert whole == {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*")}
+    (bundle / "__pycache__").mkdir()
+    (bundle / "__pycache__" / "predict.pyc").write_bytes(b"of this machine")
+    _hub.push(bundle, "me/net")
+    assert hub.commits[-1] == whole
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ ALLOWED = {
     | RECIPE,
     "profiling": {"_machine", "_memory", "_state", "assembly", "cohort", "data", "estimate", "methods", "train"}
     | RECIPE,
-    "benchmark": {"_bundle", "_machine", "_portable", "_shipped", "exporting", "networks", "pipeline", "verify"}
+    "benchmark": {"_bundle", "_machine", "_portable", "_shipped", "data", "exporting", "networks", "pipeline", "verify"}
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"benchmark", "methods"},

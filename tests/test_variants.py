@@ -19,12 +19,13 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, _shipped, exporting
-from okdc.data import Data
+from okdc import _bundle, _calibration, _schema, _shipped, checkpoint, cli, exporting, pipeline
+from okdc.data import Data, wrap
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
 from okdc.verify import torch_runner
+from tests.export import fake_tensorrt
 
 QUICK = ExportSettings(batch_sizes=[])
 ROWS = ["torch", "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "predict.py"]
@@ -36,7 +37,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return okdc.compress(
         "test_resnet", method="baseline", output=tmp_path_factory.mktemp("runs"), experiment="digits", img_size=32,
         no_aug=True, epochs=4, batch_size=32, opt="adamw", lr=0.003, workers=0, fp16=True, int8=True,
-        calibration_images=64, batch_sizes=[1],
+        calibration_images=64, batch_sizes=[1], license="mit",
     )  # fmt: skip
 
 
@@ -68,7 +69,12 @@ def test_every_precision_is_exported_verified_and_as_accurate(result: Result, bu
     assert found["onnx_int8_trt"]["latency"] == [] and found["onnx_int8_trt"]["worth_shipping"] is None
     assert verification["parameters"] == verification["exports"]["onnx"]["parameters"]
     card = (bundle / "README.md").read_text()
-    assert "Recommended here" in card and "calibrated on 64 training images" in card and "`model.int8.onnx`" in card
+    assert (
+        card.startswith("---\nlicense: mit\n")
+        and "Recommended here" in card
+        and "calibrated on 64 training images" in card
+        and "`model.int8.onnx`" in card
+    )
     assert exporting.check_sums(bundle) == []
 
 
@@ -109,6 +115,73 @@ def test_without_data_int8_is_skipped_with_the_flag_to_type(tmp_path: Path, resu
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert "--data" in skipped["onnx_int8"] and "--data" in skipped["onnx_int8_trt"]
     assert verification["verdict"] == "parity_only" and rows(verification)["onnx_fp16"]["pass"]
+
+
+def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, tmp_path: Path) -> None:
+    images, labels = next(iter(result.data.validation or ()))
+    known = {"num_classes": 10, "preprocess": result.data.preprocess, "name": "one"}
+    data = replace(wrap([(images, labels)], [(images, labels)], **known), training_images=[])
+    settings = ExportSettings(int8=True, batch_sizes=[])
+    verification = exporting.export_bundle(result.student, data, settings, tmp_path / "x", arch="test_resnet")
+    assert verification["verdict"] == "pass" and list(rows(verification)) == ["torch", "onnx"]
+    skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
+    for target in ("onnx_int8", "onnx_int8_trt"):
+        assert skipped[target].startswith("int8 is calibrated on at least two training images, and one has 0")
+    with pytest.raises(ExportError, match="no int8 file was written: int8 is calibrated on") as caught:
+        cli._require_asked(verification, False, True)
+    assert caught.value.exit_code == 2
+
+
+class Bright(torch.nn.Module):
+    """Overflows in float16 on images from 0 to 255, not on noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head((images * 1000).relu().mean((2, 3)) / 1000)
+
+
+def test_overflow_of_fp16_is_looked_for_on_training_images(tmp_path: Path) -> None:
+    images, labels = 255 * torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    config = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    data = wrap([(images, labels)], [(images, labels)], num_classes=4, preprocess=config, name="bright")
+    settings = ExportSettings(fp16=True, batch_sizes=[], max_drop=100, min_agreement=0)
+    verification = exporting.export_bundle(Bright(), data, settings, tmp_path / "x", arch="Bright")
+    assert verification["exports"]["onnx_fp16"]["kept_in_float"] and verification["calibration"] is None
+
+
+ENGINES = {"tensorrt": {"fp32"}, "tensorrt_fp16": {"fp16", "fp32"}, "tensorrt_int8": {"fp32", "int8"}}
+
+
+def test_every_engine_on_the_whole_road_with_a_fake_tensorrt(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = fake_tensorrt.pretend(monkeypatch, list(fake_tensorrt.NAMES)[-1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = Path(shutil.copytree(result.path, tmp_path / "run", ignore=shutil.ignore_patterns("export")))
+    wanted = {"trt": True, "fp16": True, "int8": True, "triton": True, "workspace": 2.5, "batch_sizes": []}
+    verification = pipeline.export(run, calibration_images=16, **wanted)
+    found, bundle = rows(verification), run / "export"
+    assert verification["verdict"] == "pass" and list(found) == [*ROWS[:-1], *ENGINES, "predict.py"]
+    for name, precisions in ENGINES.items():
+        assert found[name]["layers"].keys() == precisions and found[name]["provider"].endswith(" on H100")
+        assert found[name]["pass"] and found[name]["agreement"] >= 97
+    assert package.plan.told.count(("WORKSPACE", int(2.5 * 2**30))) == len(ENGINES)
+    assert [path.suffix for path in (tmp_path / "cache" / "okdc").iterdir()] == [".timing"]
+    plans = [path.read_bytes() for path in (bundle / "triton").rglob("model.plan")]
+    assert plans == [(bundle / "model.engine").read_bytes()]
+    assert exporting.check_sums(bundle) == []
+    card = (bundle / "README.md").read_text()
+    assert all(f"- `{path.name}`: " in card for path in bundle.iterdir() if path.name != "README.md")
+    for end in ("", ".json"):  # the float32 engine sold as float16
+        shutil.copyfile(bundle / f"model.engine{end}", bundle / f"model.fp16.engine{end}")
+    _bundle.write_sums(bundle)
+    again = exporting.verify_bundle(bundle, result.data, QUICK)
+    (failed,) = [row for row in again["rows"] if not row["pass"]]
+    assert again["verdict"] == "fail" and failed["name"] == "tensorrt_fp16"
+    assert "no layer in the precision of its name, only fp32" in failed["reason"]
 
 
 def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
@@ -201,7 +274,54 @@ def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path,
     assert verification["verdict"] == "fail" and "when last measured" in rows(verification)["torch"]["reason"]
 
 
-# ---- planted faults
+# ---- planted faults, in the run that is exported again
+
+
+def wrong_colours(run: Path) -> None:
+    student = json.loads((run / "student.json").read_text())
+    student["preprocess"] |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (run / "student.json").write_text(json.dumps(student))
+
+
+def wrong_classes(run: Path) -> None:
+    student = json.loads((run / "student.json").read_text())
+    student["classes"] = student["classes"][1:] + student["classes"][:1]
+    (run / "student.json").write_text(json.dumps(student))
+
+
+def wrong_weights(run: Path) -> None:
+    best, noise = checkpoint.load(run / checkpoint.BEST), torch.Generator().manual_seed(0)
+    for weights in best["state_dict"].values():
+        if weights.dtype == torch.float32 and weights.ndim > 1:
+            weights += 0.5 * weights.std() * torch.randn(weights.shape, generator=noise)
+    torch.save(best, run / checkpoint.BEST)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (None, None),
+        (wrong_colours, "torch: its top-1 is .* when last measured"),
+        (wrong_classes, "labels.txt: its class 0 is '1', the data's is '0'"),
+        (wrong_weights, "torch: its top-1 is .* when last measured"),
+    ],
+)
+def test_a_run_that_is_exported_again_is_held_to_its_report_and_its_data(
+    result: Result, tmp_path: Path, spoil: Callable[[Path], None] | None, reason: str | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(result.path, run, ignore=shutil.ignore_patterns("export"))
+    settings = {"onnx": False, "fp16": False, "int8": False, "batch_sizes": []}
+    if spoil is None or reason is None:
+        assert pipeline.export(run, **settings)["verdict"] == "pass"
+        return
+    spoil(run)
+    with pytest.raises(exporting.UnfitError, match=reason):
+        pipeline.export(run, **settings)
+    assert not (run / "export").exists()
+
+
+# ---- planted faults, in the bundle
 
 
 def edit(name: str, **changes: Any) -> Callable[[Path], None]:
@@ -254,7 +374,7 @@ def shift_labels(folder: Path) -> None:
     ("spoil", "row", "reason"),
     [
         (edit("preprocess.json", mean=[0.1, 0.1, 0.1]), "predict.py", "torch"),
-        (edit("preprocess.json", std=[1.0, 1.0, 1.0]), "predict.py", "torch"),
+        (edit("preprocess.json", std=[1.0, 1.0, 1.0]), "preprocess.json", "its std is [1.0, 1.0, 1.0], that in config"),
         (swap_channels, "onnx", "logits differ"),
         (perturb("model.onnx", np.float32), "onnx", "agrees with torch"),
         (perturb("model.fp16.onnx", np.float16), "onnx_fp16", "agrees with torch"),
@@ -263,7 +383,7 @@ def shift_labels(folder: Path) -> None:
         (sell("model.onnx", "model.int8.trt.onnx"), "onnx_int8_trt", "sold as int8, and its layers are"),
         (sell("model.onnx", "model.fp16.onnx"), "onnx_fp16", "sold as fp16, and its layers are"),
         (sell("model.int8.onnx", "model.onnx"), "onnx", "sold as fp32, and its layers are"),
-        (shift_labels, "labels.txt", "class 0"),
+        (shift_labels, "labels.txt", "not those in config.json"),
     ],
     ids=[
         "wrong mean", "wrong std", "swapped channels", "perturbed fp32", "perturbed fp16", "perturbed int8",
@@ -279,4 +399,30 @@ def test_planted_faults_fail_their_row_and_only_theirs(
     verification = exporting.verify_bundle(copy, result.data, QUICK)
     failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
     assert verification["verdict"] == "fail" and reason in failed.pop(row)
-    assert set(failed) <= ({"predict.py"} if row == "onnx" else set())  # it runs model.onnx
+    also = {"onnx": {"predict.py"}, "predict.py": {"preprocess.json"}, "preprocess.json": {"predict.py"}}
+    assert set(failed) <= also.get(row, set())  # predict.py runs model.onnx as preprocess.json says
+
+
+@pytest.mark.parametrize("agreeing", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"images": 300}, None], ids=["all images", "some images", "no images"])
+def test_a_fault_in_the_bundles_own_preprocessing_is_caught(
+    result: Result, tmp_path: Path, settings: dict[str, Any] | None, agreeing: bool
+) -> None:
+    """The images are prepared as the bundle says: what is wrong there shows in what is known of it."""
+    run = tmp_path / "run"
+    shutil.copytree(result.path, run, ignore=shutil.ignore_patterns("*.tar", "*int8*", "*fp16*", "predict.py"))
+    wrong = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    edit("preprocess.json", **wrong)(run / "export")
+    if agreeing:  # the one who made the mistake made it everywhere
+        edit("config.json", pretrained_cfg=wrong)(run / "export")
+        (run / "export" / "model.onnx").unlink()
+    _bundle.write_sums(run / "export")
+    if settings is None:
+        (run / "recipe.yaml").unlink()  # a bundle that was copied alone
+    verification = pipeline.verify(run, batch_sizes=[], **settings or {})
+    failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
+    assert ("preprocess.json" in failed) is not agreeing
+    assert ("torch" in failed) is (settings is not None) and "when last measured" in failed.get(
+        "torch", "when last measured"
+    )
+    assert verification["verdict"] == ("fail" if failed else "parity_only")

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,7 @@ def test_a_faithful_export_passes(student: torch.nn.Module, exported: Exported, 
         ("return run(x)[:, :3]", "shape (16, 3)"),
         ("return run(x) if len(x) > 1 else run(x)[None]", "1 images at once"),
         ("if len(x) == 3: raise RuntimeError('fixed batch')\n        return run(x)", "3 images at once: fixed batch"),
+        ("if len(x) == 32: raise RuntimeError('too many')\n        return run(x)", "32 images at once: too many"),
         ("raise RuntimeError('broken /home/me/model.onnx')", "does not run: broken model.onnx"),
     ],
 )
@@ -194,6 +196,21 @@ def test_the_whole_pipeline_is_judged_on_raw_images(
     assert row["pass"] is passes, row
     if passes:
         assert row["agreement"] == 100 and row["top1"] > 90
+
+
+class Tie(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0, 1.00001, 0, 0]).repeat(len(images), 1)
+
+
+def test_a_tie_that_is_turned_over_passes_for_a_file_and_not_for_the_pipeline(exported: Exported, data: Images) -> None:
+    turned = lambda images: np.tile(np.float32([1.00001, 1.0, 0, 0]), (len(images), 1))  # noqa: E731
+    file = Exported(exported.path, SimpleNamespace(runner=lambda path, device: turned))  # type: ignore[arg-type]
+    rows = compare(Tie(), file, data, pipelines={"predict.py": turned})
+    assert rows["onnx"]["pass"] and rows["onnx"]["ties"] == 40
+    assert "agrees with torch on 0.00%" in rows["predict.py"]["reason"]
+    lenient = Gates(max_drop=0.5, min_agreement=0.0)
+    assert compare(Tie(), file, data, pipelines={"predict.py": turned}, gates=lenient)["predict.py"]["pass"]
 
 
 def test_raw_images_in_another_order_are_an_error(student: torch.nn.Module, exported: Exported, data: Images) -> None:

@@ -1,13 +1,17 @@
 """A `tensorrt` with the public names of a real version and nothing else, that behaves as the real one was seen to.
 
 A name that is not in tensorrt_names.json raises AttributeError, also when it is set. A plan is a piece of json that
-names its ONNX, and a context runs that ONNX on the CPU, from and to the addresses that it was given.
+holds its ONNX, and a context runs that ONNX on the CPU, from and to the addresses that it was given.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import ctypes
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +21,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
+import torch
+
+from okdc import _shipped
 
 NAMES = json.loads(Path(__file__).with_name("tensorrt_names.json").read_text())
 _KINDS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT8: "INT8"}
@@ -103,7 +111,8 @@ class Builder(Object):
             self._log.log(self._trt.ILogger.ERROR, reason)
             return None
         shapes = config._profiles[0]._shapes
-        return json.dumps({"onnx": network._source, "shapes": shapes, "types": network._types}).encode()
+        source = base64.b64encode(Path(network._source).read_bytes()).decode()
+        return json.dumps({"onnx": source, "shapes": shapes, "types": network._types}).encode()
 
 
 class Network(Object):
@@ -223,7 +232,7 @@ class Engine(Object):
 
     def __init__(self, package: Package, facts: dict[str, Any]) -> None:
         super().__init__(package)
-        self._facts, self._session = facts, onnxruntime.InferenceSession(facts["onnx"])
+        self._facts, self._session = facts, onnxruntime.InferenceSession(base64.b64decode(facts["onnx"]))
         self._io = [self._session.get_inputs()[0].name, self._session.get_outputs()[0].name]
 
     def get_tensor_name(self, index: int) -> str:
@@ -308,3 +317,44 @@ class Package:
         self.ILogger = type("ILogger", (), levels)
         self.Builder, self.Runtime, self.OnnxParser = (partial(kind, self) for kind in (Builder, Runtime, Parser))
         assert {name for name in vars(self) if name not in ("__version__", "plan")} <= set(NAMES[version]["module"])
+
+
+class Graph:
+    """A CUDA graph: what was enqueued while it was captured, again."""
+
+    plan: Plan
+
+    def __init__(self) -> None:
+        self.enqueued: list[tuple[Any, Context, int]] = []
+
+    @contextlib.contextmanager
+    def capture(self, stream: Any) -> Iterator[None]:
+        real = Context.execute_async_v3
+        record = lambda context, number: self.enqueued.append((real, context, number)) or Graph.plan.enqueue  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Context, "execute_async_v3", record)
+            yield
+
+    def replay(self) -> None:
+        for real, context, number in self.enqueued:
+            assert real(context, number)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> Package:
+    """The fake as `tensorrt`, on a machine that claims to have a GPU; tensors stay on the CPU."""
+    package, target = Package(version, Plan()), _shipped.target("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", package)
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
+    nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
+    for name, value in {
+        "is_available": lambda: True, "get_device_name": lambda *_: "H100", "get_device_capability": lambda *_: (9, 0),
+        "device": nothing, "stream": nothing, "Stream": lambda: stream, "current_stream": lambda _: stream,
+        "CUDAGraph": Graph, "graph": Graph.capture,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(target, "_gpu", lambda device: torch.device("cpu"))
+    for name in ("tensorrt_fp16", "tensorrt_int8"):  # else each loads to_tensorrt.py for itself
+        monkeypatch.setattr(_shipped.target(name), "_to_tensorrt", lambda: target)
+    Graph.plan = package.plan
+    return package

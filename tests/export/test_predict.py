@@ -7,9 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +20,7 @@ from timm.data import create_transform
 from torch import nn
 
 from okdc import _shipped
+from okdc.data._transforms import convert
 
 SCRIPT = _shipped.folder("export") / "predict.py"
 predict = _shipped.load(SCRIPT)
@@ -76,6 +80,19 @@ def test_sixteen_bits_are_not_clipped_to_white(channels):
         predict.preprocess(grey.convert("F"), config)
 
 
+@pytest.mark.parametrize("transparency", [3, bytes(range(0, 250, 10))])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_palette_is_read_as_in_training(channels, transparency, tmp_path):
+    config = {"input_size": [channels, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
+    config |= {"mean": [0.5] * channels, "std": [0.2] * channels}
+    photo((50, 41), "P").save(tmp_path / "image.png", transparency=transparency)
+    with Image.open(tmp_path / "image.png") as image:
+        image.load()
+    trained_on = convert(image, "L" if channels == 1 else "RGB")
+    expected = create_transform(**config, is_training=False)(trained_on)
+    assert np.array_equal(predict.preprocess(image, config), expected.numpy())  # without a warning of Pillow's
+
+
 def test_defaults_are_those_of_timm():
     config = {"input_size": [3, 224, 224], **IMAGENET, "interpolation": "bilinear", "crop_pct": None, "crop_mode": None}
     assert_equal_to_timm(photo((200, 300)), config)
@@ -113,6 +130,40 @@ def test_needs_numpy_pillow_and_onnxruntime_only():
     names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"numpy", "PIL", "onnxruntime"}
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """The Python of an environment that has numpy, pillow and onnxruntime, and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("[Ll]ib/**/site-packages")
+    for module in (np, PIL, onnxruntime):
+        place = Path(module.__file__).parent
+        (packages / place.name).symlink_to(place)
+        for libraries in place.parent.glob(f"{'pillow' if module is PIL else place.name}.libs"):
+            (packages / libraries.name).symlink_to(libraries)
+    return next(folder.glob("[bS]*/python*"))
+
+
+def test_runs_where_nothing_else_is_installed(bundle, bare_python):
+    code = (
+        "import importlib.util, json, runpy, sys\n"
+        "assert not any(map(importlib.util.find_spec, ['torch', 'timm', 'onnx', 'okdc']))\n"
+        "try: runpy.run_path('predict.py', run_name='__main__')\n"
+        "except SystemExit as ended: assert ended.code == 0\n"
+        "found = {name.partition('.')[0] for name, module in sys.modules.items()"
+        " if 'site-packages' in (getattr(module, '__file__', None) or '')}\n"
+        "print(json.dumps(sorted(found)))"
+    )
+    done = subprocess.run(
+        [bare_python, "-I", "-X", "utf8", "-W", "error", "-c", code, "images", "--top", "1"],
+        cwd=bundle, capture_output=True, text=True, encoding="utf-8", check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, modules = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["red", "grün", "blue"]
+    assert json.loads(modules) == ["PIL", "numpy", "onnxruntime"]
 
 
 def test_folder_of_images(bundle):

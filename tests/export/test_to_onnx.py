@@ -179,12 +179,14 @@ def test_failure_keeps_the_good_file(tmp_path, network, reason):
     assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
 
 
-def test_runner_errors(exported, tmp_path):
+def test_runner_errors(exported, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="cannot run on 'tpu'"):
         to_onnx.runner(exported[1], device="tpu")
     (tmp_path / "broken.onnx").write_bytes(b"not onnx")
-    with pytest.raises(RuntimeError, match=r"cannot load .*broken\.onnx"):
-        to_onnx.runner(tmp_path / "broken.onnx")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(RuntimeError, match=r"cannot load broken\.onnx") as caught:
+        to_onnx.runner(f"{tmp_path.name}/broken.onnx")
+    assert tmp_path.name not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -208,11 +210,41 @@ def test_a_gpu_provider_is_in_use_or_refused(exported, device, provider):
     try:
         run = to_onnx.runner(path, device)
     except RuntimeError as error:
+        required = torch.cuda.is_available() and os.environ.get("OKDC_REQUIRE_TRT") == "1"
+        assert not required, f"OKDC_REQUIRE_TRT=1, but: {error}"
         assert not torch.cuda.is_available() or "libraries" in str(error) or "cannot load" in str(error)
         assert re.search("cannot load|fell back", str(error))
     else:
         assert run.provider.startswith(provider)
         assert_same(run, network, limit=5e-3 if provider == "Tensorrt" else 1e-4)
+
+
+def test_the_tensorrt_provider_gets_its_device_and_no_more_images_than_it_is_prepared_for(exported, monkeypatch):
+    import onnxruntime
+
+    asked, sizes = [], []
+
+    class Session(onnxruntime.InferenceSession):
+        """onnxruntime on the CPU, which claims to be what was asked for."""
+
+        def __init__(self, model, options, providers, **_):
+            asked.append(providers[0])
+            super().__init__(model, options, ["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return [asked[-1][0]]
+
+        def run(self, names, feeds):
+            sizes.append(len(feeds["input"]))
+            return super().run(names, feeds)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    run = to_onnx.runner(exported[1], "tensorrt:1")
+    provider, settings = asked[-1]
+    assert provider == run.provider == "TensorrtExecutionProvider"
+    assert settings["device_id"] == "1" and settings["trt_profile_max_shapes"] == "input:32x3x32x32"
+    images = np.random.default_rng(0).standard_normal((70, 3, 32, 32), dtype=np.float32)
+    assert np.allclose(run(images), to_onnx.runner(exported[1])(images), atol=1e-5) and sizes[:3] == [32, 32, 6]
 
 
 def test_the_tensorrt_provider_is_told_which_batches_come(exported):

@@ -93,12 +93,15 @@ class Large(torch.nn.Module):
 def test_fp16_keeps_what_would_overflow_in_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     facts = to_fp16.write(Large(), torch.zeros(2, 3, 32, 32), tmp_path / "m.onnx", calibration=images(8))
-    (kept,) = facts["kept_in_float"]
-    model = onnx.load(tmp_path / "m.onnx")
-    (summing,) = [node for node in model.graph.node if node.name == kept["layer"]]
-    assert summing.op_type == "ReduceSum" and kept["largest"] > 65504
-    casts = {node.input[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"}
-    assert casts[summing.output[0]] == onnx.TensorProto.FLOAT16  # it gives float32, which is made smaller after it
+    nodes = {node.name: node for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    summing, root = (nodes[kept["layer"]] for kept in facts["kept_in_float"])
+    assert (summing.op_type, root.op_type) == ("ReduceSum", "Sqrt")
+    assert all(kept["largest"] > 65504 for kept in facts["kept_in_float"])
+    assert root.input[0] == summing.output[0]  # straight: in float16 on the way it would be infinite
+    made = {
+        node.attribute[0].i for node in nodes.values() if node.op_type == "Cast" and node.input[0] == root.output[0]
+    }
+    assert made == {onnx.TensorProto.FLOAT16}  # small enough again
     assert to_fp16.runner(tmp_path / "m.onnx").precisions == {"fp16": 1}
 
 

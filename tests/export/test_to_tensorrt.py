@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ import onnx
 import pytest
 import torch
 
-from okdc import _shipped
+from okdc import _bundle, _shipped
 from tests.export import fake_tensorrt
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
@@ -81,6 +81,13 @@ def test_without_tensorrt_one_sentence(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SOURCE), run_name="__main__")
     assert ended.value.code == 2 and capsys.readouterr().err == f"{REASON}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(("target", "source"), [("tensorrt_fp16", "fp16.onnx"), ("tensorrt_int8", "int8.trt.onnx")])
+def test_the_command_to_type_names_the_onnx_of_its_precision(target, source):
+    sentence = _shipped.target(target).available()
+    assert sentence.endswith(f"type there: python to_tensorrt.py model.{source}") and sentence.count(source) == 2
 
 
 def test_loads_without_torch_or_tensorrt():
@@ -175,43 +182,7 @@ def test_engine_without_its_sidecar_is_refused(tmp_path, missing):
 
 @pytest.fixture(params=NAMES)
 def trt(request, monkeypatch):
-    """The fake of each version, on a machine that claims to have a GPU; tensors stay on the CPU."""
-    package = fake_tensorrt.Package(request.param, fake_tensorrt.Plan())
-    monkeypatch.setitem(sys.modules, "tensorrt", package)
-    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
-    nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
-    for name, value in {
-        "is_available": lambda: True, "get_device_name": lambda *_: "H100", "get_device_capability": lambda *_: (9, 0),
-        "device": nothing, "stream": nothing, "Stream": lambda: stream, "current_stream": lambda _: stream,
-        "CUDAGraph": Graph, "graph": Graph.capture,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(to_tensorrt, "_gpu", lambda device: torch.device("cpu"))
-    Graph.plan = package.plan
-    return package
-
-
-class Graph:
-    """A CUDA graph: what was enqueued while it was captured, again."""
-
-    plan: fake_tensorrt.Plan
-    recording: Graph | None = None
-
-    def __init__(self):
-        self.enqueued = []
-
-    @contextlib.contextmanager
-    def capture(self, stream):
-        real = fake_tensorrt.Context.execute_async_v3
-        record = lambda context, number: self.enqueued.append((real, context, number)) or Graph.plan.enqueue  # noqa: E731
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fake_tensorrt.Context, "execute_async_v3", record)
-            yield
-
-    def replay(self):
-        for real, context, number in self.enqueued:
-            assert real(context, number)
+    return fake_tensorrt.pretend(monkeypatch, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +267,40 @@ def test_contract_what_goes_wrong_when_running_is_told(trt, onnx_file, tmp_path)
         run(np.zeros((1, 3, 32, 32), dtype=np.float32))
 
 
+def test_contract_a_graph_is_of_one_shape(trt, onnx_file, tmp_path):
+    build(onnx_file, tmp_path)
+    run = to_tensorrt.runner(tmp_path / "model.engine", cuda_graph=True)
+    assert run(np.zeros((2, 3, 32, 32), dtype=np.float32)).shape == (2, 7)
+    with pytest.raises(RuntimeError, match="takes images from"):
+        run(np.zeros((2, 1, 32, 32), dtype=np.float32))
+
+
+def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_file, tmp_path, monkeypatch, capsys):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.onnx").write_bytes(onnx_file[1].read_bytes())
+    shutil.copyfile(SOURCE, bundle / "to_tensorrt.py")
+    _bundle.write_sums(bundle)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
+    for _ in range(2):  # built, and built again for another machine
+        runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
+        assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", "model.engine", "model.engine.json"}
+        assert _bundle.check_sums(bundle) == []
+        _bundle.refuse_foreign(bundle)
+    assert [path.name for path in (tmp_path / "cache" / "okdc").iterdir()] == [
+        f"tensorrt-{trt.__version__}-sm9.0.timing"
+    ]
+
+
+def test_without_a_cache_folder_timings_are_kept_at_home(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = to_tensorrt._default_cache(HERE)
+    assert cache == tmp_path / ".cache" / "okdc" / "tensorrt-11.4.0.106-sm9.0.timing"
+    assert to_tensorrt._default_cache(HERE | {"compute_capability": "8.9"}) != cache
+
+
 def test_contract_a_name_promises_a_precision(trt, onnx_file, tmp_path):
     source = tmp_path / "model.fp16.onnx"
     source.write_bytes(onnx_file[1].read_bytes())  # float32 in truth
@@ -328,8 +333,7 @@ def test_contract_the_onnx_beside_must_be_the_one_it_was_built_from(trt, onnx_fi
     with pytest.raises(RuntimeError, match=r"built from another model\.onnx"):
         to_tensorrt.runner(tmp_path / "model.engine")
     (tmp_path / "model.onnx").unlink()
-    with pytest.raises(Exception, match="onnx"):  # the fake needs it; the real engine does not
-        to_tensorrt.runner(tmp_path / "model.engine")
+    assert_same(to_tensorrt.runner(tmp_path / "model.engine"), onnx_file[0], limit=1e-5)
 
 
 @pytest.mark.parametrize("version", NAMES)
@@ -353,6 +357,7 @@ def test_contract_the_fake_knows_no_name_that_the_version_has_not(version):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
+    """A network and the folder of its engines, with the facts of each by its target."""
     if REASON is not None:
         if os.environ.get("OKDC_REQUIRE_TRT") == "1":
             pytest.fail(f"OKDC_REQUIRE_TRT=1, but: {REASON}")
@@ -360,35 +365,45 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensorrt")
     network, source = tiny(), folder / "model.onnx"
     _shipped.target("onnx").write(network, EXAMPLE, source)
-    facts = to_tensorrt.write(
-        None, None, folder / to_tensorrt.FILE, onnx=source, profile=(1, 3, 4), timing_cache=folder / "timing"
-    )
-    return network, folder / to_tensorrt.FILE, facts
+    calibration = np.random.default_rng(0).standard_normal((16, 3, 32, 32), dtype=np.float32)
+    options = {"profile": (1, 3, 4), "timing_cache": folder / "timing"}
+    facts = {"tensorrt": to_tensorrt.write(None, None, folder / to_tensorrt.FILE, onnx=source, **options)}
+    for name, before in {"tensorrt_fp16": "onnx_fp16", "tensorrt_int8": "onnx_int8_trt"}.items():
+        target, given = _shipped.target(name), folder / _shipped.target(before).FILE
+        _shipped.target(before).write(None, None, given, onnx=source, calibration=calibration)
+        facts[name] = target.write(None, None, folder / target.FILE, **{before: given}, profile=(1, 3, 4))
+    return network, folder, facts
 
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_engine_equals_torch(built, cuda_graph):
-    network, path, facts = built
-    run = to_tensorrt.runner(path, device="cuda", cuda_graph=cuda_graph)
-    assert run.provider.startswith("TensorRT") and set(facts["precisions"]) == {"fp32"}
-    assert_same(run, network.cpu(), limit=1e-4)  # no TF32; the batch of five is split, as the profile ends at four
+@pytest.mark.parametrize(
+    ("name", "precision", "limit"),
+    [("tensorrt", "fp32", 1e-4), ("tensorrt_fp16", "fp16", 1e-2), ("tensorrt_int8", "int8", 0.3)],
+)
+def test_engine_equals_torch(built, cuda_graph, name, precision, limit):
+    network, folder, facts = built
+    target = _shipped.target(name)
+    run = target.runner(folder / target.FILE, device="cuda", cuda_graph=cuda_graph)
+    assert run.provider.startswith("TensorRT") and run.precisions == facts[name]["precisions"]
+    assert set(run.precisions) - {"fp32"} == {precision} - {"fp32"}
+    assert_same(run, network.cpu(), limit=limit)  # no TF32; the batch of five is split, as the profile ends at four
     images = torch.randn(2, 3, 32, 32, device="cuda")
     assert np.allclose(run.infer(images).cpu().numpy(), run(images.cpu().numpy()), atol=1e-6)
 
 
 @pytest.mark.tensorrt
 def test_second_build_uses_the_timing_cache(built):
-    _, path, _ = built
-    assert path.with_name("timing").stat().st_size > 0
-    source, cache = path.with_name("model.onnx"), path.with_name("timing")
-    again = to_tensorrt.write(None, None, path.with_name("again.engine"), onnx=source, timing_cache=cache)
+    _, folder, _ = built
+    source, cache = folder / "model.onnx", folder / "timing"
+    assert cache.stat().st_size > 0
+    again = to_tensorrt.write(None, None, folder / "again.engine", onnx=source, timing_cache=cache)
     assert again["onnx"] == "model.onnx"
 
 
 @pytest.mark.tensorrt
 def test_image_of_another_size_is_refused(built):
-    run = to_tensorrt.runner(built[1], device="cuda")
+    run = to_tensorrt.runner(built[1] / to_tensorrt.FILE, device="cuda")
     with pytest.raises(RuntimeError, match="takes images from"):
         run(np.zeros((1, 3, 48, 48), dtype=np.float32))
 
