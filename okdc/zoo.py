@@ -7,6 +7,7 @@ import fnmatch
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -216,6 +217,7 @@ def _start(context: Any, name: str, limits: Limits, options: dict[str, Any]) -> 
 
 
 def _examine(name: str, limits: Limits, options: dict[str, Any], answer: Connection) -> None:
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     torch.set_num_threads(1)
     started, least = time.monotonic(), examine.least_gigabytes(name)
     if least > limits.gigabytes:
@@ -223,6 +225,14 @@ def _examine(name: str, limits: Limits, options: dict[str, Any], answer: Connect
         answer.send(_ended(name, "memory", f"{reason}{limits.gigabytes:g} GB", time.monotonic() - started))
     else:
         answer.send(examine.examine(name, **options))
+
+
+def _end_with_the_sweep() -> None:
+    """A sweep that is killed leaves nothing behind: a network can go on for minutes, in gigabytes."""
+    sweep = multiprocessing.parent_process()
+    if sweep is not None:
+        sweep.join()
+        os._exit(1)
 
 
 def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
