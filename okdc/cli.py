@@ -7,16 +7,13 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from okdc import __version__, _flags, recipe
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class _Failure(click.ClickException):
@@ -271,20 +268,7 @@ def inspect(
     input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
     found = anatomy.inspect(network, input_size)
-    _summary.show_anatomy(model, found, cut, lambda place: _refusal(network, input_size, place))
-
-
-def _refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
-    """Why no branch can part from the network after `cut`, found by letting one part."""
-    import torch
-
-    from okdc.cohort import Branch, Cohort
-
-    try:
-        Cohort(network, torch.randn(2, *input_size), [Branch(cut)]).strip()
-    except OkdcError as error:
-        return str(error)
-    return None
+    _summary.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, input_size, place))
 
 
 def _refuse_ignored(model: str | None) -> None:

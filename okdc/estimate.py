@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import _teacher, assembly, methods, networks
 from okdc._machine import own_randomness, seed_everything
 from okdc.calls import at_rest
-from okdc.cohort import Cost
+from okdc.cohort import Branch, Cohort, Cost
+from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import Recipe
@@ -55,6 +56,15 @@ def estimate(wanted: Recipe) -> Estimate:
     with own_randomness():
         learner, stands_in = built(wanted)
         return measure(learner, assembly.needs(wanted)[0], stands_in)
+
+
+def refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
+    """Why no branch can part from the network after `cut`, found by letting one part; None where one can."""
+    try:
+        Cohort(network, torch.randn(2, *input_size), [Branch(cut)]).strip()
+    except OkdcError as error:
+        return str(error)
+    return None
 
 
 def built(wanted: Recipe) -> tuple[Method, bool]:
