@@ -233,8 +233,9 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
     last = spread[-1] if spread else None
     if single := [c for c in before if c.end > since and _shrinks_to_one(c, aspect)]:
         # On small images the last stage is a single pixel: what enters the pooling after it is the feature map.
+        # A block's shortcut may pool, too; what it pools is larger.
         outside = [c for c in before if c.start > single[0].end and c.start not in within]
-        pools = [c.start for c in outside if "pool" in c.kind.lower()]
+        pools = [c.start for c in outside if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
         last = [c for c in before if c.end < min([*pools, moment])][-1]
     if last is None:
         raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")

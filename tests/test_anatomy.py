@@ -32,6 +32,12 @@ def test_single_pixel_feature_map_on_small_images() -> None:
     assert anatomy.feature_map == "layer4" and anatomy.feature_shape == (512, 1, 1)
 
 
+def test_a_shortcut_that_pools_to_a_single_pixel_ends_no_stage() -> None:
+    anatomy = inspect(timm.create_model("resnet50d", num_classes=10), (3, 32, 32))
+    assert (anatomy.feature_map, anatomy.cut()) == ("layer4", "layer3")
+    assert anatomy.stages[-1].blocks == (("layer4.1",), ("layer4.2",))
+
+
 def test_isotropic_network_parts_after_two_thirds_of_its_blocks() -> None:
     anatomy = inspect(networks.Tokens(depth=6), (3, 32, 32))
     assert anatomy.layout == "tokens" and anatomy.embedding == 16 and anatomy.feature_map == "norm"
