@@ -152,13 +152,18 @@ def refuse_by_data(target: nn.Module, anatomy: Anatomy, cut: str, example: Tenso
     ways = []
     with unchanged(target), torch.no_grad():
         target.eval()
-        for images in (example, example.abs(), -example.abs()):
+        for images in (example, *_other_images(example)):
             ways.append(_called(target, images))
     for other in ways[1:]:
         for mine, theirs in zip_longest(ways[0], other):
             if mine != theirs:
                 seen = f"which modules run depends on the images: {mine!r} for some, {theirs!r} for others"
                 raise CutError(_refusal(anatomy, cut, seen))
+
+
+def _other_images(example: Tensor) -> tuple[Tensor, ...]:
+    """Bright ones, dark ones, and ones of strong contrast: what the data decides, they may decide otherwise."""
+    return example.abs(), -example.abs(), 10 * example
 
 
 def _called(network: nn.Module, images: Tensor) -> list[str]:
@@ -286,21 +291,26 @@ def _outputs(network: nn.Module, example: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
-    """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest."""
+    """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest.
+
+    In evaluation mode also for other images, as far as the target gives them finite logits.
+    """
     worst = 0.0
-    for training in (False, True):
+    for training, images in ((False, example), *((False, x) for x in _other_images(example)), (True, example)):
         target.train(training), network.train(training)
         tape.proof = Proof()
         tape.start()
         with torch.no_grad():
-            reference = target(example)
+            reference = target(images)
             if not (isinstance(reference, Tensor) and reference.dim() == 2):
                 raise NetworkError(
                     f"{type(target).__name__} returns {described(reference)} in training mode; expected one tensor of "
                     "logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
-            logits = network(example)
+            logits = network(images)
         tape.clear()
+        if images is not example and not reference.isfinite().all():
+            continue
         scale = reference.abs().max().clamp_min(1e-12)
         worst = max(worst, float((logits - reference).abs().max() / scale))
     return worst

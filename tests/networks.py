@@ -397,6 +397,15 @@ class ByData(Tiny):
         return self.head(way(self.late(self.early(self.stem(x)))).mean((2, 3)))
 
 
+class ScaledByData(Tiny):
+    """What the tail does depends on an output of the trunk that is no part of the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        early = self.early(stem)
+        return self.head(self.late(early * 2 if stem.mean() > 0.6 else early).mean((2, 3)))
+
+
 class SharedAcross(Tiny):
     """One convolution serves twice, before and after the cut."""
 

@@ -385,6 +385,14 @@ def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly(
             assert torch.equal(out.logits[0], out.logits[1]), (kind, training)
 
 
+def test_what_only_decides_is_carried_too() -> None:
+    torch.manual_seed(0)
+    cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
+    for images in (example(), 10 * example()):
+        out = cohort(images)
+        assert torch.equal(out.logits[0], out.logits[1])
+
+
 @pytest.mark.parametrize("pool", ["map", "avg", "avgmax", "token"])
 def test_every_pooling_of_tokens_leaves_the_blocks_to_grow(pool: str) -> None:
     target = timm.create_model(
