@@ -22,7 +22,18 @@ from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, on_its_own, prove, refuse_by_data, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import (
+    before,
+    on_its_own,
+    prove,
+    refuse_by_chance,
+    refuse_by_data,
+    refuse_other_ways,
+    stand_in,
+    tie_unused,
+    unchanged,
+    ways_in_training,
+)
 
 
 @dataclass(frozen=True)
@@ -103,8 +114,10 @@ class Cohort(nn.Module):
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
+            self._ways = ways_in_training(target, example) if places or taps else []
             for cut in places[:1]:
                 refuse_by_data(target, self.anatomy, cut, example)
+                refuse_by_chance(self._ways, cuts[cut], self.anatomy, cut)
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
@@ -190,12 +203,15 @@ class Cohort(nn.Module):
         return network
 
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
-        return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
+        return tuple(self._look(kind, i) for i in range(len(self))) if kind in self.taps else ()
+
+    def _look(self, kind: str, member: int) -> Tensor:
+        if (kind, member) not in self.tape.tapped:
+            raise CutError(_untapped(f"the {kind.replace('_', ' ')}'s module of the {self.names[member]}"))
+        return self.tape.tapped[kind, member]
 
     def _stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(
-            tuple(self.tape.tapped[f"stage{s}", i] for s in range(n)) for i, n in enumerate(self._stages_tapped)
-        )
+        return tuple(tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self._stages_tapped))
 
     def _shared(self) -> Tensor | None:
         return as_map(self.tape.outputs[self.cut][0], self._shared_layout) if self.cut and self._shared_layout else None
@@ -212,18 +228,21 @@ class Cohort(nn.Module):
         cuts = [self.cut, *(plan.cut for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
             anatomy = inspect(member, example) if foreign[i] else self.anatomy
+            places: list[tuple[str, str, str]] = []
             if "feature_map" in self.taps:
-                tap = Tap(self.tape, "feature_map", i, anatomy.layout)
-                self._hooks.append(member.get_submodule(anatomy.feature_map).register_forward_hook(tap))
+                places.append(("feature_map", anatomy.feature_map, anatomy.layout))
             if "embedding" in self.taps:
-                tap = Tap(self.tape, "embedding", i, anatomy.layout)
-                self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+                places.append(("embedding", anatomy.classifier, anatomy.layout))
             if "stages" in self.taps:
                 outputs = _stage_outputs(anatomy, cuts[i])
                 self._stages_tapped.append(len(outputs))
-                for s, (name, where) in enumerate(outputs):
-                    tap = Tap(self.tape, f"stage{s}", i, where)
-                    self._hooks.append(member.get_submodule(name).register_forward_hook(tap))
+                places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
+            for kind, name, where in places:
+                if not (foreign[i] or all(way[name] for way in self._ways)):
+                    raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
+                module, tap = member.get_submodule(name), Tap(self.tape, kind, i, where)
+                attach = module.register_forward_pre_hook if kind == "embedding" else module.register_forward_hook
+                self._hooks.append(attach(tap))
 
     def _layout_at_cut(self) -> str:
         """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
@@ -314,6 +333,13 @@ def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
     aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
     ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
     return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
+
+
+def _untapped(what: str) -> str:
+    return (
+        f"the method looks at what {what} gives, and in training mode that is not called in every pass. Let it run for "
+        "each batch, or choose a method that looks at logits alone, such as --method dml."
+    )
 
 
 def _parting(plan: Branch) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -18,6 +19,7 @@ from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
+PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them
 
 
 @contextmanager
@@ -122,13 +124,15 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
                 _learn_handling(target, network, tape, example)
                 with unchanged(target), unchanged(network):  # what a wrong branch does to its buffers is no trial
                     difference = _differences(target, network, tape, example)
-            except _RAISED_BY_NETWORKS:
+            except (CutError, *_RAISED_BY_NETWORKS):
                 difference = math.inf
             if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
                 for replay in (m for m in network.modules() if isinstance(m, Replay)):
                     tape.handling[replay.name].add(True, True, True)
                 difference = _differences(target, network, tape, example)
             idle = _idle_in_training(target, network, tape, example)
+        except CutError:  # of a replay that has nothing to give, in words already
+            raise
         except _RAISED_BY_NETWORKS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
@@ -159,6 +163,23 @@ def refuse_by_data(target: nn.Module, anatomy: Anatomy, cut: str, example: Tenso
             if mine != theirs:
                 seen = f"which modules run depends on the images: {mine!r} for some, {theirs!r} for others"
                 raise CutError(_refusal(anatomy, cut, seen))
+
+
+def ways_in_training(target: nn.Module, example: Tensor) -> list[Counter[str]]:
+    """How often each module is called in a few passes in training mode, or in one if that draws no random numbers."""
+    with unchanged(target), torch.no_grad():
+        target.train()
+        state, ways = random_state(), [Counter(_called(target, example))]
+        drawn = any(not torch.equal(a, b) if isinstance(a, Tensor) else a != b for a, b in zip(state, random_state()))
+        return ways + [Counter(_called(target, example)) for _ in range(PASSES - 1 if drawn else 0)]
+
+
+def refuse_by_chance(ways: list[Counter[str]], trunk: Collection[str], anatomy: Anatomy, cut: str) -> None:
+    """CutError if the calls of a trunk module are drawn anew in each pass: a branch, which draws too, may need more."""
+    for name in trunk:
+        if len({way[name] for way in ways}) > 1:
+            seen = f"in training mode {name!r} is called in some passes and not in others"
+            raise CutError(_refusal(anatomy, cut, seen))
 
 
 def _other_images(example: Tensor) -> tuple[Tensor, ...]:

@@ -385,6 +385,37 @@ def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly(
             assert torch.equal(out.logits[0], out.logits[1]), (kind, training)
 
 
+def test_modules_left_out_at_random() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CutError, match=r"'one' is called in some passes and not in others.*--cut.*--share none"):
+        Cohort(networks.LeftOut("trunk"), example(), [Branch("one")])
+    with pytest.raises(CutError, match=r"'two' of LeftOut.* not called in every pass.*--method dml"):
+        Cohort(networks.LeftOut("tail"), example(), [Branch("early")], taps=("feature_map",))
+    for where, cut in (("tail", "early"), ("trunk", "stem")):
+        cohort = Cohort(networks.LeftOut(where), example(), [Branch(cut)], taps=("embedding",)).train()
+        for _ in range(4):
+            sum(z.sum() for z in cohort(example()).logits).backward()
+
+
+def test_what_the_proof_could_not_see_is_said_when_it_happens() -> None:
+    class Rare(networks.Tiny):
+        rare = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            early = self.early(self.stem(x))
+            again = self.rare and not isinstance(self.early, nn.Sequential)  # in a branch
+            return self.head(self.late(early if not again else self.early(self.stem(x))).mean((2, 3)))
+
+    cohort = Cohort(Rare(), example(), [Branch("early")], taps=("feature_map",))
+    Rare.rare = True
+    with pytest.raises(CutError, match=r"calls 'stem', and in this pass the target has not again.*--share none"):
+        cohort(example())
+    del cohort.target.late._forward_hooks[max(cohort.target.late._forward_hooks)]
+    Rare.rare = False
+    with pytest.raises(CutError, match=r"feature map's module of the target.*--method dml"):
+        cohort(example())
+
+
 def test_what_only_decides_is_carried_too() -> None:
     torch.manual_seed(0)
     cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
