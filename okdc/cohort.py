@@ -29,6 +29,7 @@ from okdc.sharing import (
     refuse_by_chance,
     refuse_by_data,
     refuse_other_ways,
+    refuse_own_modules,
     stand_in,
     tie_unused,
     unchanged,
@@ -112,6 +113,8 @@ class Cohort(nn.Module):
         proofs = {cut: _copy(target) for cut in cuts}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
+        for copied in [*proofs.values(), *(s for s, redraw in zip(siblings, redrawn, strict=True) if redraw)][:1]:
+            refuse_own_modules(target, copied, example)
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
             self._ways = ways_in_training(target, example) if places or taps else []

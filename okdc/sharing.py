@@ -187,14 +187,29 @@ def _other_images(example: Tensor) -> tuple[Tensor, ...]:
     return example.abs(), -example.abs(), 10 * example
 
 
-def _called(network: nn.Module, images: Tensor) -> list[str]:
+def refuse_own_modules(target: nn.Module, copied: nn.Module, example: Tensor) -> None:
+    """NetworkError if a copy of the target runs modules of the target: members would be one network."""
+    with unchanged(target), unchanged(copied), torch.no_grad():
+        target.eval(), copied.eval()
+        names = _called(target, example, by=copied)
+    if names:
+        kind, outermost = type(target).__name__, min(names, key=lambda name: name.count("."))
+        raise NetworkError(
+            f"a copy of {kind} runs {outermost!r} of the {kind} that it was copied from, and branches are copies: a "
+            "function stored on it (net.forward = ..., self.run = lambda x: ...) keeps the modules that it was made "
+            f"with. Make that function a method of a class: class Mine({kind}): def forward(self, images): ..."
+        )
+
+
+def _called(network: nn.Module, images: Tensor, by: nn.Module | None = None) -> list[str]:
+    """The modules of a network, in the order of ending, that are called when it, or another, is run."""
     names: list[str] = []
     handles = [
         module.register_forward_hook(lambda m, args, output, name=name: names.append(name))  # type: ignore[misc]
         for name, module in network.named_modules()
     ]
     try:
-        network(images)
+        (by or network)(images)
     finally:
         for handle in handles:
             handle.remove()

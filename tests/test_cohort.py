@@ -416,6 +416,26 @@ def test_what_the_proof_could_not_see_is_said_when_it_happens() -> None:
         cohort(example())
 
 
+def test_a_copy_that_runs_the_targets_own_modules_is_refused() -> None:
+    class Stored(networks.Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            late = self.late
+            self.run = lambda x: late(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.run(self.early(self.stem(x))).mean((2, 3)))
+
+    patched = networks.Tiny()
+    forward = patched.forward
+    patched.forward = lambda x: forward(2 * x)  # type: ignore[method-assign]
+    for target, name in ((Stored(), "late"), (patched, "stem")):
+        for branch in (Branch("early", (1,)), Branch()):
+            with pytest.raises(NetworkError, match=rf"a copy of .* runs '{name}' of .*class Mine\("):
+                Cohort(target, example(), [branch])
+        assert not any(m._forward_hooks for m in target.modules())
+
+
 def test_what_only_decides_is_carried_too() -> None:
     torch.manual_seed(0)
     cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
