@@ -52,6 +52,7 @@ class Call:
 
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     """All calls in the order in which they ended (the network's own last), and what the network returned."""
+    _refuse_wrapped(network)
     calls: list[Call] = []
     open_calls: list[tuple[int, int, tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = []
     clock = 0
@@ -91,6 +92,28 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         for handle in handles:
             handle.remove()
     return calls, logits
+
+
+def _refuse_wrapped(network: nn.Module) -> None:
+    """NetworkError for what is no plain module, whose parts would not be seen or not be copied."""
+    scripted = [
+        n or type(network).__name__ for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise NetworkError(
+            f"{scripted[0]} is a TorchScript program, whose parts cannot be watched or changed. Pass the nn.Module "
+            "that it was scripted or traced from."
+        )
+    if "_orig_mod" in network._modules:
+        raise NetworkError(
+            "the network is wrapped by torch.compile, which hides its parts. Pass net._orig_mod; --torchcompile "
+            "compiles the network together with its branches."
+        )
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise NetworkError(
+            f"the network is wrapped by {type(network).__name__}, which would run it on several devices by itself. "
+            "Pass net.module; --devices trains it on several."
+        )
 
 
 def _shapes(values: object) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -103,3 +105,19 @@ def test_a_classifier_of_every_token() -> None:
     assert (anatomy.classifier, anatomy.embedding) == ("proj", 16)
     cohort = Cohort(network, torch.randn(2, 3, 32, 32), [Branch("early")], taps=("embedding",))
     assert cohort(torch.randn(2, 3, 32, 32)).embeddings[1].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda network: torch.compile(network, backend="eager"), r"net\._orig_mod; --torchcompile"),
+        (torch.nn.DataParallel, r"DataParallel.*net\.module; --devices"),
+        (lambda network: torch.jit.trace(network, torch.zeros(2, 3, 32, 32)), "TorchScript.*Pass the nn.Module"),
+    ],
+)
+def test_a_wrapped_network_is_refused_with_how_to_unwrap_it(wrap, words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated
+        wrapped = wrap(networks.Tiny())
+    with pytest.raises(NetworkError, match=words):
+        inspect(wrapped, (3, 32, 32))
