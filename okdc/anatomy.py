@@ -76,14 +76,21 @@ class Anatomy:
         return sorted({default, *kept}, key=lambda c: -c.flops_after)
 
     def choices_in_words(self, but: str | None = None) -> str:
-        """The names of `choices()`, without the cut `but`, and what each leaves to a branch."""
-        default = self.cut()
-        words = [
-            f"{c.name} ({c.flops_after:.0%}{', the default' * (c.name == default)})"
-            for c in self.choices()
-            if c.name != but
-        ]
-        return f"{', '.join(words)}; in brackets what a branch has of the FLOPs"
+        """The names of `choices()`, without the cut `but`, and what each leaves to a branch; empty if there is none.
+
+        Where `but` is the only choice, the other outermost modules.
+        """
+        default, outer = self.cut(), [c for c in self._legal() if "." not in c.name]
+        cuts = [c for c in self.choices() if c.name != but] or [c for c in outer if c.name != but]
+        words = [f"{c.name} ({c.flops_after:.0%}{', the default' * (c.name == default)})" for c in cuts]
+        return f"{', '.join(words)}; in brackets what a branch has of the FLOPs" if words else ""
+
+    def ways_out(self, cut: str | None, *others: str, how: str = "Cut elsewhere with --cut NAME, such as") -> str:
+        """What to do where `cut` was refused, in sentences: another cut, if there is one to choose, or `others`."""
+        where = self.choices_in_words(but=cut) if cut else ""
+        ways = [f"{how} {where}", *others] if where else others
+        words = " Or ".join(f"{way}." for way in ways)
+        return words[:1].upper() + words[1:]
 
     def find_cut(self, name: str) -> Cut:
         """The cut called `name`; NetworkError with the nearest names when there is none."""

@@ -200,8 +200,8 @@ class Cohort(nn.Module):
         if not (logits - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-12):
             raise NetworkError(
                 f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
-                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME: "
-                f"{self.anatomy.choices_in_words(but=self.cut)}."
+                f"both sides of {self.cut!r}. "
+                + self.anatomy.ways_out(self.cut, "train whole peer networks: --share none")
             )
         return network
 
@@ -258,8 +258,8 @@ class Cohort(nn.Module):
         if len(shape) not in (2, 3) or not self.tape.handling[self.cut].live:
             raise CutError(
                 f"this method looks at what the branches share, and {self.cut!r} gives {shape or 'no single tensor'}, "
-                "expected a map or tokens. Cut elsewhere with --cut NAME: "
-                f"{self.anatomy.choices_in_words(but=self.cut)}."
+                "expected a map or tokens. "
+                + self.anatomy.ways_out(self.cut, "choose a method that looks at logits alone, such as --method dml")
             )
         return layout(shape, self.anatomy.input_size[-2] / self.anatomy.input_size[-1])
 

@@ -118,6 +118,10 @@ def tie_unused(network: nn.Module, lineage: Sequence[nn.Module], tape: Tape, exa
 
 def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
     """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
+    if not _named(network):
+        raise CutError(
+            _refusal(anatomy, cut, "nothing after the cut is trainable; unfreeze some of it (requires_grad_(True))")
+        )
     with unchanged(target), unchanged(network):
         try:
             try:
@@ -265,10 +269,8 @@ def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape
 
 
 def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
-    return (
-        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. Cut elsewhere with --cut NAME, such as "
-        f"{anatomy.choices_in_words(but=cut)}, or train whole peer networks: --share none."
-    )
+    ways = anatomy.ways_out(cut, "train whole peer networks: --share none")
+    return f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. {ways}"
 
 
 def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -121,3 +122,14 @@ def test_a_wrapped_network_is_refused_with_how_to_unwrap_it(wrap, words: str) ->
         wrapped = wrap(networks.Tiny())
     with pytest.raises(NetworkError, match=words):
         inspect(wrapped, (3, 32, 32))
+
+
+def test_the_ways_out_of_a_refused_cut() -> None:
+    several = inspect(timm.create_model("resnet18", num_classes=10), (3, 64, 64)).ways_out("layer3", "take peers")
+    assert several.startswith("Cut elsewhere with --cut NAME, such as maxpool (93%)") and several.endswith(
+        ". Or take peers."
+    )
+    tiny = inspect(networks.Tiny(), (3, 32, 32))
+    assert [c.name for c in tiny.choices()] == ["early"] and "such as stem (" in tiny.ways_out("early", "take peers")
+    only = replace(tiny, cuts=(tiny.find_cut("early"),))
+    assert only.ways_out("early", "take peers") == "Take peers."

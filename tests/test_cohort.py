@@ -436,6 +436,14 @@ def test_a_copy_that_runs_the_targets_own_modules_is_refused() -> None:
         assert not any(m._forward_hooks for m in target.modules())
 
 
+def test_a_frozen_tail_cannot_be_a_branch() -> None:
+    target = networks.Tiny()
+    target.late.requires_grad_(False), target.head.requires_grad_(False)
+    with pytest.raises(CutError, match=r"nothing after the cut is trainable; unfreeze.*--cut.*--share none"):
+        Cohort(target, example(), [Branch("early")])
+    Cohort(target, example(), [Branch("stem")])
+
+
 def test_what_only_decides_is_carried_too() -> None:
     torch.manual_seed(0)
     cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
