@@ -134,10 +134,21 @@ def described(output: object) -> str:
 
 def alone(output: object) -> str:
     """How to make a network return the logits among its `output` alone, without renaming a weight."""
-    items = list(output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ())
-    key = next((key for key, value in items if isinstance(value, Tensor) and value.dim() == 2), None)
-    wanted = "super().forward(images)" if key is None else f"super().forward(images)[{key!r}]"
-    return f"Return the logits alone: subclass it with `def forward(self, images): return {wanted}`."
+    path = next((path for path, value in _nested(output) if isinstance(value, Tensor) and value.dim() == 2), None)
+    if path is None:
+        return "Nothing of that is such a tensor: change its forward to return one."
+    return (
+        f"Return the logits alone: subclass it with `def forward(self, images): return super().forward(images){path}`."
+    )
+
+
+def _nested(value: object) -> Iterator[tuple[str, object]]:
+    """All values in dictionaries, tuples and lists, with how to get each: ['out'][0]."""
+    if not isinstance(value, (dict, tuple, list)):
+        yield "", value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from ((f"[{key!r}]{path}", leaf) for path, leaf in _nested(part))
 
 
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)

@@ -133,3 +133,20 @@ def test_the_ways_out_of_a_refused_cut() -> None:
     assert [c.name for c in tiny.choices()] == ["early"] and "such as stem (" in tiny.ways_out("early", "take peers")
     only = replace(tiny, cuts=(tiny.find_cut("early"),))
     assert only.ways_out("early", "take peers") == "Take peers."
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "words"),
+    [
+        (lambda y: {"out": {"aux": None, "logits": y}}, r"return super\(\).forward\(images\)\['out'\]\['logits'\]"),
+        (lambda y: [y[:, :, None], y], r"return super\(\).forward\(images\)\[1\]"),
+        (lambda y: y[:, 0], r"returned a tensor \(2,\).*Nothing of that is such a tensor"),
+    ],
+)
+def test_where_the_logits_are_in_what_a_network_returns(wrapped, words: str) -> None:
+    class Other(networks.Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return wrapped(super().forward(x))
+
+    with pytest.raises(NetworkError, match=words):
+        inspect(Other(), (3, 32, 32))
