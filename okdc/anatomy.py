@@ -29,21 +29,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What `inspect` found out about a network."""
+    """What `inspect` found out about a network; of one that only its logits are needed of, perhaps no parts."""
 
     name: str
     input_size: tuple[int, ...]
     num_classes: int
     params: int
     flops: int  # multiply-adds count as two
-    classifier: str
-    embedding: int  # width of the classifier's input
-    feature_map: str  # the module whose output is the last map, or the last tokens, before pooling
-    feature_shape: tuple[int, ...]
-    layout: str  # nchw, nhwc or tokens
-    stages: tuple[Stage, ...]
-    cuts: tuple[Cut, ...]
     calls: tuple[Call, ...]
+    classifier: str = ""
+    embedding: int = 0  # width of the classifier's input
+    feature_map: str = ""  # the module whose output is the last map, or the last tokens, before pooling
+    feature_shape: tuple[int, ...] = ()
+    layout: str = ""  # nchw, nhwc or tokens
+    stages: tuple[Stage, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
     def cut(self, private_stages: int = 1) -> str:
         """The cut that gives the last `private_stages` stages to every branch.
@@ -150,10 +150,13 @@ class Anatomy:
         return min(outer, key=lambda c: abs(c.flops_after - 1 / 3)).name
 
 
-def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None) -> Anatomy:
+def inspect(
+    network: nn.Module, example: Tensor | tuple[int, ...] | None = None, *, logits_only: bool = False
+) -> Anatomy:
     """Run `network` once on `example` (B, C, H, W), or on noise of that (C, H, W) shape, and describe what it did.
 
-    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor.
+    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor, and
+    if it has no stages, feature map or classifier, unless its logits are all that is needed.
     """
     images = _example(network, example)
     calls, logits = watch(network, images)
@@ -164,16 +167,31 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         )
     root = calls[-1]
     inner = [c for c in calls[:-1] if c.start > root.start]
-    classifier = _classifier(network, inner, logits.shape[1])
-    aspect = images.shape[-2] / images.shape[-1]
-    feature = _feature_map(network, inner, classifier, aspect)
-    stages = find_stages(network, inner, feature, classifier, aspect)
-    return Anatomy(
+    anatomy = Anatomy(
         name=type(network).__name__,
         input_size=tuple(images.shape[1:]),
         num_classes=logits.shape[1],
         params=sum(p.numel() for p in network.parameters()),
         flops=root.flops_end // images.shape[0],
+        calls=tuple(inner),
+    )
+    try:
+        return _with_parts(anatomy, network, root, images.shape[0])
+    except NetworkError as error:
+        if logits_only:
+            return anatomy
+        without = "A method that looks at logits alone does without: --method dml, --share none"
+        raise NetworkError(f"{error} {without}.") from error
+
+
+def _with_parts(anatomy: Anatomy, network: nn.Module, root: Call, batch: int) -> Anatomy:
+    """The anatomy with its classifier, feature map, stages and cuts; NetworkError where there is no such thing."""
+    inner, aspect = list(anatomy.calls), anatomy.input_size[-2] / anatomy.input_size[-1]
+    classifier = _classifier(network, inner, anatomy.num_classes)
+    feature = _feature_map(network, inner, classifier, aspect)
+    stages = find_stages(network, inner, feature, classifier, aspect)
+    return replace(
+        anatomy,
         classifier=classifier.name,
         embedding=(classifier.input or (0,))[
             0 if isinstance(network.get_submodule(classifier.name), nn.Conv2d) else -1
@@ -181,9 +199,8 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         feature_map=feature.name,
         feature_shape=feature.output or (),
         layout=layout(feature.output or (), aspect),
-        stages=tuple(replace(s, flops=s.flops // images.shape[0]) for s in stages),
+        stages=tuple(replace(s, flops=s.flops // batch) for s in stages),
         cuts=_cuts(network, inner, classifier, root),
-        calls=tuple(inner),
     )
 
 

@@ -101,7 +101,8 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.target = target
-        self.anatomy = inspect(target, example)
+        shared = any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
+        self.anatomy = inspect(target, example, logits_only=not (shared or taps))
         self.taps = tuple(taps)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))

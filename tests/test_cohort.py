@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from okdc import methods
+from okdc import assembly, methods, recipe
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
@@ -442,6 +442,22 @@ def test_a_frozen_tail_cannot_be_a_branch() -> None:
     with pytest.raises(CutError, match=r"nothing after the cut is trainable; unfreeze.*--cut.*--share none"):
         Cohort(target, example(), [Branch("early")])
     Cohort(target, example(), [Branch("stem")])
+
+
+def test_networks_without_a_feature_map_or_classifier_have_peers() -> None:
+    class NoClassifier(networks.Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.late(self.early(self.stem(x))).mean((2, 3)) @ self.head.weight.T
+
+    vectors = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 4))
+    for target, missing in ((vectors, "feature map"), (NoClassifier(), "final Linear")):
+        for name in ("baseline", "dml"):
+            wanted = recipe.Recipe(method={"name": name})
+            method = assembly.method(target, wanted, (3, 32, 32), 4, named=False)
+            assert all(z.shape == (2, 4) for z in method.cohort(example()).logits)
+        for name in ("ahbf", "afd"):
+            with pytest.raises(NetworkError, match=rf"no {missing}.*--method dml, --share none"):
+                assembly.method(target, recipe.Recipe(method={"name": name}), (3, 32, 32), 4, named=False)
 
 
 def test_what_only_decides_is_carried_too() -> None:
