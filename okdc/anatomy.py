@@ -29,21 +29,21 @@ class Cut:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What `inspect` found out about a network."""
+    """What `inspect` found out about a network; of one that only its logits are needed of, perhaps no parts."""
 
     name: str
     input_size: tuple[int, ...]
     num_classes: int
     params: int
     flops: int  # multiply-adds count as two
-    classifier: str
-    embedding: int  # width of the classifier's input
-    feature_map: str  # the module whose output is the last map, or the last tokens, before pooling
-    feature_shape: tuple[int, ...]
-    layout: str  # nchw, nhwc or tokens
-    stages: tuple[Stage, ...]
-    cuts: tuple[Cut, ...]
     calls: tuple[Call, ...]
+    classifier: str = ""
+    embedding: int = 0  # width of the classifier's input
+    feature_map: str = ""  # the module whose output is the last map, or the last tokens, before pooling
+    feature_shape: tuple[int, ...] = ()
+    layout: str = ""  # nchw, nhwc or tokens
+    stages: tuple[Stage, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
     def cut(self, private_stages: int = 1) -> str:
         """The cut that gives the last `private_stages` stages to every branch.
@@ -76,14 +76,21 @@ class Anatomy:
         return sorted({default, *kept}, key=lambda c: -c.flops_after)
 
     def choices_in_words(self, but: str | None = None) -> str:
-        """The names of `choices()`, without the cut `but`, and what each leaves to a branch."""
-        default = self.cut()
-        words = [
-            f"{c.name} ({c.flops_after:.0%}{', the default' * (c.name == default)})"
-            for c in self.choices()
-            if c.name != but
-        ]
-        return f"{', '.join(words)}; in brackets what a branch has of the FLOPs"
+        """The names of `choices()`, without the cut `but`, and what each leaves to a branch; empty if there is none.
+
+        Where `but` is the only choice, the other outermost modules.
+        """
+        default, outer = self.cut(), [c for c in self._legal() if "." not in c.name]
+        cuts = [c for c in self.choices() if c.name != but] or [c for c in outer if c.name != but]
+        words = [f"{c.name} ({c.flops_after:.0%}{', the default' * (c.name == default)})" for c in cuts]
+        return f"{', '.join(words)}; in brackets what a branch has of the FLOPs" if words else ""
+
+    def ways_out(self, cut: str | None, *others: str, how: str = "Cut elsewhere with --cut NAME, such as") -> str:
+        """What to do where `cut` was refused, in sentences: another cut, if there is one to choose, or `others`."""
+        where = self.choices_in_words(but=cut) if cut else ""
+        ways = [f"{how} {where}", *others] if where else others
+        words = " Or ".join(f"{way}." for way in ways)
+        return words[:1].upper() + words[1:]
 
     def find_cut(self, name: str) -> Cut:
         """The cut called `name`; NetworkError with the nearest names when there is none."""
@@ -143,10 +150,13 @@ class Anatomy:
         return min(outer, key=lambda c: abs(c.flops_after - 1 / 3)).name
 
 
-def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None) -> Anatomy:
+def inspect(
+    network: nn.Module, example: Tensor | tuple[int, ...] | None = None, *, logits_only: bool = False
+) -> Anatomy:
     """Run `network` once on `example` (B, C, H, W), or on noise of that (C, H, W) shape, and describe what it did.
 
-    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor.
+    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor, and
+    if it has no stages, feature map or classifier, unless its logits are all that is needed.
     """
     images = _example(network, example)
     calls, logits = watch(network, images)
@@ -157,16 +167,31 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         )
     root = calls[-1]
     inner = [c for c in calls[:-1] if c.start > root.start]
-    classifier = _classifier(network, inner, logits.shape[1])
-    aspect = images.shape[-2] / images.shape[-1]
-    feature = _feature_map(network, inner, classifier, aspect)
-    stages = find_stages(network, inner, feature, classifier, aspect)
-    return Anatomy(
+    anatomy = Anatomy(
         name=type(network).__name__,
         input_size=tuple(images.shape[1:]),
         num_classes=logits.shape[1],
         params=sum(p.numel() for p in network.parameters()),
         flops=root.flops_end // images.shape[0],
+        calls=tuple(inner),
+    )
+    try:
+        return _with_parts(anatomy, network, root, images.shape[0])
+    except NetworkError as error:
+        if logits_only:
+            return anatomy
+        without = "A method that looks at logits alone does without: --method dml, --share none"
+        raise NetworkError(f"{error} {without}.") from error
+
+
+def _with_parts(anatomy: Anatomy, network: nn.Module, root: Call, batch: int) -> Anatomy:
+    """The anatomy with its classifier, feature map, stages and cuts; NetworkError where there is no such thing."""
+    inner, aspect = list(anatomy.calls), anatomy.input_size[-2] / anatomy.input_size[-1]
+    classifier = _classifier(network, inner, anatomy.num_classes)
+    feature = _feature_map(network, inner, classifier, aspect)
+    stages = find_stages(network, inner, feature, classifier, aspect)
+    return replace(
+        anatomy,
         classifier=classifier.name,
         embedding=(classifier.input or (0,))[
             0 if isinstance(network.get_submodule(classifier.name), nn.Conv2d) else -1
@@ -174,9 +199,8 @@ def inspect(network: nn.Module, example: Tensor | tuple[int, ...] | None = None)
         feature_map=feature.name,
         feature_shape=feature.output or (),
         layout=layout(feature.output or (), aspect),
-        stages=tuple(replace(s, flops=s.flops // images.shape[0]) for s in stages),
+        stages=tuple(replace(s, flops=s.flops // batch) for s in stages),
         cuts=_cuts(network, inner, classifier, root),
-        calls=tuple(inner),
     )
 
 
@@ -235,8 +259,9 @@ def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect
     last = spread[-1] if spread else None
     if single := [c for c in before if c.end > since and _shrinks_to_one(c, aspect)]:
         # On small images the last stage is a single pixel: what enters the pooling after it is the feature map.
+        # A block's shortcut may pool, too; what it pools is larger.
         outside = [c for c in before if c.start > single[0].end and c.start not in within]
-        pools = [c.start for c in outside if "pool" in c.kind.lower()]
+        pools = [c.start for c in outside if "pool" in c.kind.lower() and positions(c.input, aspect) == 1]
         last = [c for c in before if c.end < min([*pools, moment])][-1]
     if last is None:
         raise NetworkError("the network has no feature map: no 4-D or token output before its classifier.")

@@ -143,8 +143,10 @@ def method(
     if "train_labels" in python_inspect.signature(kind.__init__).parameters:
         given["train_labels"] = train_labels
     planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
+    apart = kind.members == 1 or bool(cohort.peers) or (cohort.share or kind.share) == "none"
+    anatomy = inspect(target, example, logits_only=apart and not kind.taps)
     plan = kind.plan(
-        inspect(target, example), members=cohort.members, extra_blocks=cohort.extra_blocks,
+        anatomy, members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
         **{key: value for key, value in _settings(wanted).items() if key in planned},

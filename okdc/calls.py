@@ -52,6 +52,7 @@ class Call:
 
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     """All calls in the order in which they ended (the network's own last), and what the network returned."""
+    _refuse_wrapped(network)
     calls: list[Call] = []
     open_calls: list[tuple[int, int, tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = []
     clock = 0
@@ -93,6 +94,28 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     return calls, logits
 
 
+def _refuse_wrapped(network: nn.Module) -> None:
+    """NetworkError for what is no plain module, whose parts would not be seen or not be copied."""
+    scripted = [
+        n or type(network).__name__ for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise NetworkError(
+            f"{scripted[0]} is a TorchScript program, whose parts cannot be watched or changed. Pass the nn.Module "
+            "that it was scripted or traced from."
+        )
+    if "_orig_mod" in network._modules:
+        raise NetworkError(
+            "the network is wrapped by torch.compile, which hides its parts. Pass net._orig_mod; --torchcompile "
+            "compiles the network together with its branches."
+        )
+    if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise NetworkError(
+            f"the network is wrapped by {type(network).__name__}, which would run it on several devices by itself. "
+            "Pass net.module; --devices trains it on several."
+        )
+
+
 def _shapes(values: object) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(each.shape[1:]) for each in tree_leaves(values) if isinstance(each, Tensor))
 
@@ -111,10 +134,21 @@ def described(output: object) -> str:
 
 def alone(output: object) -> str:
     """How to make a network return the logits among its `output` alone, without renaming a weight."""
-    items = list(output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ())
-    key = next((key for key, value in items if isinstance(value, Tensor) and value.dim() == 2), None)
-    wanted = "super().forward(images)" if key is None else f"super().forward(images)[{key!r}]"
-    return f"Return the logits alone: subclass it with `def forward(self, images): return {wanted}`."
+    path = next((path for path, value in _nested(output) if isinstance(value, Tensor) and value.dim() == 2), None)
+    if path is None:
+        return "Nothing of that is such a tensor: change its forward to return one."
+    return (
+        f"Return the logits alone: subclass it with `def forward(self, images): return super().forward(images){path}`."
+    )
+
+
+def _nested(value: object) -> Iterator[tuple[str, object]]:
+    """All values in dictionaries, tuples and lists, with how to get each: ['out'][0]."""
+    if not isinstance(value, (dict, tuple, list)):
+        yield "", value
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from ((f"[{key!r}]{path}", leaf) for path, leaf in _nested(part))
 
 
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)

@@ -22,7 +22,19 @@ from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
 from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import before, on_its_own, prove, refuse_by_data, refuse_other_ways, stand_in, tie_unused, unchanged
+from okdc.sharing import (
+    before,
+    on_its_own,
+    prove,
+    refuse_by_chance,
+    refuse_by_data,
+    refuse_other_ways,
+    refuse_own_modules,
+    stand_in,
+    tie_unused,
+    unchanged,
+    ways_in_training,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.target = target
-        self.anatomy = inspect(target, example)
+        shared = any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
+        self.anatomy = inspect(target, example, logits_only=not (shared or taps))
         self.taps = tuple(taps)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
@@ -101,10 +114,14 @@ class Cohort(nn.Module):
         proofs = {cut: _copy(target) for cut in cuts}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
+        for copied in [*proofs.values(), *(s for s, redraw in zip(siblings, redrawn, strict=True) if redraw)][:1]:
+            refuse_own_modules(target, copied, example)
         try:
             self._record({name: module for found in cuts.values() for name, module in found.items()}, self.tape)
+            self._ways = ways_in_training(target, example) if places or taps else []
             for cut in places[:1]:
                 refuse_by_data(target, self.anatomy, cut, example)
+                refuse_by_chance(self._ways, cuts[cut], self.anatomy, cut)
             for cut, network in proofs.items():
                 stand_in(network, cuts[cut], self.tape, cut)
                 prove(target, network, self.anatomy, cut, self.tape, example)
@@ -184,18 +201,21 @@ class Cohort(nn.Module):
         if not (logits - expected).abs().max() <= 1e-3 * expected.abs().max().clamp_min(1e-12):
             raise NetworkError(
                 f"the {self.names[index]} of {self.anatomy.name} is no network by itself: weights of its own serve on "
-                f"both sides of {self.cut!r}. Cut elsewhere with --cut NAME: "
-                f"{self.anatomy.choices_in_words(but=self.cut)}."
+                f"both sides of {self.cut!r}. "
+                + self.anatomy.ways_out(self.cut, "train whole peer networks: --share none")
             )
         return network
 
     def _tapped(self, kind: str) -> tuple[Tensor, ...]:
-        return tuple(self.tape.tapped[kind, i] for i in range(len(self))) if kind in self.taps else ()
+        return tuple(self._look(kind, i) for i in range(len(self))) if kind in self.taps else ()
+
+    def _look(self, kind: str, member: int) -> Tensor:
+        if (kind, member) not in self.tape.tapped:
+            raise CutError(_untapped(f"the {kind.replace('_', ' ')}'s module of the {self.names[member]}"))
+        return self.tape.tapped[kind, member]
 
     def _stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(
-            tuple(self.tape.tapped[f"stage{s}", i] for s in range(n)) for i, n in enumerate(self._stages_tapped)
-        )
+        return tuple(tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self._stages_tapped))
 
     def _shared(self) -> Tensor | None:
         return as_map(self.tape.outputs[self.cut][0], self._shared_layout) if self.cut and self._shared_layout else None
@@ -212,18 +232,21 @@ class Cohort(nn.Module):
         cuts = [self.cut, *(plan.cut for plan in branches)]
         for i, member in enumerate(self.members if self.taps else ()):
             anatomy = inspect(member, example) if foreign[i] else self.anatomy
+            places: list[tuple[str, str, str]] = []
             if "feature_map" in self.taps:
-                tap = Tap(self.tape, "feature_map", i, anatomy.layout)
-                self._hooks.append(member.get_submodule(anatomy.feature_map).register_forward_hook(tap))
+                places.append(("feature_map", anatomy.feature_map, anatomy.layout))
             if "embedding" in self.taps:
-                tap = Tap(self.tape, "embedding", i, anatomy.layout)
-                self._hooks.append(member.get_submodule(anatomy.classifier).register_forward_pre_hook(tap))
+                places.append(("embedding", anatomy.classifier, anatomy.layout))
             if "stages" in self.taps:
                 outputs = _stage_outputs(anatomy, cuts[i])
                 self._stages_tapped.append(len(outputs))
-                for s, (name, where) in enumerate(outputs):
-                    tap = Tap(self.tape, f"stage{s}", i, where)
-                    self._hooks.append(member.get_submodule(name).register_forward_hook(tap))
+                places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
+            for kind, name, where in places:
+                if not (foreign[i] or all(way[name] for way in self._ways)):
+                    raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
+                module, tap = member.get_submodule(name), Tap(self.tape, kind, i, where)
+                attach = module.register_forward_pre_hook if kind == "embedding" else module.register_forward_hook
+                self._hooks.append(attach(tap))
 
     def _layout_at_cut(self) -> str:
         """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
@@ -236,8 +259,8 @@ class Cohort(nn.Module):
         if len(shape) not in (2, 3) or not self.tape.handling[self.cut].live:
             raise CutError(
                 f"this method looks at what the branches share, and {self.cut!r} gives {shape or 'no single tensor'}, "
-                "expected a map or tokens. Cut elsewhere with --cut NAME: "
-                f"{self.anatomy.choices_in_words(but=self.cut)}."
+                "expected a map or tokens. "
+                + self.anatomy.ways_out(self.cut, "choose a method that looks at logits alone, such as --method dml")
             )
         return layout(shape, self.anatomy.input_size[-2] / self.anatomy.input_size[-1])
 
@@ -314,6 +337,13 @@ def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
     aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
     ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
     return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
+
+
+def _untapped(what: str) -> str:
+    return (
+        f"the method looks at what {what} gives, and in training mode that is not called in every pass. Let it run for "
+        "each batch, or choose a method that looks at logits alone, such as --method dml."
+    )
 
 
 def _parting(plan: Branch) -> str | None:

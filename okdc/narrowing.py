@@ -45,16 +45,16 @@ def narrow(
             network.eval()(example)
     except Exception as error:  # whatever the tracing, or a narrowed stranger's forward, raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NetworkError(
-            f"{anatomy.name} cannot be made narrower{place}: {reason}. Cut elsewhere with --cut NAME (behind the last "
-            f"change of resolution is the easiest): {anatomy.choices_in_words(but=cut)}. Or use a method whose "
-            "branches are as wide as the target, such as ffl."
-        ) from error
+        ways = anatomy.ways_out(
+            cut,
+            "use a method whose branches are as wide as the target, such as ffl",
+            how="Cut elsewhere with --cut NAME (behind the last change of resolution is the easiest):",
+        )
+        raise NetworkError(f"{anatomy.name} cannot be made narrower{place}: {reason}. {ways}") from error
     if not any(narrowed):
         raise CutError(
             f"nothing of {anatomy.name}{place} can be made narrower: every width comes from the trunk or is at "
-            f"its least. Cut earlier with --cut NAME, such as {anatomy.choices_in_words(but=cut)}; or have fewer "
-            "--members."
+            f"its least. {anatomy.ways_out(cut, 'have fewer --members', how='Cut earlier with --cut NAME, such as')}"
         )
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from okdc.errors import CutError
+
 
 @dataclass
 class Handling:
@@ -170,7 +172,14 @@ class Replay(nn.Module):
             return self._original[0](*args, **kwargs)
         position = tape.position.get(self.name, 0)
         tape.position[self.name] = position + 1
-        output = tape.outputs[self.name][position]
+        outputs = tape.outputs.get(self.name, [])
+        if position >= len(outputs):
+            raise CutError(
+                f"a branch that parts after {self.cut!r} calls {self.name!r}, and in this pass the target has "
+                f"{'not' if not position else 'not again'}: which modules run before a cut may depend neither on "
+                "chance nor on the images. Cut before it with --cut NAME, or train whole peer networks: --share none."
+            )
+        output = outputs[position]
         if tape.proof is not None:
             set_random_state(tape.proof.random_states[self.name][position])
             if tape.proof.probing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -18,6 +19,7 @@ from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape, random_state, set_random_state
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
+PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them
 
 
 @contextmanager
@@ -116,19 +118,25 @@ def tie_unused(network: nn.Module, lineage: Sequence[nn.Module], tape: Tape, exa
 
 def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
     """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
+    if not _named(network):
+        raise CutError(
+            _refusal(anatomy, cut, "nothing after the cut is trainable; unfreeze some of it (requires_grad_(True))")
+        )
     with unchanged(target), unchanged(network):
         try:
             try:
                 _learn_handling(target, network, tape, example)
                 with unchanged(target), unchanged(network):  # what a wrong branch does to its buffers is no trial
                     difference = _differences(target, network, tape, example)
-            except _RAISED_BY_NETWORKS:
+            except (CutError, *_RAISED_BY_NETWORKS):
                 difference = math.inf
             if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
                 for replay in (m for m in network.modules() if isinstance(m, Replay)):
                     tape.handling[replay.name].add(True, True, True)
                 difference = _differences(target, network, tape, example)
             idle = _idle_in_training(target, network, tape, example)
+        except CutError:  # of a replay that has nothing to give, in words already
+            raise
         except _RAISED_BY_NETWORKS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
@@ -152,7 +160,7 @@ def refuse_by_data(target: nn.Module, anatomy: Anatomy, cut: str, example: Tenso
     ways = []
     with unchanged(target), torch.no_grad():
         target.eval()
-        for images in (example, example.abs(), -example.abs()):
+        for images in (example, *_other_images(example)):
             ways.append(_called(target, images))
     for other in ways[1:]:
         for mine, theirs in zip_longest(ways[0], other):
@@ -161,14 +169,51 @@ def refuse_by_data(target: nn.Module, anatomy: Anatomy, cut: str, example: Tenso
                 raise CutError(_refusal(anatomy, cut, seen))
 
 
-def _called(network: nn.Module, images: Tensor) -> list[str]:
+def ways_in_training(target: nn.Module, example: Tensor) -> list[Counter[str]]:
+    """How often each module is called in a few passes in training mode, or in one if that draws no random numbers."""
+    with unchanged(target), torch.no_grad():
+        target.train()
+        state, ways = random_state(), [Counter(_called(target, example))]
+        drawn = any(not torch.equal(a, b) if isinstance(a, Tensor) else a != b for a, b in zip(state, random_state()))
+        return ways + [Counter(_called(target, example)) for _ in range(PASSES - 1 if drawn else 0)]
+
+
+def refuse_by_chance(ways: list[Counter[str]], trunk: Collection[str], anatomy: Anatomy, cut: str) -> None:
+    """CutError if the calls of a trunk module are drawn anew in each pass: a branch, which draws too, may need more."""
+    for name in trunk:
+        if len({way[name] for way in ways}) > 1:
+            seen = f"in training mode {name!r} is called in some passes and not in others"
+            raise CutError(_refusal(anatomy, cut, seen))
+
+
+def _other_images(example: Tensor) -> tuple[Tensor, ...]:
+    """Bright ones, dark ones, and ones of strong contrast: what the data decides, they may decide otherwise."""
+    return example.abs(), -example.abs(), 10 * example
+
+
+def refuse_own_modules(target: nn.Module, copied: nn.Module, example: Tensor) -> None:
+    """NetworkError if a copy of the target runs modules of the target: members would be one network."""
+    with unchanged(target), unchanged(copied), torch.no_grad():
+        target.eval(), copied.eval()
+        names = _called(target, example, by=copied)
+    if names:
+        kind, outermost = type(target).__name__, min(names, key=lambda name: name.count("."))
+        raise NetworkError(
+            f"a copy of {kind} runs {outermost!r} of the {kind} that it was copied from, and branches are copies: a "
+            "function stored on it (net.forward = ..., self.run = lambda x: ...) keeps the modules that it was made "
+            f"with. Make that function a method of a class: class Mine({kind}): def forward(self, images): ..."
+        )
+
+
+def _called(network: nn.Module, images: Tensor, by: nn.Module | None = None) -> list[str]:
+    """The modules of a network, in the order of ending, that are called when it, or another, is run."""
     names: list[str] = []
     handles = [
         module.register_forward_hook(lambda m, args, output, name=name: names.append(name))  # type: ignore[misc]
         for name, module in network.named_modules()
     ]
     try:
-        network(images)
+        (by or network)(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -224,10 +269,8 @@ def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape
 
 
 def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
-    return (
-        f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. Cut elsewhere with --cut NAME, such as "
-        f"{anatomy.choices_in_words(but=cut)}, or train whole peer networks: --share none."
-    )
+    ways = anatomy.ways_out(cut, "train whole peer networks: --share none")
+    return f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. {ways}"
 
 
 def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> None:
@@ -286,21 +329,26 @@ def _outputs(network: nn.Module, example: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
-    """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest."""
+    """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest.
+
+    In evaluation mode also for other images, as far as the target gives them finite logits.
+    """
     worst = 0.0
-    for training in (False, True):
+    for training, images in ((False, example), *((False, x) for x in _other_images(example)), (True, example)):
         target.train(training), network.train(training)
         tape.proof = Proof()
         tape.start()
         with torch.no_grad():
-            reference = target(example)
+            reference = target(images)
             if not (isinstance(reference, Tensor) and reference.dim() == 2):
                 raise NetworkError(
                     f"{type(target).__name__} returns {described(reference)} in training mode; expected one tensor of "
                     "logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
-            logits = network(example)
+            logits = network(images)
         tape.clear()
+        if images is not example and not reference.isfinite().all():
+            continue
         scale = reference.abs().max().clamp_min(1e-12)
         worst = max(worst, float((logits - reference).abs().max() / scale))
     return worst

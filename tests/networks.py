@@ -397,6 +397,31 @@ class ByData(Tiny):
         return self.head(way(self.late(self.early(self.stem(x)))).mean((2, 3)))
 
 
+class ScaledByData(Tiny):
+    """What the tail does depends on an output of the trunk that is no part of the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        early = self.early(stem)
+        return self.head(self.late(early * 2 if stem.mean() > 0.6 else early).mean((2, 3)))
+
+
+class LeftOut(Tiny):
+    """In training mode a module before or after the cut is left out at random, as whole blocks of stochastic depth."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.one, self.two = conv(16, 16), conv(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left_out = self.training and torch.rand(()) < 0.5
+        x = self.early(self.stem(x))
+        x = x if left_out and self.where == "trunk" else self.one(x)
+        x = self.late(x)
+        return self.head((x if left_out and self.where == "tail" else self.two(x)).mean((2, 3)))
+
+
 class SharedAcross(Tiny):
     """One convolution serves twice, before and after the cut."""
 

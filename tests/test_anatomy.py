@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -30,6 +33,12 @@ def test_hierarchical_network() -> None:
 def test_single_pixel_feature_map_on_small_images() -> None:
     anatomy = inspect(timm.create_model("resnet18", num_classes=10), (3, 32, 32))
     assert anatomy.feature_map == "layer4" and anatomy.feature_shape == (512, 1, 1)
+
+
+def test_a_shortcut_that_pools_to_a_single_pixel_ends_no_stage() -> None:
+    anatomy = inspect(timm.create_model("resnet50d", num_classes=10), (3, 32, 32))
+    assert (anatomy.feature_map, anatomy.cut()) == ("layer4", "layer3")
+    assert anatomy.stages[-1].blocks == (("layer4.1",), ("layer4.2",))
 
 
 def test_isotropic_network_parts_after_two_thirds_of_its_blocks() -> None:
@@ -97,3 +106,47 @@ def test_a_classifier_of_every_token() -> None:
     assert (anatomy.classifier, anatomy.embedding) == ("proj", 16)
     cohort = Cohort(network, torch.randn(2, 3, 32, 32), [Branch("early")], taps=("embedding",))
     assert cohort(torch.randn(2, 3, 32, 32)).embeddings[1].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda network: torch.compile(network, backend="eager"), r"net\._orig_mod; --torchcompile"),
+        (torch.nn.DataParallel, r"DataParallel.*net\.module; --devices"),
+        (lambda network: torch.jit.trace(network, torch.zeros(2, 3, 32, 32)), "TorchScript.*Pass the nn.Module"),
+    ],
+)
+def test_a_wrapped_network_is_refused_with_how_to_unwrap_it(wrap, words: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated
+        wrapped = wrap(networks.Tiny())
+    with pytest.raises(NetworkError, match=words):
+        inspect(wrapped, (3, 32, 32))
+
+
+def test_the_ways_out_of_a_refused_cut() -> None:
+    several = inspect(timm.create_model("resnet18", num_classes=10), (3, 64, 64)).ways_out("layer3", "take peers")
+    assert several.startswith("Cut elsewhere with --cut NAME, such as maxpool (93%)") and several.endswith(
+        ". Or take peers."
+    )
+    tiny = inspect(networks.Tiny(), (3, 32, 32))
+    assert [c.name for c in tiny.choices()] == ["early"] and "such as stem (" in tiny.ways_out("early", "take peers")
+    only = replace(tiny, cuts=(tiny.find_cut("early"),))
+    assert only.ways_out("early", "take peers") == "Take peers."
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "words"),
+    [
+        (lambda y: {"out": {"aux": None, "logits": y}}, r"return super\(\).forward\(images\)\['out'\]\['logits'\]"),
+        (lambda y: [y[:, :, None], y], r"return super\(\).forward\(images\)\[1\]"),
+        (lambda y: y[:, 0], r"returned a tensor \(2,\).*Nothing of that is such a tensor"),
+    ],
+)
+def test_where_the_logits_are_in_what_a_network_returns(wrapped, words: str) -> None:
+    class Other(networks.Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return wrapped(super().forward(x))
+
+    with pytest.raises(NetworkError, match=words):
+        inspect(Other(), (3, 32, 32))

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from okdc import methods
+from okdc import assembly, methods, recipe
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
@@ -383,6 +383,89 @@ def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly(
         for training in (True, False):
             out = copy.deepcopy(cohort).train(training)(example())
             assert torch.equal(out.logits[0], out.logits[1]), (kind, training)
+
+
+def test_modules_left_out_at_random() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(CutError, match=r"'one' is called in some passes and not in others.*--cut.*--share none"):
+        Cohort(networks.LeftOut("trunk"), example(), [Branch("one")])
+    with pytest.raises(CutError, match=r"'two' of LeftOut.* not called in every pass.*--method dml"):
+        Cohort(networks.LeftOut("tail"), example(), [Branch("early")], taps=("feature_map",))
+    for where, cut in (("tail", "early"), ("trunk", "stem")):
+        cohort = Cohort(networks.LeftOut(where), example(), [Branch(cut)], taps=("embedding",)).train()
+        for _ in range(4):
+            sum(z.sum() for z in cohort(example()).logits).backward()
+
+
+def test_what_the_proof_could_not_see_is_said_when_it_happens() -> None:
+    class Rare(networks.Tiny):
+        rare = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            early = self.early(self.stem(x))
+            again = self.rare and not isinstance(self.early, nn.Sequential)  # in a branch
+            return self.head(self.late(early if not again else self.early(self.stem(x))).mean((2, 3)))
+
+    cohort = Cohort(Rare(), example(), [Branch("early")], taps=("feature_map",))
+    Rare.rare = True
+    with pytest.raises(CutError, match=r"calls 'stem', and in this pass the target has not again.*--share none"):
+        cohort(example())
+    del cohort.target.late._forward_hooks[max(cohort.target.late._forward_hooks)]
+    Rare.rare = False
+    with pytest.raises(CutError, match=r"feature map's module of the target.*--method dml"):
+        cohort(example())
+
+
+def test_a_copy_that_runs_the_targets_own_modules_is_refused() -> None:
+    class Stored(networks.Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            late = self.late
+            self.run = lambda x: late(x)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.run(self.early(self.stem(x))).mean((2, 3)))
+
+    patched = networks.Tiny()
+    forward = patched.forward
+    patched.forward = lambda x: forward(2 * x)  # type: ignore[method-assign]
+    for target, name in ((Stored(), "late"), (patched, "stem")):
+        for branch in (Branch("early", (1,)), Branch()):
+            with pytest.raises(NetworkError, match=rf"a copy of .* runs '{name}' of .*class Mine\("):
+                Cohort(target, example(), [branch])
+        assert not any(m._forward_hooks for m in target.modules())
+
+
+def test_a_frozen_tail_cannot_be_a_branch() -> None:
+    target = networks.Tiny()
+    target.late.requires_grad_(False), target.head.requires_grad_(False)
+    with pytest.raises(CutError, match=r"nothing after the cut is trainable; unfreeze.*--cut.*--share none"):
+        Cohort(target, example(), [Branch("early")])
+    Cohort(target, example(), [Branch("stem")])
+
+
+def test_networks_without_a_feature_map_or_classifier_have_peers() -> None:
+    class NoClassifier(networks.Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.late(self.early(self.stem(x))).mean((2, 3)) @ self.head.weight.T
+
+    vectors = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16), nn.ReLU(), nn.Linear(16, 4))
+    for target, missing in ((vectors, "feature map"), (NoClassifier(), "final Linear")):
+        for name in ("baseline", "dml"):
+            wanted = recipe.Recipe(method={"name": name})
+            method = assembly.method(target, wanted, (3, 32, 32), 4, named=False)
+            assert all(z.shape == (2, 4) for z in method.cohort(example()).logits)
+        for name in ("ahbf", "afd"):
+            with pytest.raises(NetworkError, match=rf"no {missing}.*--method dml, --share none"):
+                assembly.method(target, recipe.Recipe(method={"name": name}), (3, 32, 32), 4, named=False)
+
+
+def test_what_only_decides_is_carried_too() -> None:
+    torch.manual_seed(0)
+    cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
+    for images in (example(), 10 * example()):
+        out = cohort(images)
+        assert torch.equal(out.logits[0], out.logits[1])
 
 
 @pytest.mark.parametrize("pool", ["map", "avg", "avgmax", "token"])

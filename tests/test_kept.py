@@ -306,7 +306,7 @@ def test_other_outputs_than_logits_are_refused() -> None:
     ):
         Cohort(Dictionary(), IMAGES)
     with pytest.raises(NetworkError, match=r"no final Linear .* network.reset_classifier\(N\)"):
-        Cohort(timm.create_model("test_resnet", num_classes=0), IMAGES)
+        Cohort(timm.create_model("test_resnet", num_classes=0), IMAGES, [Branch("layer1")])
 
 
 @pytest.mark.parametrize(

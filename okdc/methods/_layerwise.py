@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -84,7 +85,7 @@ def _tower(network: nn.Module, input_size: tuple[int, ...], short: bool, pretrai
     try:
         return Cohort(network, example, plans, taps=("embedding",), pretrained=pretrained)
     except CutError as error:
-        reason = str(error).partition(" Cut elsewhere")[0]  # here the user has no say in where
+        reason = re.split(" (?:Cut elsewhere|Train whole)", str(error))[0]  # here the user has no say in where
         raise CutError(
             f"lmcl gives every network a branch after each of {', '.join(places)}, but {reason} "
             "Choose --method mcl, which looks at the last embedding alone."
