@@ -219,6 +219,9 @@ def test_an_image_that_never_comes_is_an_error(server, images, whole, tmp_path, 
         image.unlink()
         shutil.copy(images / image.relative_to(copy), image)
 
+    words = [*PLAIN.words(copy), "--experiment", "kept", "--resident", "auto", "--timeout", "4"]
+    code, output = server.run(words, tmp_path)
+    assert code == 2 and "no image came for 4 seconds while decoding" in " ".join(output.split()), output
     code, output = stop_and_go_on(server, copy, tmp_path, None, "-j", "0", "--timeout", "4", mend=mend)
     assert code == 1 and f"no data came for 4 seconds, {where}" in output, output
     assert compared(whole, tmp_path / "runs" / "run") == []

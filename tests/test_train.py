@@ -31,7 +31,7 @@ from okdc._machine import Machine, StopSignal, choose_device
 from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.data import wrap
-from okdc.errors import RecipeError, RunError, TrainingError
+from okdc.errors import DataError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.settings import TrainSettings
 from okdc.train import TrainState, fit
@@ -598,6 +598,12 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
         run(tmp_path, replace(SETTINGS, timeout=3.0), data=data)
     assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
     assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] == 2
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_loader_that_hangs_when_it_is_first_looked_at_is_an_error():
+    with pytest.raises(DataError, match=r"for 0\.3 seconds while looking at batch 3 of the training loader.*--timeout"):
+        wrap(OWN_LOADERS["iterable"](), timeout=0.3)  # without num_classes, which it counts in all labels
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
