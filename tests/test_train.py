@@ -33,6 +33,7 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.data import wrap
 from okdc.errors import DataError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
+from okdc.pipeline import _metrics
 from okdc.settings import TrainSettings
 from okdc.train import TrainState, fit
 
@@ -194,6 +195,20 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, caplo
     resumed = run(tmp_path / "cut", settings, resume=last)
     assert "damaged or cut short" in caplog.text and "last.1.pth.tar" in caplog.text
     assert_same_run(whole, resumed, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_best_checkpoint_that_is_damaged_is_made_anew_or_told_of(tmp_path, capsys):
+    run(tmp_path, replace(SETTINGS, epochs=2))
+    best, last = tmp_path / checkpoint.BEST, tmp_path / "last.pth.tar"
+    content = best.read_bytes()
+    best.unlink()  # not the last one too, which may be the same file
+    best.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match=rf"finished run whose {checkpoint.BEST} is damaged.*--epochs 3"):
+        run(tmp_path, replace(SETTINGS, epochs=2), resume=last)
+    state = run(tmp_path, replace(SETTINGS, lr=1e-12), resume=last)
+    assert f"{checkpoint.BEST} is damaged, so the next epoch is kept" in capsys.readouterr().err
+    assert state.best_epoch == 2 and checkpoint.load(best)["epoch"] == 2
+    assert _metrics(state.history, state.best_epoch, 3)["top1"] == state.best == state.history[2]["eval_top1"]
 
 
 @pytest.mark.parametrize(
