@@ -67,7 +67,8 @@ def fit(
         raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
-    show = Display(settings.epochs, steps, settings.log_interval, faster_data(recipe), quiet=rank() > 0)
+    advice = faster_data(recipe, getattr(data.train, "resident", False))
+    show = Display(settings.epochs, steps, settings.log_interval, advice, quiet=rank() > 0)
     with own_randomness(), StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)
         if resume is not None:

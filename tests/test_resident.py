@@ -71,6 +71,7 @@ def test_order_labels_and_values_are_the_loaders(changes: dict[str, Any], needs:
     kept, read = data(needs, views, **changes), data(needs, views, **changes, resident="off")
     assert isinstance(kept.train.loader, ResidentTraining) and not isinstance(read.train.loader, ResidentTraining)
     assert len(kept.train) == len(read.train) and equal(kept, read)
+    assert kept.train.resident and not read.train.resident  # by which a run knows what makes it faster
 
 
 def test_validation_and_what_is_set_aside_are_the_loaders() -> None:

@@ -555,12 +555,16 @@ def test_the_time_left_is_right_at_half_of_the_steps(tmp_path, monkeypatch, resu
 
 def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
     recipe = {"data": {"data": "images", "workers": 0}, "train": {"epochs": 2}}
-    state = run(tmp_path, replace(SETTINGS, epochs=2), data=tiny_data(lambda *_: time.sleep(0.1)), recipe=recipe)
+    slow = tiny_data(lambda *_: time.sleep(0.1))
+    state = run(tmp_path, replace(SETTINGS, epochs=2), data=slow, recipe=recipe)
     told = capsys.readouterr().err
     assert all(50 < row["data_wait"] <= 100 for row in state.history)
     assert f"data wait {state.history[0]['data_wait']:.0f} %" in told and told.count("-j ") == 1
     with open(tmp_path / "summary.csv", newline="") as file:
         assert [float(row["data_wait"]) for row in csv.DictReader(file)] == [r["data_wait"] for r in state.history]
+    slow.train.resident = True
+    run(tmp_path / "resident", replace(SETTINGS, epochs=1), data=slow, recipe=recipe)
+    assert "kept decoded already" in capsys.readouterr().err
     method = Tiny()
     method.after_step = lambda images, labels: time.sleep(0.05)
     state = run(tmp_path / "quick", replace(SETTINGS, epochs=1), method=method, recipe=recipe)
@@ -573,6 +577,7 @@ def test_advice_for_whoever_waits_for_data_is_what_helps():
     assert "--resident auto" in faster_data({"data": {"data": "images", "workers": 0, "resident": "off"}})
     assert f"-j {min(cores, 2)}." in faster_data({"data": {"data": "images", "workers": 0}}) or cores == 1
     assert "--aa" in faster_data({"data": {"data": "images", "workers": cores}})
+    assert "(-b)" in faster_data({"data": {"data": "images", "workers": 0}}, resident=True)
 
 
 # --- data that do not come --------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ class ShuffledBatches:
         needs: Needs,
         resident: tuple[Decoded, Law] | None = None,
     ):
-        self.places = EpochPlaces(len(dataset), part)
+        self.places, self.resident = EpochPlaces(len(dataset), part), resident is not None
         self.loader: Any = (
             ResidentTraining(*resident, dataset, self.places, config, device)
             if resident
