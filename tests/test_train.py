@@ -338,12 +338,15 @@ class Poisoned(Tiny):
 
 
 @pytest.mark.parametrize("where", ["kl", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, where):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told_and_counted(tmp_path, capsys, where):
     state = run(tmp_path, replace(SETTINGS, epochs=1), method=Poisoned(range(1, 4), where))
     before, after = state.method.seen[1], state.method.seen[4]
     assert [name for name in before if not same(before[name], after[name])] == []
     assert not same(before["cohort.target.0.weight"], state.method.seen[5]["cohort.target.0.weight"])
-    assert state.history[0]["skipped_steps"] == 3
+    assert state.history[0]["skipped_steps"] == 3 and summary(tmp_path)[0][f"skipped/{where}"] == "3"
+    told = f"step 2 of epoch 1 was skipped: {'the gradient' if where == 'gradient' else 'the loss term'}"
+    shown = capsys.readouterr().err
+    assert shown.count("was skipped: ") == shown.count(told) == 1 and (where == "gradient" or f"{where!r}" in shown)
     assert np.isfinite(state.history[0]["train_loss"])
 
 
