@@ -464,10 +464,12 @@ def test_settings_that_do_not_exist_are_named(tmp_path, settings, words):
         run(tmp_path, replace(SETTINGS, **settings))
 
 
-def test_precision_follows_the_device():
+def test_precision_and_memory_layout_follow_the_device():
     assert Machine.of(SETTINGS).dtype is None
-    assert Machine.of(replace(SETTINGS, amp=True)).dtype == torch.bfloat16
-    assert Machine.of(replace(SETTINGS, amp=True, amp_dtype="float16")).dtype == torch.float16
+    half, fp16 = replace(SETTINGS, amp=True), replace(SETTINGS, amp=True, amp_dtype="float16")
+    assert Machine.of(half).dtype == torch.bfloat16 and Machine.of(fp16).dtype == torch.float16
+    layouts = [Machine.of(each).memory_format for each in (SETTINGS, half, replace(half, channels_last=False), fp16)]
+    assert layouts == [torch.preserve_format, torch.channels_last, torch.preserve_format, torch.preserve_format]
     assert choose_device("cpu") == torch.device("cpu")
 
 
