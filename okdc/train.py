@@ -177,9 +177,11 @@ def _step(
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast():
             losses = learner(*batch)
-        names, told, share = list(losses), torch.stack(list(losses.values())), len(batch[1]) / total
-        scaler.scale(told).backward(torch.full_like(told, share))
-        parts = parts + told.detach().float() * share
+        names, terms, share = list(losses), list(losses.values()), len(batch[1]) / total
+        # From each term, not from a stack of them, which would be one operation more, forward and backward.
+        roots = [scaler.scale(term) for term in terms if term.requires_grad]
+        torch.autograd.backward(roots, [torch.full_like(root, share) for root in roots])
+        parts = parts + torch.stack([term.detach().float() for term in terms]) * share
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -196,7 +198,8 @@ def _step(
             clip_grads_with_norm_(parameters, run.settings.clip_grad, norm)
         scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    for parameter in parameters:  # what optimizer.zero_grad() does, and it takes 25 us to begin
+        parameter.grad = None
     if bad:
         _skip(state, bad[0], run)
         return {}
