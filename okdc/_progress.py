@@ -125,11 +125,13 @@ class Events:
                 self.writer.close()
 
 
-def faster_data(recipe: dict[str, Any]) -> str:
-    """What to type when a run with this recipe waits for its data."""
+def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:
+    """What to type when a run with this recipe waits for its data, which may be kept decoded already."""
     data, cores = recipe.get("data", {}), os.cpu_count() or 1
     if data.get("data") == "loader":
         return "Let your loader do its work in processes (num_workers=N), or do less for each image."
+    if resident:
+        return "The images are kept decoded already: augment them less (--reprob, --mixup), or take more at once (-b)."
     if data.get("resident") == "off":
         return "Let small images be kept decoded: --resident auto."
     if (workers := data.get("workers", 0)) < cores:

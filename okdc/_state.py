@@ -212,7 +212,7 @@ def save(state: TrainState, run: Run, best: bool = False) -> None:
 def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> str:
     """Put the state back to what it was when `path` was saved; RunError when it is of another run.
 
-    Returns in words what another number of devices changes; nothing where there are as many as before.
+    Returns in words what is not as it was: another number of devices, and a best checkpoint that is lost.
     """
     saved = payload["okdc"]
     moved = "devices" in saved and saved["devices"] != world()
@@ -239,10 +239,14 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
-    if state.history and not (run.folder / checkpoint.BEST).is_file():
-        if state.epoch >= run.settings.epochs:
-            raise RunError(f"{path} is of a finished run whose {checkpoint.BEST} is gone. Put that back beside it.")
-        state.best = None  # the best from here on
+    lost = _lost_best(run) if state.history else ""
+    if lost and state.epoch >= run.settings.epochs:
+        raise RunError(
+            f"{path} is of a finished run whose {lost}. Put a good copy of it there, or train on with --epochs "
+            f"{state.epoch + 1}: that epoch is then kept as the best."
+        )
+    if lost:
+        state.best, lost = None, f"\n  The {lost}, so the next epoch is kept as the best."
     state.method.epochs.fill_(run.settings.epochs)
     if moved:
         before, now = saved["images"], run.settings.images_per_step
@@ -252,7 +256,19 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
-    return _changed(saved, state, run) if moved else ""
+    return lost + (_changed(saved, state, run) if moved else "")
+
+
+def _lost_best(run: Run) -> str:
+    """That the best checkpoint is not there or cannot be read, in words; nothing where it can be."""
+    best = run.folder / checkpoint.BEST
+    if not best.is_file():
+        return f"{best.name} is gone"
+    try:
+        checkpoint.load(best)  # better now than when training is over
+    except RunError:
+        return f"{best.name} is damaged"
+    return ""
 
 
 def _changed(saved: dict[str, Any], state: TrainState, run: Run) -> str:

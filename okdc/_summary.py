@@ -261,6 +261,12 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
         f"\nms a step, medians of {found.rounds} rounds in turn; {clock}. Overhead: ratio over that of the FLOPs. "
         "Speed: of the cohort's step beside the first row's. MiB, plain/cohort: weights, optimizer, what a step adds."
     )
+    further = {
+        "compiled steps, --torchcompile": any("compiled" in row.name for row in found.rows),
+        "the input pipeline, --data": found.data is not None,
+    }
+    if missing := [what for what, measured in further.items() if not measured]:
+        console.print(f"Measured where asked for: {'; '.join(missing)}.")
     if found.data:
         console.print(
             f"{found.data.name}: {found.data.images_per_second:,.0f} training images a second; training waits for "

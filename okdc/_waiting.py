@@ -7,12 +7,12 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
 from okdc._state import Run, TrainState, save
-from okdc.errors import TrainingError
+from okdc.errors import DataError, TrainingError
 
 T = TypeVar("T")
 
@@ -79,6 +79,22 @@ class Waiting:
             with contextlib.suppress(RuntimeError):  # torch's, that a data worker has died
                 worker.kill()
                 worker.join(5)
+
+
+def limited(items: Iterable[T], timeout: float, where: Callable[[int], str]) -> Iterator[T]:
+    """The items one by one, before training; DataError where one takes more than `timeout` seconds (0: never), which
+    says `where` that was, given how many had come."""
+    count = 0
+    try:
+        with Waiting(timeout) as waiting:
+            for item in waiting.over(items):
+                yield item
+                count += 1
+    except Stuck:
+        raise DataError(
+            f"no image came for {timeout:g} seconds {where(count)}. See to the disk or network that the images are "
+            "on, or wait longer with --timeout SECONDS (0: for ever)."
+        ) from None
 
 
 @contextlib.contextmanager

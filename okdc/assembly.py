@@ -58,7 +58,7 @@ def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tup
     asked, _ = needs(wanted)
     data = wrap(
         loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=asked, rank=rank(),
-        world=world(),
+        world=world(), timeout=wanted.train.timeout,
     )  # fmt: skip
     return _target(model, wanted, data.classes), data
 
@@ -86,6 +86,7 @@ def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module,
         source, wanted.data, config, batch_size=wanted.train.batch_size,
         validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
         device=choose_device(wanted.train.device), needs=asked, views=views, rank=rank(), world=world(),
+        timeout=wanted.train.timeout,
     )  # fmt: skip
 
 

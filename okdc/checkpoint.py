@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from okdc._ranks import rank
 from okdc.errors import RunError
 
 LAST = "last.pth.tar"
@@ -103,17 +104,21 @@ def load(path: Path | str) -> dict[str, Any]:
 
 def load_run(path: Path | str) -> dict[str, Any]:
     """Read a checkpoint that a run can continue from; in place of a damaged or foreign one the newest good one that was
-    kept beside it, loudly."""
+    kept beside it, loudly. That takes the bad one's name too, so that the next save does not push it out instead."""
     path = Path(path)
     kept = [*history(path, 100)[1:], *([path.with_name(BEST)] if path.name == LAST else [])]
     try:
         return _load_state(path)
     except RunError as error:
         for other in filter(Path.is_file, kept):
-            with contextlib.suppress(RunError):
+            try:
                 payload = _load_state(other)
-                _logger.warning("%s\nContinuing from the one kept before it, %s.", error, other)
-                return payload
+            except RunError:
+                continue
+            _logger.warning("%s\nContinuing from the one kept before it, %s.", error, other)
+            if rank() == 0:
+                duplicate(other, path)
+            return payload
         raise
 
 
@@ -167,9 +172,13 @@ def _check_readable(temporary: Path, path: Path) -> None:
 
 def _why_not(path: Path, error: Exception) -> str:
     """Why `torch.load` refused the file, for a person."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(4)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as trouble:  # torch has some for damaged files too
+        hint = "See to its permissions and its disk, or give another checkpoint of the run."
+        return f"{path} cannot be read: {trouble.strerror}. {hint}"
     if start == b"PK\x03\x04":
         try:
             unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))

@@ -6,6 +6,7 @@ A bundle that fails a gate is kept beside (`export-failed/`), so that nothing is
 from __future__ import annotations
 
 import functools
+import glob
 import inspect
 import os
 import shutil
@@ -79,7 +80,8 @@ def export_bundle(
     _bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
-    shutil.rmtree(part, ignore_errors=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)

@@ -108,7 +108,7 @@ def compress(
             finally:
                 learner.strip()
         target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-    metrics = _metrics(state.history, len(learner.cohort))
+    metrics = _metrics(state.history, state.best_epoch, len(learner.cohort))
     result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
     if not leads:
         return result
@@ -266,10 +266,9 @@ def _student_facts(arch: str, is_object: bool, data: Data) -> dict[str, Any]:
     return {"arch": arch, "rebuildable": not is_object, "classes": list(data.classes), "preprocess": preprocess}
 
 
-def _metrics(history: list[dict[str, Any]], members: int) -> dict[str, Any]:
-    """The student's figures at its best epoch (of the last one where nothing was validated), and of the whole run."""
-    judged = [row for row in history if _number(row.get("eval_top1")) is not None]
-    best = max(judged, key=lambda row: row["eval_top1"]) if judged else history[-1]
+def _metrics(history: list[dict[str, Any]], best_epoch: int | None, members: int) -> dict[str, Any]:
+    """The student's figures at the epoch whose weights ship (the last one if none was kept), and of the whole run."""
+    best = history[-1 if best_epoch is None else best_epoch]
     return {
         "top1": _number(best.get("eval_top1")),
         "top5": _number(best.get("eval_top5")),

@@ -126,7 +126,7 @@ class TrainSettings:
     amp_dtype: str | None = _setting(
         None, "bfloat16 or float16; bfloat16 where the device has it", choices=("bfloat16", "float16")
     )
-    channels_last: bool | None = _setting(None, "channels-last memory layout; on by default on CUDA")
+    channels_last: bool | None = _setting(None, "channels-last memory layout; on by default on CUDA and with bfloat16")
     torchcompile: bool = _setting(False, "compile the training step")
     torchcompile_mode: str | None = _setting(
         None,

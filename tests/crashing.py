@@ -29,7 +29,9 @@ class Accident:
     step: SIGKILL from outside when the line of step `at` (of all steps of the run) has been printed.
     SIGTERM, SIGINT: the same, with that signal to the whole process group, as a scheduler or a terminal sends it.
     worker killed, worker stopped: the same, with SIGKILL or SIGSTOP to a data worker.
+    rank killed: the same, with SIGKILL to one of the processes that train together.
     file: SIGKILL just before the `at`-th time that a file of the run is opened for writing, linked, renamed or removed.
+    export: the same, of the files that a bundle is put together of.
     torn: SIGKILL when only the part `part` of the `at`-th file that is synced has been written.
     full, read-only: from the `at`-th of those times on nothing more fits on the disk, or nothing can be written.
     """
@@ -40,7 +42,7 @@ class Accident:
     part: float = 0.0
 
 
-OUTSIDE = ("step", "SIGTERM", "SIGINT", "worker killed", "worker stopped")
+OUTSIDE = ("step", "SIGTERM", "SIGINT", "worker killed", "worker stopped", "rank killed")
 
 
 class Server:
@@ -91,6 +93,7 @@ def serve() -> None:
                 os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
                 os.chdir(folder)
                 _prepare(accident, Path(folder).resolve() / "runs")
+                sys.argv[1:] = words  # which okdc gives to the processes that it starts
                 cli.main(words, prog_name="okdc")
         print(json.dumps(_watch(pid, Path(folder, "log.txt"), accident)), flush=True)
 
@@ -116,9 +119,9 @@ def _watch(pid: int, log: Path, accident: Accident | None) -> int | None:
 def _strike(pid: int, what: str) -> None:
     if what == "step":
         os.kill(pid, signal.SIGKILL)
-    elif what.startswith("worker"):
-        worker = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
-        os.kill(int(worker), signal.SIGKILL if what.endswith("killed") else signal.SIGSTOP)
+    elif what.startswith(("worker", "rank")):
+        child = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[-1 if what.startswith("rank") else 0]
+        os.kill(int(child), signal.SIGKILL if what.endswith("killed") else signal.SIGSTOP)
     else:
         os.killpg(pid, signal.Signals[what])
 
@@ -156,7 +159,7 @@ class _FileHook:
         self.count += 1
         if self.count < self.accident.at:
             return
-        if self.accident.what == "file":
+        if self.accident.what in ("file", "export"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.accident.what == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
@@ -169,7 +172,8 @@ class _FileHook:
         return event in ("os.rename", "os.link", "os.remove") and self._ours(args[0])
 
     def _ours(self, path: Any) -> bool:
-        return isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(self.runs)
+        there = isinstance(path, (str, os.PathLike)) and os.path.abspath(path).startswith(self.runs)
+        return there and (self.accident.what != "export" or "/.export." in os.fspath(path))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -128,9 +130,22 @@ def test_the_newest_good_file_stands_in_for_those_that_are_not(tmp_path, caplog,
     assert checkpoint.load_run(last)["number"] == 1
     assert f"{last} " in caplog.text and f"kept before it, {tmp_path / checkpoint.BEST}" in caplog.text
     checkpoint.save(tmp_path / "last.2.pth.tar", PAYLOAD | {"number": 2})
+    last.unlink()
+    shutil.copyfile(older, last)
     assert checkpoint.load_run(last)["number"] == 2
+    assert number(last) == number(tmp_path / "last.2.pth.tar") == 2 and number(tmp_path / checkpoint.BEST) == 1
     with pytest.raises(RunError, match=r"last\.1\.pth\.tar"):  # nothing stands in for a file that was named itself
         checkpoint.load_run(older)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that can be opened and not read")
+def test_the_file_before_stands_in_for_one_that_the_system_cannot_read(tmp_path, caplog):
+    last = tmp_path / checkpoint.LAST
+    last.symlink_to("/proc/self/mem")
+    with pytest.raises(RunError, match=r"cannot be read: Input/output error.*permissions"):
+        checkpoint.load(last)
+    checkpoint.save(tmp_path / "last.1.pth.tar", PAYLOAD | {"number": 1})
+    assert checkpoint.load_run(last)["number"] == number(last) == 1 and "cannot be read" in caplog.text
 
 
 def test_a_missing_file_or_a_folder_is_told_apart(tmp_path):

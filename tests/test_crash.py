@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from okdc import checkpoint
+from okdc import checkpoint, exporting
 from tests.crashing import Accident, Server
 
 CLASSES, PER_CLASS, BATCH = 4, 12, 8
@@ -36,6 +36,7 @@ class Plan:
     ema: bool = False
     mixup: bool = False
     bf16: bool = False
+    devices: int = 1
     epochs: int = 2
     kills: int = 1
     seed: int = 0
@@ -50,6 +51,7 @@ class Plan:
         words = f"compress --model tests.networks:Tiny --method {self.method} --data {images} --img-size 16 -b {BATCH}"
         words += f" --crop-padding 2 --lr 0.02 --no-onnx --log-interval 1 -j {self.workers} --epochs {self.epochs}"
         words += " --model-ema --model-ema-decay 0.9" * self.ema + " --mixup 0.4" * self.mixup + " --amp" * self.bf16
+        words += f" --devices {self.devices}" * (self.devices > 1)
         words += " --resident off" * (self.workers > 0)  # else nothing is left for workers to do
         return f"{words} --recovery-interval {1 + self.seed % 3} --sched-on-updates --warmup-epochs 1".split()
 
@@ -219,9 +221,36 @@ def test_an_image_that_never_comes_is_an_error(server, images, whole, tmp_path, 
         image.unlink()
         shutil.copy(images / image.relative_to(copy), image)
 
+    words = [*PLAIN.words(copy), "--experiment", "kept", "--resident", "auto", "--timeout", "4"]
+    code, output = server.run(words, tmp_path)
+    assert code == 2 and "no image came for 4 seconds while decoding" in " ".join(output.split()), output
     code, output = stop_and_go_on(server, copy, tmp_path, None, "-j", "0", "--timeout", "4", mend=mend)
     assert code == 1 and f"no data came for 4 seconds, {where}" in output, output
     assert compared(whole, tmp_path / "runs" / "run") == []
+
+
+@LONG
+def test_a_rank_that_is_killed_ends_the_run_which_goes_on_as_if_nothing_had_happened(server, images, tmp_path):
+    plan = Plan("ahbf", 1, ema=True, mixup=True, devices=2)
+    finish(server, plan, images, tmp_path / "whole", [])
+    (tmp_path / "killed").mkdir()
+    words = [*plan.words(images), "--experiment", "run", "--resume", "auto"]
+    code, output = server.run(words, tmp_path / "killed", Accident("rank killed", 4))
+    assert code == 1 and "was killed by SIGKILL" in output and "--resume auto" in " ".join(output.split()), output
+    code, output = server.run(words, tmp_path / "killed")
+    assert code == 0 and "Continuing" in output, output
+    assert compared(tmp_path / "whole" / "runs" / "run", tmp_path / "killed" / "runs" / "run") == []
+
+
+@LONG
+@pytest.mark.parametrize("at", [1, 6])
+def test_a_run_that_is_killed_while_it_exports_does_that_again_and_leaves_nothing(server, images, whole, tmp_path, at):
+    code, output = stop_and_go_on(
+        server, images, tmp_path, Accident("export", at), "--onnx", "--verify-images", "8", "--max-drop", "100"
+    )
+    assert code == -9, output
+    run = tmp_path / "runs" / "run"
+    assert compared(whole, run) == ["export"] and exporting.check_sums(run / "export") == []
 
 
 @LONG

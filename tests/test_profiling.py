@@ -6,13 +6,16 @@ import json
 from typing import Any
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from torch import nn
 
 from okdc import _summary, methods, profiling, recipe
 from okdc._memory import rise
+from okdc.anatomy import inspect
 from okdc.cli import main
+from okdc.cohort import Branch, Cohort
 from okdc.profiling import Profile, profile
 from okdc.recipe import Recipe
 
@@ -70,6 +73,24 @@ def test_memory_rises_by_what_is_held_at_once() -> None:
     )  # the images, and the gradient of the weight
 
 
+def test_each_further_member_takes_the_memory_of_its_tail_alone() -> None:
+    images = torch.randn(4, 3, 32, 32)
+
+    def taken(members: int) -> tuple[int, int]:
+        """Bytes that a step adds at its height, and of the weights."""
+        target = timm.create_model("resnet20_cifar", num_classes=10)
+        cohort = Cohort(target, images[:2], [Branch(inspect(target, images[:2]).cut(1))] * (members - 1))
+        for parameter in cohort.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        step = rise(lambda: torch.stack([z.sum() for z in cohort(images).logits]).sum().backward(), CPU)
+        return step, sum(p.nbytes for p in cohort.parameters())
+
+    (step, weights), second, third = (taken(members) for members in (1, 2, 3))
+    more = second[0] - step, second[1] - weights
+    assert (third[0] - second[0], third[1] - second[1]) == more
+    assert 0 < more[0] < 0.15 * step and 0.7 < more[1] / weights < 0.8
+
+
 def test_the_command_prints_json_or_a_table_and_measures_the_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +106,7 @@ def test_the_command_prints_json_or_a_table_and_measures_the_images(
     data = profiling.Pipeline("digits", 31000.0, 0.25)
     _summary.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
     shown = capsys.readouterr().out
+    assert "Measured where asked for: compiled steps, --torchcompile." in shown
     assert "2.00 (1.50 to 2.50)" in shown and "0.88" in shown and "31,000 training images a second" in shown
 
 

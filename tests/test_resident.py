@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ CONFIG = {
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 24, 24, 3), dtype=np.uint8)
 
 
-def data(needs: Needs = NOTHING, views: int = 1, config: dict[str, Any] = CONFIG, **changes: Any) -> Data:
+def data(
+    needs: Needs = NOTHING, views: int = 1, config: dict[str, Any] = CONFIG, timeout: float = 0.0, **changes: Any
+) -> Data:
     given = replace(DataSettings(workers=0, resident="on"), **changes)
     return load(
         open_source(given, 7), given, config, batch_size=40, validation_batch_size=64, seed=7, device="cpu",
-        needs=needs, views=views,
+        needs=needs, views=views, timeout=timeout,
     )  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def test_order_labels_and_values_are_the_loaders(changes: dict[str, Any], needs:
     kept, read = data(needs, views, **changes), data(needs, views, **changes, resident="off")
     assert isinstance(kept.train.loader, ResidentTraining) and not isinstance(read.train.loader, ResidentTraining)
     assert len(kept.train) == len(read.train) and equal(kept, read)
+    assert kept.train.resident and not read.train.resident  # by which a run knows what makes it faster
 
 
 def test_validation_and_what_is_set_aside_are_the_loaders() -> None:
@@ -190,6 +194,17 @@ def test_unreadable_images_are_named_and_replaced_as_by_the_loader(folder: Path)
     assert [len(labels) for _, labels in kept.validation or ()] == [15]
     with pytest.raises(DataError, match="2 images cannot be read"):
         data(**options, max_bad_images=1)
+
+
+@pytest.mark.parametrize("name", ["0/00", "1/31"])
+def test_an_image_that_never_comes_is_an_error(folder: Path, name: str) -> None:
+    image = folder / "train" / f"{name}.png"
+    image.unlink()
+    os.mkfifo(image)  # opening it waits for somebody to write, as on a network disk that is gone
+    with pytest.raises(
+        DataError, match=r"no image came for 0\.3 seconds while decoding, near position 0 of .*--timeout"
+    ):
+        data(data=str(folder), timeout=0.3)
 
 
 def test_on_and_off_are_words_in_recipes() -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,8 +32,10 @@ from okdc._machine import Machine, StopSignal, choose_device
 from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.data import wrap
-from okdc.errors import RecipeError, RunError, TrainingError
+from okdc.errors import DataError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
+from okdc.methods.ahbf import Ahbf
+from okdc.pipeline import _metrics
 from okdc.settings import TrainSettings
 from okdc.train import TrainState, fit
 
@@ -229,6 +232,20 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_one_before(tmp_path, caplo
     assert_same_run(whole, resumed, tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_best_checkpoint_that_is_damaged_is_made_anew_or_told_of(tmp_path, capsys):
+    run(tmp_path, replace(SETTINGS, epochs=2))
+    best, last = tmp_path / checkpoint.BEST, tmp_path / "last.pth.tar"
+    content = best.read_bytes()
+    best.unlink()  # not the last one too, which may be the same file
+    best.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RunError, match=rf"finished run whose {checkpoint.BEST} is damaged.*--epochs 3"):
+        run(tmp_path, replace(SETTINGS, epochs=2), resume=last)
+    state = run(tmp_path, replace(SETTINGS, lr=1e-12), resume=last)
+    assert f"{checkpoint.BEST} is damaged, so the next epoch is kept" in capsys.readouterr().err
+    assert state.best_epoch == 2 and checkpoint.load(best)["epoch"] == 2
+    assert _metrics(state.history, state.best_epoch, 3)["top1"] == state.best == state.history[2]["eval_top1"]
+
+
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -356,12 +373,15 @@ class Poisoned(Tiny):
 
 
 @pytest.mark.parametrize("where", ["kl", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, where):
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told_and_counted(tmp_path, capsys, where):
     state = run(tmp_path, replace(SETTINGS, epochs=1), method=Poisoned(range(1, 4), where))
     before, after = state.method.seen[1], state.method.seen[4]
     assert [name for name in before if not same(before[name], after[name])] == []
     assert not same(before["cohort.target.0.weight"], state.method.seen[5]["cohort.target.0.weight"])
-    assert state.history[0]["skipped_steps"] == 3
+    assert state.history[0]["skipped_steps"] == 3 and summary(tmp_path)[0][f"skipped/{where}"] == "3"
+    told = f"step 2 of epoch 1 was skipped: {'the gradient' if where == 'gradient' else 'the loss term'}"
+    shown = capsys.readouterr().err
+    assert shown.count("was skipped: ") == shown.count(told) == 1 and (where == "gradient" or f"{where!r}" in shown)
     assert np.isfinite(state.history[0]["train_loss"])
 
 
@@ -423,6 +443,23 @@ def test_learning_rates_are_those_of_timm(tmp_path, sched, on_updates):
     assert seen == expected
 
 
+def test_a_compiled_run_learns_what_an_eager_one_does_in_one_graph(tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def trained(compiles: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        method = Ahbf(Cohort(network(), torch.randn(2, 3, 8, 8), [Branch("1")], taps=Ahbf.taps))
+        settings = replace(SETTINGS, epochs=1, torchcompile=compiles)
+        return run(tmp_path / str(compiles), settings, method=method).method.state_dict()
+
+    # What tracing gets wrong, this backend does too, and it takes a tenth of the time.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    eager, compiled = trained(False), trained(True)
+    assert [name for name, value in eager.items() if not torch.equal(value, compiled[name])] == []
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 def test_the_learning_rate_follows_the_batch_size(tmp_path):
     settings = replace(SETTINGS, epochs=1, lr=None, lr_base=0.1, batch_size=64, grad_accum_steps=2)
     assert run(tmp_path, settings).history[0]["lr"] == pytest.approx(0.05)
@@ -479,10 +516,12 @@ def test_settings_that_do_not_exist_are_named(tmp_path, settings, words):
         run(tmp_path, replace(SETTINGS, **settings))
 
 
-def test_precision_follows_the_device():
+def test_precision_and_memory_layout_follow_the_device():
     assert Machine.of(SETTINGS).dtype is None
-    assert Machine.of(replace(SETTINGS, amp=True)).dtype == torch.bfloat16
-    assert Machine.of(replace(SETTINGS, amp=True, amp_dtype="float16")).dtype == torch.float16
+    half, fp16 = replace(SETTINGS, amp=True), replace(SETTINGS, amp=True, amp_dtype="float16")
+    assert Machine.of(half).dtype == torch.bfloat16 and Machine.of(fp16).dtype == torch.float16
+    layouts = [Machine.of(each).memory_format for each in (SETTINGS, half, replace(half, channels_last=False), fp16)]
+    assert layouts == [torch.preserve_format, torch.channels_last, torch.preserve_format, torch.preserve_format]
     assert choose_device("cpu") == torch.device("cpu")
 
 
@@ -573,12 +612,16 @@ def test_the_time_left_is_right_at_half_of_the_steps(tmp_path, monkeypatch, resu
 
 def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
     recipe = {"data": {"data": "images", "workers": 0}, "train": {"epochs": 2}}
-    state = run(tmp_path, replace(SETTINGS, epochs=2), data=tiny_data(lambda *_: time.sleep(0.1)), recipe=recipe)
+    slow = tiny_data(lambda *_: time.sleep(0.1))
+    state = run(tmp_path, replace(SETTINGS, epochs=2), data=slow, recipe=recipe)
     told = capsys.readouterr().err
     assert all(50 < row["data_wait"] <= 100 for row in state.history)
     assert f"data wait {state.history[0]['data_wait']:.0f} %" in told and told.count("-j ") == 1
     with open(tmp_path / "summary.csv", newline="") as file:
         assert [float(row["data_wait"]) for row in csv.DictReader(file)] == [r["data_wait"] for r in state.history]
+    slow.train.resident = True
+    run(tmp_path / "resident", replace(SETTINGS, epochs=1), data=slow, recipe=recipe)
+    assert "kept decoded already" in capsys.readouterr().err
     method = Tiny()
     method.after_step = lambda images, labels: time.sleep(0.05)
     state = run(tmp_path / "quick", replace(SETTINGS, epochs=1), method=method, recipe=recipe)
@@ -591,6 +634,7 @@ def test_advice_for_whoever_waits_for_data_is_what_helps():
     assert "--resident auto" in faster_data({"data": {"data": "images", "workers": 0, "resident": "off"}})
     assert f"-j {min(cores, 2)}." in faster_data({"data": {"data": "images", "workers": 0}}) or cores == 1
     assert "--aa" in faster_data({"data": {"data": "images", "workers": cores}})
+    assert "(-b)" in faster_data({"data": {"data": "images", "workers": 0}}, resident=True)
 
 
 # --- data that do not come --------------------------------------------------------------------------------------------
@@ -631,6 +675,12 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
         run(tmp_path, replace(SETTINGS, timeout=3.0), data=data)
     assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
     assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] == 2
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_loader_that_hangs_when_it_is_first_looked_at_is_an_error():
+    with pytest.raises(DataError, match=r"for 0\.3 seconds while looking at batch 3 of the training loader.*--timeout"):
+        wrap(OWN_LOADERS["iterable"](), timeout=0.3)  # without num_classes, which it counts in all labels
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 

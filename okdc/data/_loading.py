@@ -54,13 +54,15 @@ def load(
     views: int = 1,
     rank: int = 0,
     world: int = 1,
+    timeout: float = 0.0,
 ) -> Data:
     """Batch a source for a network whose `config` has timm's input_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Where `world`
     processes train together, each has `batch_size` images of one larger batch, and this one is the `rank`-th. Raises
     DataError when they cannot, when there are fewer training images than one batch, and, later, when more than
-    `settings.max_bad_images` images cannot be read.
+    `settings.max_bad_images` images cannot be read; also when those that are to be kept decoded do not come for
+    `timeout` seconds (0: never).
     """
     device = torch.device(device)
     config = preprocessing(settings, config)
@@ -89,11 +91,11 @@ def load(
 
     def in_order(part: Images) -> OrderedBatches:
         dataset = ValidationImages(part, image_transform(settings, config, False), config)
-        kept = keep(part, settings, config, False, bad, device)
+        kept = keep(part, settings, config, False, bad, device, timeout)
         return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device, kept)
 
     resident = None
-    if kept := keep(images, settings, config, True, bad, device):
+    if kept := keep(images, settings, config, True, bad, device, timeout):
         resident = kept, law(settings, config)
     return Data(
         train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs, resident),
@@ -345,7 +347,7 @@ class ShuffledBatches:
         needs: Needs,
         resident: tuple[Decoded, Law] | None = None,
     ):
-        self.places = EpochPlaces(len(dataset), part)
+        self.places, self.resident = EpochPlaces(len(dataset), part), resident is not None
         self.loader: Any = (
             ResidentTraining(*resident, dataset, self.places, config, device)
             if resident

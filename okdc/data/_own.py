@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from okdc._waiting import limited
 from okdc.data._common import Batch, Data, iterate_seeded
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
@@ -28,6 +29,7 @@ def wrap(
     needs: Needs = NOTHING,
     rank: int = 0,
     world: int = 1,
+    timeout: float = 0.0,
 ) -> Data:
     """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
 
@@ -38,7 +40,8 @@ def wrap(
     Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a loader
     with torch's DistributedSampler has been divided already. A method that `needs` views sees the same image with every
     member, and pairs are those that batches happen to hold.
-    Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, and needs unmet.
+    Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, and
+    loaders that give no batch for `timeout` seconds (0: never) when they are first looked at.
     """
     if needs.indices or needs.held_out:
         what = "which training image is which" if needs.indices else "images set aside from training"
@@ -48,7 +51,7 @@ def wrap(
         )
     _check_iterable(train, "training")
     names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]
-    seen = _survey(train, "training", seed, len(names))
+    seen = _survey(train, "training", seed, len(names), timeout)
     names = names or [str(i) for i in range(seen.classes)]
     if len(names) < 2:
         raise DataError(
@@ -57,7 +60,7 @@ def wrap(
     images = 0
     if validation is not None:
         _check_iterable(validation, "validation")
-        images = _survey(validation, "validation", seed, len(names)).images
+        images = _survey(validation, "validation", seed, len(names), timeout).images
     channels = seen.input_size[0]
     neutral = {
         "input_size": seen.input_size, "mean": (0.0,) * channels, "std": (1.0,) * channels,
@@ -149,13 +152,14 @@ def _check_iterable(loader: Any, role: str) -> None:
         )
 
 
-def _survey(loader: Any, role: str, seed: int, num_classes: int) -> Survey:
+def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float) -> Survey:
     """Look at the first batch, and at all of them only where classes or steps cannot be told otherwise."""
     length = _length(loader)
     whole = not num_classes or length is None
     steps = images = highest = 0
     input_size: tuple[int, ...] = ()
-    for batch in iterate_seeded(loader, seed, 0):
+    batches = iterate_seeded(loader, seed, 0)
+    for batch in limited(batches, timeout, lambda count: f"while looking at batch {count + 1} of the {role} loader"):
         pixels, labels = _checked(batch, role, num_classes)
         input_size = input_size or tuple(pixels.shape[1:])
         steps, images = steps + 1, images + len(pixels)

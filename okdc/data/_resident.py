@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from okdc._waiting import limited
 from okdc.data._batchwise import FILTERS, Law, mix
 from okdc.data._common import BadImages, Batch, derive_seed, leave_signals, log
 from okdc.data._images import Images
@@ -50,15 +51,17 @@ def keep(
     training: bool,
     bad: BadImages,
     device: torch.device,
+    timeout: float = 0.0,
 ) -> Decoded | None:
     """The images of a split, decoded, or None where the loader is to read them, batch by batch.
 
-    DataError where `--resident on` asks for what cannot be, and for too many unreadable images.
+    DataError where `--resident on` asks for what cannot be, for too many unreadable images, and where none comes for
+    `timeout` seconds.
     """
     if settings.resident == "off":
         return None
     obstacle = _obstacle(settings, config, training)
-    found = obstacle or _decode(split, settings, config, training, bad, device)
+    found = obstacle or _decode(split, settings, config, training, bad, device, timeout)
     if isinstance(found, Decoded):
         return found
     if settings.resident == "on":
@@ -100,11 +103,18 @@ def _before_augmentation(settings: DataSettings, config: dict[str, Any], trainin
 
 
 def _decode(
-    split: Images, settings: DataSettings, config: dict[str, Any], training: bool, bad: BadImages, device: torch.device
+    split: Images,
+    settings: DataSettings,
+    config: dict[str, Any],
+    training: bool,
+    bad: BadImages,
+    device: torch.device,
+    timeout: float,
 ) -> Decoded | str:
     """All images in one tensor, or why not, in words."""
     source = _Decoding(split, _before_augmentation(settings, config, training), MODES[config["input_size"][0]])
-    example = next((image for image in map(source.first, range(len(split))) if image is not None), None)
+    firsts = map(source.first, range(len(split)))
+    example = next((image for image in limited(firsts, timeout, source.near) if image is not None), None)
     if example is None:
         return "none of them can be read"
     size = len(split) * example.nbytes
@@ -113,7 +123,7 @@ def _decode(
     images = torch.empty(len(split), *example.shape, dtype=torch.uint8)
     readable = torch.zeros(len(split), dtype=torch.bool)
     unread: list[tuple[str, str]] = []
-    for positions, decoded, failed in _chunks(source, settings.workers):
+    for positions, decoded, failed in _chunks(source, settings.workers, timeout):
         unread += failed
         if any(image.shape != example.shape for image in decoded):
             return "they are not all of one size"
@@ -138,6 +148,10 @@ class _Decoding(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
+    def near(self, position: int) -> str:
+        position = min(position, len(self) - 1)
+        return f"while decoding, near position {position} of {self.split.origin} ({self.split.name(position)})"
+
     def first(self, position: int) -> Tensor | None:
         sample = read(self.split, position, self.mode, [])
         return sample and self.transform(sample[0])
@@ -152,7 +166,7 @@ class _Decoding(Dataset):
         return [position for position, _ in found], together, failed
 
 
-def _chunks(source: _Decoding, workers: int) -> Iterator[Any]:
+def _chunks(source: _Decoding, workers: int, timeout: float) -> Iterator[Any]:
     loader: DataLoader = DataLoader(
         source,
         batch_size=CHUNK,
@@ -165,7 +179,9 @@ def _chunks(source: _Decoding, workers: int) -> Iterator[Any]:
     many = len(source) >= FEW
     if many and not console.is_terminal:
         log.info("decoding %d images of %s", len(source), source.split.origin)
-    yield from track(loader, "decoding", console=console, transient=True, disable=not (many and console.is_terminal))
+    chunks = limited(loader, timeout, lambda count: source.near(count * CHUNK))
+    hidden = not (many and console.is_terminal)
+    yield from track(chunks, "decoding", len(loader), console=console, transient=True, disable=hidden)
 
 
 class Normalised:
