@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -171,7 +173,8 @@ class Watch:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout or FOR_EVER
-        self.count, self.where, self.since = 0, "the start", time.monotonic()
+        self.place: tuple[float, ...] = ()  # epoch, phase, batch, whether it has come: of two ranks the lesser is behind
+        self.where, self.since = "the start", time.monotonic()
         self.over_and_done = threading.Event()
         self.store: Any = None
 
@@ -190,23 +193,28 @@ class Watch:
             raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
 
     def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
-        """The batches, while noting where in the run this rank is: `where`, and step and epoch of the state."""
-        iterator = iter(batches)
-        while True:
-            self._at(f"waiting for data of {where}", state)
+        """The batches, while noting where this rank is: `where` (training or validation), batch, and epoch of `state`.
+
+        Not how many batches it has had, of which the ranks' shares of the validation have not the same number.
+        """
+        iterator, validating = iter(batches), where == "validation"
+        for i in count():
+            step = f"batch {i + 1}" if validating else f"step {state.step + 1}"
+            self._at(f"waiting for data of {where}, {step}", state, validating, i, False)
             try:
                 batch = next(iterator)
             except StopIteration:
+                self._at(f"done with {where}", state, validating, math.inf, False)
                 return
-            self._at(where, state)
+            self._at(f"{where}, {step}", state, validating, i, True)
             yield batch
 
-    def _at(self, where: str, state: Any) -> None:
-        self.count += 1
-        self.where, self.since = f"{where}, step {state.step + 1} of epoch {state.epoch + 1}", time.monotonic()
+    def _at(self, where: str, state: Any, *place: float) -> None:
+        self.place, self.where = (state.epoch, *place), f"{where} of epoch {state.epoch + 1}"
+        self.since = time.monotonic()
 
     def _tell(self) -> None:
-        self.store.set(f"okdc/{self.rank}", json.dumps([self.count, self.where]))
+        self.store.set(f"okdc/{self.rank}", json.dumps([self.place, self.where]))
 
     def _behind(self) -> str:
         """The rank or ranks that have come least far, in words."""
@@ -215,8 +223,8 @@ class Watch:
             told = [json.loads(each) for each in self.store.multi_get([f"okdc/{i}" for i in range(self.world)])]
         except RuntimeError:
             return "Rank 0 is gone, and what it knew of the others with it."
-        least = min(count for count, _ in told)
-        late = [f"rank {i} ({where})" for i, (count, where) in enumerate(told) if count == least]
+        least = min(place for place, _ in told)
+        late = [f"rank {i} ({where})" for i, (place, where) in enumerate(told) if place == least]
         return f"Furthest behind: {', '.join(late)}."
 
     def _observe(self) -> None:

@@ -203,7 +203,10 @@ ROBUST = replace(SETTINGS, timeout=4.0)
 
 
 class Troubled(Batches):
-    """Batches of two processes, in the third of which something happens to the second process."""
+    """Batches of two processes, in the third of which something happens to the second process.
+
+    It is the first one that stalls, and in the second epoch: it has had one batch more of the validation by then.
+    """
 
     def __init__(self, trouble: str, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -211,7 +214,7 @@ class Troubled(Batches):
 
     def batches(self, epoch: int, start: int = 0):
         for step, (images, labels) in enumerate(super().batches(epoch, start), start):
-            if (rank(), epoch, step) == (1, 0, 2):
+            if (rank(), epoch, step) == ((0, 1, 2) if self.trouble == "stalls" else (1, 0, 2)):
                 if self.trouble == "stalls":
                     time.sleep(600)
                 elif self.trouble == "dies":
@@ -266,7 +269,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(troubled):
     codes, said = ended(troubled, "stalls")
     assert codes == [1, 1]
     assert said.count("nothing has happened for 4 s") == 1
-    assert "rank 1 (waiting for data of training, step 3 of epoch 1)" in said
+    assert "Furthest behind: rank 0 (waiting for data of training, step 3 of epoch 2). " in said
     assert "time.sleep" in said or "in batches" in said  # where it hangs
 
 
