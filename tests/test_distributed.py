@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from okdc import methods
 from okdc._distributed import _first_node, as_started, joined, launch, place
@@ -26,7 +27,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.data._loading import Part
-from okdc.errors import OkdcError, RecipeError, TrainingError
+from okdc.errors import DataError, OkdcError, RecipeError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.settings import DataSettings, TrainSettings
@@ -370,10 +371,26 @@ def test_batches_of_ones_own_are_divided_and_those_of_a_distributed_sampler_are_
         for i in range(2)
     ]
     assert seen == [[0, 2, 4], [1, 3, 5]]
-    dataset = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.zeros(8).long())
-    sampler = torch.utils.data.DistributedSampler(dataset, 2, 1)
-    loader = torch.utils.data.DataLoader(dataset, 2, sampler=sampler)
-    assert len(list(wrap(loader, num_classes=2, rank=1, world=2).train.batches(0))) == 2
+    for loader in parts_of_eight():
+        mine = [wrap(loader, num_classes=8, rank=1, world=2).train.batches(epoch) for epoch in range(2)]
+        seen = [torch.cat([labels for _, labels in batches]).tolist() for batches in mine]
+        assert [len(set(each)) for each in seen] == [4, 4] and seen[0] != seen[1]  # half of the images, others each time
+
+
+def parts_of_eight() -> list[DataLoader]:
+    """The second half of eight images, as a DataLoader divides it and as one with a batch sampler does."""
+    dataset = TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8))
+    sampler = DistributedSampler(dataset, 2, 1)
+    return [
+        DataLoader(dataset, 2, sampler=sampler), DataLoader(dataset, batch_sampler=BatchSampler(sampler, 2, False))
+    ]  # fmt: skip
+
+
+def test_a_validation_loader_that_is_divided_already_is_refused():
+    whole = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
+    for loader in parts_of_eight():
+        with pytest.raises(DataError, match="leave out its sampler, and okdc divides its batches"):
+            wrap(whole, loader, num_classes=8, rank=1, world=2)
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
