@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from okdc import methods
+from okdc import methods, runs
 from okdc._distributed import _first_node, as_started, joined, launch, place
 from okdc._ranks import _Sum, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.data._loading import Part
-from okdc.errors import DataError, OkdcError, RecipeError, TrainingError
+from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
+from okdc.recipe import Recipe
 from okdc.settings import DataSettings, TrainSettings
 from okdc.train import fit
 from tests.networks import Tiny
@@ -199,7 +201,7 @@ def train_all(folder: str, steps: str) -> None:
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
-WRONG = ("stalls", "dies", "is told to stop", "sees a NaN")
+WRONG = ("stalls", "dies", "is told to stop", "loses its launcher", "sees a NaN")
 ROBUST = replace(SETTINGS, timeout=4.0)
 
 
@@ -222,6 +224,9 @@ class Troubled(Batches):
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif self.trouble == "is told to stop":
                     os.kill(os.getpid(), signal.SIGTERM)
+                elif self.trouble == "loses its launcher":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(1)  # until word of it has come
                 elif self.trouble == "sees a NaN":
                     images = images * torch.nan
             yield images, labels
@@ -234,6 +239,10 @@ def be_troubled(folder: str) -> None:
         if pid := os.fork():
             codes[trouble] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             continue
+        if trouble == "loses its launcher":
+            if pid := os.fork():
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            os.environ["TORCHELASTIC_RUN_ID"] = "any"
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[i]
         with open(f"{folder}/{trouble}.{os.environ['RANK']}.txt", "w") as output:
             os.dup2(output.fileno(), 2)
@@ -292,6 +301,12 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(troubled, tmp_pa
     assert "1 devices, before 2" in words and "images per step" not in words
 
 
+def test_ranks_whose_launcher_is_gone_save_and_end(troubled):
+    codes, said = ended(troubled, "loses its launcher")
+    assert codes == [143, -signal.SIGKILL]  # the first rank's own, and of the second's launcher
+    assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
+
+
 def test_another_number_of_devices_says_all_that_changes(troubled, tmp_path, one_thread, capsys):
     train("baseline", 10, tmp_path, resume=troubled / "is told to stop" / "last.pth.tar", batch_size=4, lr=None)
     words = capsys.readouterr().err
@@ -315,6 +330,31 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(troubled):
 def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one if one[k].numel())
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on node", file=file, end="", flush=True)
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
+    (tmp_path / ".last.pth.tar.7.tmp").touch()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "locked\n"
+    with ExitStack() as held:
+        with pytest.raises(RunError, match="is being trained by process 7 on node"):
+            runs.begin(tmp_path, Recipe(), {}, held)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".last.pth.tar.7.tmp"}
+        holder.kill()
+        holder.communicate()
+        runs.begin(tmp_path, Recipe(), {}, held)
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.yaml", "student.json"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -374,7 +414,7 @@ def test_batches_of_ones_own_are_divided_and_those_of_a_distributed_sampler_are_
     for loader in parts_of_eight():
         mine = [wrap(loader, num_classes=8, rank=1, world=2).train.batches(epoch) for epoch in range(2)]
         seen = [torch.cat([labels for _, labels in batches]).tolist() for batches in mine]
-        assert [len(set(each)) for each in seen] == [4, 4] and seen[0] != seen[1]  # half of the images, others each time
+        assert [len(set(each)) for each in seen] == [4, 4] and seen[0] != seen[1]  # half of them, others each time
 
 
 def parts_of_eight() -> list[DataLoader]:

@@ -59,8 +59,8 @@ def wrap(
         _check_iterable(validation, "validation")
         if world > 1 and _is_divided(validation):
             raise DataError(
-                "the validation loader has a DistributedSampler, which repeats images to make all parts equal; expected "
-                "one that gives every image once: leave out its sampler, and okdc divides its batches."
+                "the validation loader has a DistributedSampler, which repeats images to make all parts equal; "
+                "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
             )
         images = _survey(validation, "validation", seed, len(names)).images
     channels = seen.input_size[0]
