@@ -161,7 +161,11 @@ def synchronised(method: nn.Module, wanted: bool) -> Iterator[None]:
     """Batch norm over the batches of all ranks; afterwards each is what it was, as the target is the user's own."""
     from timm.layers import BatchNormAct2d, SyncBatchNormAct
 
-    norms: list[Any] = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [
+        module
+        for module in method.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
     kinds = [type(norm) for norm in norms if wanted and world() > 1]
     for norm, kind in zip(norms, kinds):  # changed in place, because hooks stand on them
         norm.process_group = None

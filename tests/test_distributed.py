@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from okdc import methods, runs
-from okdc._distributed import _first_node, as_started, joined, launch, place
-from okdc._ranks import _Sum, rank, world
+from okdc._distributed import _first_node, as_started, joined, launch, place, synchronised
+from okdc._ranks import _Sum, local_rank, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -456,6 +457,31 @@ def test_the_environment_says_who_one_is(monkeypatch):
     for listed, expected in {"gpu[07-09,12],big3": "gpu07", "a1,a2": "a1", "login": "login"}.items():
         monkeypatch.setenv("SLURM_STEP_NODELIST", listed)
         assert _first_node() == expected
+
+
+def test_each_process_of_a_node_has_a_device_of_its_own(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("okdc._ranks.world", lambda: 12)
+    monkeypatch.setattr("okdc._ranks.rank", lambda: 9)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert local_rank() == 1  # torch's mp.spawn sets no variable
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert local_rank() == 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert local_rank() == 0  # --gpus-per-task shows each its own
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert local_rank() == 2  # torchrun shows all to each: one too many is refused
+
+
+def test_batch_norm_is_synchronised_and_given_back_but_for_the_users_own(monkeypatch):
+    monkeypatch.setattr("okdc._distributed.world", lambda: 2)
+    norms = nn.Sequential(nn.BatchNorm2d(4), BatchNormAct2d(4), nn.SyncBatchNorm(4), SyncBatchNormAct(4))
+    kinds = [type(norm) for norm in norms]
+    with synchronised(norms, True):
+        assert [type(norm) for norm in norms] == [nn.SyncBatchNorm, SyncBatchNormAct] * 2
+    assert [type(norm) for norm in norms] == kinds
+    assert [hasattr(norm, "process_group") for norm in norms] == [False, False, True, True]
 
 
 def test_learning_rate_and_images_per_step_are_those_of_all_devices():
