@@ -52,6 +52,11 @@ def as_started(settings: TrainSettings) -> TrainSettings:
     here = place(settings)
     if here is not None or world() > 1:
         _, processes, nodes = here or (0, world(), 1)
+        if processes % nodes:
+            raise RecipeError(
+                f"{processes} processes were started on {nodes} nodes; expected as many on each: "
+                f"srun --ntasks-per-node {processes // nodes}, which is {processes // nodes * nodes} in all."
+            )
         return replace(settings, devices=processes // nodes, nodes=nodes)
     if settings.devices * settings.nodes > 1:
         raise RecipeError(

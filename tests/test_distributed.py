@@ -448,6 +448,9 @@ def test_the_environment_says_who_one_is(monkeypatch):
         monkeypatch.setenv(name, value)
     assert place(SETTINGS) == (5, 8, 2)
     assert (as_started(SETTINGS).devices, as_started(SETTINGS).nodes) == (4, 2)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "5")
+    with pytest.raises(RecipeError, match="--ntasks-per-node 2, which is 4 in all"):
+        as_started(SETTINGS)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert place(SETTINGS) == (5, 2, 2)
     assert place(replace(SETTINGS, devices=4, nodes=2)) is None  # one task on each node, which starts the others
