@@ -206,6 +206,12 @@ class Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
         self.over_and_done.set()
+        if "static_graph" in str(error):
+            raise TrainingError(
+                f"the network did not use the same parameters in each step, as one that skips layers at random (rank "
+                f"{self.rank}, {self.where}), and only such gradients are averaged over several devices. Use --devices "
+                "1, or a network without that (layer drop of 0)."
+            ) from error
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         if self.store is not None and lost:
             raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error

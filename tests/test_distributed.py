@@ -202,7 +202,7 @@ def train_all(folder: str, steps: str) -> None:
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
-WRONG = ("stalls", "dies", "is told to stop", "loses its launcher", "sees a NaN")
+WRONG = ("stalls", "dies", "is told to stop", "loses its launcher", "sees a NaN", "skips a layer")
 ROBUST = replace(SETTINGS, timeout=4.0)
 
 
@@ -214,10 +214,12 @@ class Troubled(Batches):
 
     def __init__(self, trouble: str, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.trouble = trouble
+        self.trouble, self.target = trouble, arguments[1].cohort.target
 
     def batches(self, epoch: int, start: int = 0):
         for step, (images, labels) in enumerate(super().batches(epoch, start), start):
+            if self.trouble == "skips a layer" and step == 2:  # both of them
+                self.target.stem.register_forward_hook(lambda module, given, out: out.detach())
             if (rank(), epoch, step) == ((0, 1, 2) if self.trouble == "stalls" else (1, 0, 2)):
                 if self.trouble == "stalls":
                     time.sleep(600)
@@ -326,6 +328,12 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(troubled):
         torch.stack([value.double().sum() for value in first["tensors"].values()])
     ).all()
     assert max_difference(first["tensors"], second["tensors"]) == 0
+
+
+def test_a_network_that_skips_layers_is_refused_in_words(troubled):
+    codes, said = ended(troubled, "skips a layer")
+    assert codes == [1, 1]
+    assert said.count("did not use the same parameters in each step") == 2 and "Use --devices 1" in said
 
 
 def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
