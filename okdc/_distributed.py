@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
+from okdc._machine import heeded
 from okdc._ranks import local_rank, rank, world
 from okdc.errors import RecipeError, TrainingError
 from okdc.settings import TrainSettings
@@ -121,11 +122,13 @@ def launch(command: Sequence[str], settings: TrainSettings, rendezvous: str | No
         )
     share = max(1, (os.cpu_count() or 1) // settings.devices)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))  # else all processes take all cores, and wait
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish a step and save, not 30
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=settings.nodes, max_nodes=settings.nodes, nproc_per_node=settings.devices, max_restarts=0,
             rdzv_backend="c10d", rdzv_endpoint=rendezvous or "localhost:0", run_id="okdc",
             local_addr=None if rendezvous else "localhost", logs_specs=DefaultLogsSpecs(logs),
+            signals_to_handle=",".join(number.name for number in heeded()),
         )  # fmt: skip
         logging.disable(logging.ERROR)  # the launcher's own account of what the processes have said themselves
         try:

@@ -226,7 +226,7 @@ class Troubled(Batches):
                 elif self.trouble == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif self.trouble == "is told to stop":
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), signal.SIGHUP)
                 elif self.trouble == "loses its launcher":
                     os.kill(os.getppid(), signal.SIGKILL)
                     time.sleep(1)  # until word of it has come
@@ -295,7 +295,7 @@ def test_a_rank_that_dies_is_named_with_its_step(troubled):
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(troubled, tmp_path, one_thread, capsys):
     codes, said = ended(troubled, "is told to stop")
-    assert codes == [143, 143]
+    assert codes == [129, 129]
     assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
     last = troubled / "is told to stop" / "last.pth.tar"
     alone, resumed = (train("baseline", 5, tmp_path / str(i), resume=each) for i, each in enumerate((None, last)))
@@ -507,6 +507,7 @@ def test_devices_in_python_say_how_to_start(monkeypatch):
 
 def test_the_launcher_passes_on_how_processes_end(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     }
@@ -516,7 +517,7 @@ def test_the_launcher_passes_on_how_processes_end(monkeypatch):
         return launch([sys.executable, "-c", program], replace(SETTINGS, devices=2), None)
 
     try:
-        assert end("0") == 0
+        assert end("os._exit(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] != '120')") == 0  # time to save
         assert end("os._exit(3)") == 3
         with pytest.raises(TrainingError, match="rank 1 was killed by SIGKILL"):
             end("os.kill(os.getpid(), 9)")
