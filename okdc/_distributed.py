@@ -73,7 +73,8 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     """All processes that were started together as one group; nothing where there is one, or where they are already."""
     here = place(settings)
     if here is None or here[1] == 1 or dist.is_initialized():
-        yield
+        with _first_alone_warns():
+            yield
         return
     on_cuda = settings.device.startswith("cuda") or (settings.device == "auto" and torch.cuda.is_available())
     if settings.sync_bn and not on_cuda:
@@ -88,9 +89,22 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     try:
         if on_cuda and local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
-        yield
+        with _first_alone_warns():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _first_alone_warns() -> Iterator[None]:
+    log = logging.getLogger("okdc")
+    before = log.level
+    if rank() > 0:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _end_with_launcher() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
+import logging
 import os
 import signal
 import socket
@@ -142,6 +143,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) != 0
+
+
 def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
@@ -235,9 +241,31 @@ class Troubled(Batches):
             yield images, labels
 
 
+def be_tasks(folder: str) -> list[int]:
+    """Four tasks on two nodes, as srun starts them, train a few steps; their exit codes."""
+    tasks = []
+    for i in range(4):
+        if pid := os.fork():
+            tasks.append(pid)
+            continue
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        os.environ |= {
+            "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i % 2), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": os.environ["JOB"],
+        }  # fmt: skip
+        with joined(SETTINGS):
+            logging.getLogger("okdc.data").warning("rank %d warns", rank())
+            settings = as_started(SETTINGS)
+            found = train("dml", 1, Path(folder, "tasks"), devices=settings.devices, nodes=settings.nodes)
+            torch.save(found, Path(folder, f"task.{rank()}.pt"))
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in tasks]
+
+
 def be_troubled(folder: str) -> None:
     """One process per trouble, forked because the imports take long; how each ended goes to a file."""
-    codes = {}
+    codes: dict[str, Any] = {"tasks": be_tasks(folder)} if os.environ["RANK"] == "0" else {}
     for i, trouble in enumerate(WRONG):
         if pid := os.fork():
             codes[trouble] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -266,9 +294,11 @@ def be_troubled(folder: str) -> None:
 def troubled(tmp_path_factory) -> Path:
     """What two processes left behind, of which the second got into each kind of trouble."""
     folder = tmp_path_factory.mktemp("troubled")
-    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in WRONG))
+    job = next(job for job in range(os.getpid() % 10000, 20000) if is_free(15000 + job % 10000))
+    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in WRONG), JOB=str(job))
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    (folder / "tasks.txt").write_text(outputs[0])
     return folder
 
 
@@ -276,6 +306,17 @@ def ended(troubled: Path, trouble: str) -> tuple[list[int], str]:
     """The exit codes of both processes, and what the first one said."""
     codes = [json.loads((troubled / f"codes.{i}.json").read_text())[trouble] for i in range(2)]
     return codes, (troubled / f"{trouble}.0.txt").read_text() + (troubled / f"{trouble}.1.txt").read_text()
+
+
+def test_four_tasks_of_slurm_give_the_weights_of_one_process(troubled, tmp_path, one_thread):
+    assert json.loads((troubled / "codes.0.json").read_text())["tasks"] == [0, 0, 0, 0]
+    alone = train("dml", 1, tmp_path)["tensors"]
+    for i in range(4):
+        assert max_difference(alone, torch.load(troubled / f"task.{i}.pt")["tensors"]) < 1e-9
+    said = (troubled / "tasks.txt").read_text()
+    assert said.count(" warns") == 1 and "rank 0 warns" in said
+    saved = torch.load(troubled / "tasks" / "last.pth.tar")["okdc"]
+    assert (saved["devices"], saved["images"]) == (4, BATCH)
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(troubled):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from okdc._ranks import rank
 from okdc.data._batchwise import FILTERS, Law, mix
 from okdc.data._common import BadImages, Batch, derive_seed, leave_signals, log
 from okdc.data._images import Images
@@ -162,7 +163,7 @@ def _chunks(source: _Decoding, workers: int) -> Iterator[Any]:
         generator=torch.Generator(),
     )
     console = Console(stderr=True)
-    many = len(source) >= FEW
+    many = len(source) >= FEW and rank() == 0
     if many and not console.is_terminal:
         log.info("decoding %d images of %s", len(source), source.split.origin)
     yield from track(loader, "decoding", console=console, transient=True, disable=not (many and console.is_terminal))
