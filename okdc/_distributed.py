@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
+from okdc._machine import heeded
 from okdc._ranks import local_rank, rank, world
 from okdc.errors import RecipeError, TrainingError
 from okdc.settings import TrainSettings
@@ -49,6 +53,11 @@ def as_started(settings: TrainSettings) -> TrainSettings:
     here = place(settings)
     if here is not None or world() > 1:
         _, processes, nodes = here or (0, world(), 1)
+        if processes % nodes:
+            raise RecipeError(
+                f"{processes} processes were started on {nodes} nodes; expected as many on each: "
+                f"srun --ntasks-per-node {processes // nodes}, which is {processes // nodes * nodes} in all."
+            )
         return replace(settings, devices=processes // nodes, nodes=nodes)
     if settings.devices * settings.nodes > 1:
         raise RecipeError(
@@ -64,7 +73,8 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     """All processes that were started together as one group; nothing where there is one, or where they are already."""
     here = place(settings)
     if here is None or here[1] == 1 or dist.is_initialized():
-        yield
+        with _first_alone_warns():
+            yield
         return
     on_cuda = settings.device.startswith("cuda") or (settings.device == "auto" and torch.cuda.is_available())
     if settings.sync_bn and not on_cuda:
@@ -73,13 +83,34 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     os.environ.setdefault("MASTER_PORT", str(15000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
     # The watch is to speak first: it knows who is late.
     options: dict[str, Any] = {"timeout": timedelta(seconds=(settings.timeout or FOR_EVER) + 60)}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=here[0], world_size=here[1], **options)
     try:
         if on_cuda and local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
-        yield
+        with _first_alone_warns():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _first_alone_warns() -> Iterator[None]:
+    log = logging.getLogger("okdc")
+    before = log.level
+    if rank() > 0:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _end_with_launcher() -> None:
+    """Get a SIGTERM, upon which a run saves, when torch's launcher is gone without a word; on Linux only."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def _first_node() -> str:
@@ -105,11 +136,13 @@ def launch(command: Sequence[str], settings: TrainSettings, rendezvous: str | No
         )
     share = max(1, (os.cpu_count() or 1) // settings.devices)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))  # else all processes take all cores, and wait
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish a step and save, not 30
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=settings.nodes, max_nodes=settings.nodes, nproc_per_node=settings.devices, max_restarts=0,
             rdzv_backend="c10d", rdzv_endpoint=rendezvous or "localhost:0", run_id="okdc",
             local_addr=None if rendezvous else "localhost", logs_specs=DefaultLogsSpecs(logs),
+            signals_to_handle=",".join(number.name for number in heeded()),
         )  # fmt: skip
         logging.disable(logging.ERROR)  # the launcher's own account of what the processes have said themselves
         try:
@@ -150,7 +183,11 @@ def synchronised(method: nn.Module, wanted: bool) -> Iterator[None]:
     """Batch norm over the batches of all ranks; afterwards each is what it was, as the target is the user's own."""
     from timm.layers import BatchNormAct2d, SyncBatchNormAct
 
-    norms: list[Any] = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [
+        module
+        for module in method.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
     kinds = [type(norm) for norm in norms if wanted and world() > 1]
     for norm, kind in zip(norms, kinds):  # changed in place, because hooks stand on them
         norm.process_group = None
@@ -171,7 +208,8 @@ class Watch:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout or FOR_EVER
-        self.count, self.where, self.since = 0, "the start", time.monotonic()
+        self.place: tuple[float, ...] = ()  # epoch, phase, batch, has it come: of two ranks the lesser is behind
+        self.where, self.since = "the start", time.monotonic()
         self.over_and_done = threading.Event()
         self.store: Any = None
 
@@ -185,28 +223,39 @@ class Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
         self.over_and_done.set()
+        if "static_graph" in str(error):
+            raise TrainingError(
+                f"the network did not use the same parameters in each step, as one that skips layers at random (rank "
+                f"{self.rank}, {self.where}), and only such gradients are averaged over several devices. Use --devices "
+                "1, or a network without that (layer drop of 0)."
+            ) from error
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         if self.store is not None and lost:
             raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
 
     def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
-        """The batches, while noting where in the run this rank is: `where`, and step and epoch of the state."""
-        iterator = iter(batches)
-        while True:
-            self._at(f"waiting for data of {where}", state)
+        """The batches, while noting where this rank is: `where` (training or validation), batch, and epoch of `state`.
+
+        Not how many batches it has had, of which the ranks' shares of the validation have not the same number.
+        """
+        iterator, validating = iter(batches), where == "validation"
+        for i in count():
+            step = f"batch {i + 1}" if validating else f"step {state.step + 1}"
+            self._at(f"waiting for data of {where}, {step}", state, validating, i, False)
             try:
                 batch = next(iterator)
             except StopIteration:
+                self._at(f"done with {where}", state, validating, math.inf, False)
                 return
-            self._at(where, state)
+            self._at(f"{where}, {step}", state, validating, i, True)
             yield batch
 
-    def _at(self, where: str, state: Any) -> None:
-        self.count += 1
-        self.where, self.since = f"{where}, step {state.step + 1} of epoch {state.epoch + 1}", time.monotonic()
+    def _at(self, where: str, state: Any, *place: float) -> None:
+        self.place, self.where = (state.epoch, *place), f"{where} of epoch {state.epoch + 1}"
+        self.since = time.monotonic()
 
     def _tell(self) -> None:
-        self.store.set(f"okdc/{self.rank}", json.dumps([self.count, self.where]))
+        self.store.set(f"okdc/{self.rank}", json.dumps([self.place, self.where]))
 
     def _behind(self) -> str:
         """The rank or ranks that have come least far, in words."""
@@ -215,8 +264,8 @@ class Watch:
             told = [json.loads(each) for each in self.store.multi_get([f"okdc/{i}" for i in range(self.world)])]
         except RuntimeError:
             return "Rank 0 is gone, and what it knew of the others with it."
-        least = min(count for count, _ in told)
-        late = [f"rank {i} ({where})" for i, (count, where) in enumerate(told) if count == least]
+        least = min(place for place, _ in told)
+        late = [f"rank {i} ({where})" for i, (place, where) in enumerate(told) if place == least]
         return f"Furthest behind: {', '.join(late)}."
 
     def _observe(self) -> None:

@@ -21,7 +21,7 @@ from okdc._ranks import local_rank, mean_, world
 from okdc.errors import RecipeError
 from okdc.settings import TrainSettings
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no HUP
 
 
 def choose_device(name: str) -> torch.device:
@@ -105,9 +105,14 @@ def own_randomness() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+def heeded() -> list[signal.Signals]:
+    """Those of SIGNALS upon which a run saves: not a hang-up that nohup has it ignore."""
+    return [each for each in SIGNALS if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_IGN]
+
+
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a wish, `signal`, that the loop sees after its step; the second one ends
-    the process at once. In any thread but the main one it does nothing."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish, `signal`, that the loop sees after its step; the second
+    one ends the process at once. In any thread but the main one it does nothing."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -135,7 +140,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self.before = {number: signal.signal(number, self._handle) for number in heeded()}
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

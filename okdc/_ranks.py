@@ -30,7 +30,12 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Which of the processes of this node it is, so which of its devices it has."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) if world() > 1 else 0
+    if world() == 1:
+        return 0
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    # SLURM may show each of its tasks one device alone; of torch's mp.spawn no more is known than the rank.
+    return int(os.environ.get("SLURM_LOCALID") or rank()) % max(1, torch.cuda.device_count())
 
 
 def gather(tensor: Tensor, dim: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ from okdc.errors import RunError
 
 LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"
+TEMPORARY = ".tmp"
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> No
 
     RunError when the disk is full or read-only; `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     files = history(path, keep)
     try:
         write(temporary)

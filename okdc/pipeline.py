@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def compress(
     chosen = wanted.method["name"]
     _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
     arch = wanted.network.model
-    with _distributed.joined(wanted.train), own_randomness():
+    with _distributed.joined(wanted.train), own_randomness(), ExitStack() as held:
         leads = rank() == 0  # of several processes the first writes, and exports alone
         folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
         seed_everything(wanted.train.seed)
@@ -102,7 +103,7 @@ def compress(
             try:
                 state = train.fit(
                     learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
-                    begin=lambda: runs.begin(folder, wanted, facts),
+                    begin=lambda: runs.begin(folder, wanted, facts, held),
                 )  # fmt: skip
                 byproducts, lost = _byproducts.take(learner, folder, settle)
             finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from okdc.recipe import Recipe
 RECIPE = "recipe.yaml"
 STUDENT = "student.json"
 REPORT = "report.json"
+LOCK = ".lock"
 
 
 def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | None) -> tuple[Path, Path | None]:
@@ -93,15 +97,41 @@ def _in_use(folder: Path) -> bool:
     return any(path.name not in (RECIPE, STUDENT) and path.name[0] != "." for path in folder.iterdir())
 
 
-def begin(folder: Path, recipe: Recipe, student: dict[str, Any]) -> None:
-    """Make the folder and write what was asked for and what the student is, before anything is trained."""
+def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack) -> None:
+    """Make the folder and write what was asked for and what the student is, before anything is trained.
+
+    No other process begins there until `held` is closed, or this one ends, in whatever way: RunError.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}. Choose another --output.") from error
+    _lock(folder, held)
     checkpoint.atomically(folder / RECIPE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
     text = json.dumps(student, indent=2, sort_keys=True) + "\n"
     checkpoint.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    """Keep other processes out; without effect where there are no such locks: on Windows, on some network disks."""
+    try:
+        import fcntl
+
+        file = held.enter_context((folder / LOCK).open("ab+", buffering=0))
+        # Not flock, which data workers would hold on to for seconds after this process was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        for left in folder.glob(f".*{checkpoint.TEMPORARY}"):  # by a process that was killed while it wrote
+            left.unlink()
+    except BlockingIOError as error:
+        holder = (folder / LOCK).read_text() or "another process"
+        raise RunError(
+            f"{folder} is being trained by {holder}. Let it finish, or end it and type this again. To start another "
+            "run beside it: --experiment NAME."
+        ) from error
+    except (ImportError, OSError):  # of a folder that is read-only or full the first file to be written will complain
+        pass
 
 
 def read_student(folder: Path) -> dict[str, Any] | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +19,21 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from okdc import methods
-from okdc._distributed import _first_node, as_started, joined, launch, place
-from okdc._ranks import _Sum, rank, world
+from okdc import methods, runs
+from okdc._distributed import _first_node, as_started, joined, launch, place, synchronised
+from okdc._ranks import _Sum, local_rank, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.data._loading import Part
-from okdc.errors import OkdcError, RecipeError, TrainingError
+from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
+from okdc.recipe import Recipe
 from okdc.settings import DataSettings, TrainSettings
 from okdc.train import fit
 from tests.networks import Tiny
@@ -138,6 +143,11 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("localhost", port)) != 0
+
+
 def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
@@ -198,38 +208,72 @@ def train_all(folder: str, steps: str) -> None:
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
-WRONG = ("stalls", "dies", "is told to stop", "sees a NaN")
+WRONG = ("stalls", "dies", "is told to stop", "loses its launcher", "sees a NaN", "skips a layer")
 ROBUST = replace(SETTINGS, timeout=4.0)
 
 
 class Troubled(Batches):
-    """Batches of two processes, in the third of which something happens to the second process."""
+    """Batches of two processes, in the third of which something happens to the second process.
+
+    It is the first one that stalls, and in the second epoch: it has had one batch more of the validation by then.
+    """
 
     def __init__(self, trouble: str, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.trouble = trouble
+        self.trouble, self.target = trouble, arguments[1].cohort.target
 
     def batches(self, epoch: int, start: int = 0):
         for step, (images, labels) in enumerate(super().batches(epoch, start), start):
-            if (rank(), epoch, step) == (1, 0, 2):
+            if self.trouble == "skips a layer" and step == 2:  # both of them
+                self.target.stem.register_forward_hook(lambda module, given, out: out.detach())
+            if (rank(), epoch, step) == ((0, 1, 2) if self.trouble == "stalls" else (1, 0, 2)):
                 if self.trouble == "stalls":
                     time.sleep(600)
                 elif self.trouble == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif self.trouble == "is told to stop":
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), signal.SIGHUP)
+                elif self.trouble == "loses its launcher":
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(1)  # until word of it has come
                 elif self.trouble == "sees a NaN":
                     images = images * torch.nan
             yield images, labels
 
 
+def be_tasks(folder: str) -> list[int]:
+    """Four tasks on two nodes, as srun starts them, train a few steps; their exit codes."""
+    tasks = []
+    for i in range(4):
+        if pid := os.fork():
+            tasks.append(pid)
+            continue
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        os.environ |= {
+            "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i % 2), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": os.environ["JOB"],
+        }  # fmt: skip
+        with joined(SETTINGS):
+            logging.getLogger("okdc.data").warning("rank %d warns", rank())
+            settings = as_started(SETTINGS)
+            found = train("dml", 1, Path(folder, "tasks"), devices=settings.devices, nodes=settings.nodes)
+            torch.save(found, Path(folder, f"task.{rank()}.pt"))
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in tasks]
+
+
 def be_troubled(folder: str) -> None:
     """One process per trouble, forked because the imports take long; how each ended goes to a file."""
-    codes = {}
+    codes: dict[str, Any] = {"tasks": be_tasks(folder)} if os.environ["RANK"] == "0" else {}
     for i, trouble in enumerate(WRONG):
         if pid := os.fork():
             codes[trouble] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             continue
+        if trouble == "loses its launcher":
+            if pid := os.fork():
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            os.environ["TORCHELASTIC_RUN_ID"] = "any"
         os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[i]
         with open(f"{folder}/{trouble}.{os.environ['RANK']}.txt", "w") as output:
             os.dup2(output.fileno(), 2)
@@ -250,9 +294,11 @@ def be_troubled(folder: str) -> None:
 def troubled(tmp_path_factory) -> Path:
     """What two processes left behind, of which the second got into each kind of trouble."""
     folder = tmp_path_factory.mktemp("troubled")
-    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in WRONG))
+    job = next(job for job in range(os.getpid() % 10000, 20000) if is_free(15000 + job % 10000))
+    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in WRONG), JOB=str(job))
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    (folder / "tasks.txt").write_text(outputs[0])
     return folder
 
 
@@ -262,11 +308,22 @@ def ended(troubled: Path, trouble: str) -> tuple[list[int], str]:
     return codes, (troubled / f"{trouble}.0.txt").read_text() + (troubled / f"{trouble}.1.txt").read_text()
 
 
+def test_four_tasks_of_slurm_give_the_weights_of_one_process(troubled, tmp_path, one_thread):
+    assert json.loads((troubled / "codes.0.json").read_text())["tasks"] == [0, 0, 0, 0]
+    alone = train("dml", 1, tmp_path)["tensors"]
+    for i in range(4):
+        assert max_difference(alone, torch.load(troubled / f"task.{i}.pt")["tensors"]) < 1e-9
+    said = (troubled / "tasks.txt").read_text()
+    assert said.count(" warns") == 1 and "rank 0 warns" in said
+    saved = torch.load(troubled / "tasks" / "last.pth.tar")["okdc"]
+    assert (saved["devices"], saved["images"]) == (4, BATCH)
+
+
 def test_a_rank_that_hangs_is_named_with_its_step(troubled):
     codes, said = ended(troubled, "stalls")
     assert codes == [1, 1]
     assert said.count("nothing has happened for 4 s") == 1
-    assert "rank 1 (waiting for data of training, step 3 of epoch 1)" in said
+    assert "Furthest behind: rank 0 (waiting for data of training, step 3 of epoch 2). " in said
     assert "time.sleep" in said or "in batches" in said  # where it hangs
 
 
@@ -279,13 +336,19 @@ def test_a_rank_that_dies_is_named_with_its_step(troubled):
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(troubled, tmp_path, one_thread, capsys):
     codes, said = ended(troubled, "is told to stop")
-    assert codes == [143, 143]
+    assert codes == [129, 129]
     assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
     last = troubled / "is told to stop" / "last.pth.tar"
     alone, resumed = (train("baseline", 5, tmp_path / str(i), resume=each) for i, each in enumerate((None, last)))
     assert max_difference(alone["tensors"], resumed["tensors"]) < 1e-9
     words = capsys.readouterr().err
     assert "1 devices, before 2" in words and "images per step" not in words
+
+
+def test_ranks_whose_launcher_is_gone_save_and_end(troubled):
+    codes, said = ended(troubled, "loses its launcher")
+    assert codes == [143, -signal.SIGKILL]  # the first rank's own, and of the second's launcher
+    assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
 
 
 def test_another_number_of_devices_says_all_that_changes(troubled, tmp_path, one_thread, capsys):
@@ -308,9 +371,40 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(troubled):
     assert max_difference(first["tensors"], second["tensors"]) == 0
 
 
+def test_a_network_that_skips_layers_is_refused_in_words(troubled):
+    codes, said = ended(troubled, "skips a layer")
+    assert codes == [1, 1]
+    assert said.count("did not use the same parameters in each step") == 2 and "Use --devices 1" in said
+
+
 def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one if one[k].numel())
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on node", file=file, end="", flush=True)
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
+    (tmp_path / ".last.pth.tar.7.tmp").touch()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout and holder.stdout.readline() == "locked\n"
+    with ExitStack() as held:
+        with pytest.raises(RunError, match="is being trained by process 7 on node"):
+            runs.begin(tmp_path, Recipe(), {}, held)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".last.pth.tar.7.tmp"}
+        holder.kill()
+        holder.communicate()
+        runs.begin(tmp_path, Recipe(), {}, held)
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.yaml", "student.json"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -367,10 +461,26 @@ def test_batches_of_ones_own_are_divided_and_those_of_a_distributed_sampler_are_
         for i in range(2)
     ]
     assert seen == [[0, 2, 4], [1, 3, 5]]
-    dataset = torch.utils.data.TensorDataset(torch.randn(8, 3, 8, 8), torch.zeros(8).long())
-    sampler = torch.utils.data.DistributedSampler(dataset, 2, 1)
-    loader = torch.utils.data.DataLoader(dataset, 2, sampler=sampler)
-    assert len(list(wrap(loader, num_classes=2, rank=1, world=2).train.batches(0))) == 2
+    for loader in parts_of_eight():
+        mine = [wrap(loader, num_classes=8, rank=1, world=2).train.batches(epoch) for epoch in range(2)]
+        seen = [torch.cat([labels for _, labels in batches]).tolist() for batches in mine]
+        assert [len(set(each)) for each in seen] == [4, 4] and seen[0] != seen[1]  # half of them, others each time
+
+
+def parts_of_eight() -> list[DataLoader]:
+    """The second half of eight images, as a DataLoader divides it and as one with a batch sampler does."""
+    dataset = TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8))
+    sampler = DistributedSampler(dataset, 2, 1)
+    return [
+        DataLoader(dataset, 2, sampler=sampler), DataLoader(dataset, batch_sampler=BatchSampler(sampler, 2, False))
+    ]  # fmt: skip
+
+
+def test_a_validation_loader_that_is_divided_already_is_refused():
+    whole = [(torch.randn(8, 3, 8, 8), torch.arange(8))]
+    for loader in parts_of_eight():
+        with pytest.raises(DataError, match="leave out its sampler, and okdc divides its batches"):
+            wrap(whole, loader, num_classes=8, rank=1, world=2)
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
@@ -387,6 +497,9 @@ def test_the_environment_says_who_one_is(monkeypatch):
         monkeypatch.setenv(name, value)
     assert place(SETTINGS) == (5, 8, 2)
     assert (as_started(SETTINGS).devices, as_started(SETTINGS).nodes) == (4, 2)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "5")
+    with pytest.raises(RecipeError, match="--ntasks-per-node 2, which is 4 in all"):
+        as_started(SETTINGS)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert place(SETTINGS) == (5, 2, 2)
     assert place(replace(SETTINGS, devices=4, nodes=2)) is None  # one task on each node, which starts the others
@@ -396,6 +509,31 @@ def test_the_environment_says_who_one_is(monkeypatch):
     for listed, expected in {"gpu[07-09,12],big3": "gpu07", "a1,a2": "a1", "login": "login"}.items():
         monkeypatch.setenv("SLURM_STEP_NODELIST", listed)
         assert _first_node() == expected
+
+
+def test_each_process_of_a_node_has_a_device_of_its_own(monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("okdc._ranks.world", lambda: 12)
+    monkeypatch.setattr("okdc._ranks.rank", lambda: 9)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert local_rank() == 1  # torch's mp.spawn sets no variable
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert local_rank() == 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert local_rank() == 0  # --gpus-per-task shows each its own
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert local_rank() == 2  # torchrun shows all to each: one too many is refused
+
+
+def test_batch_norm_is_synchronised_and_given_back_but_for_the_users_own(monkeypatch):
+    monkeypatch.setattr("okdc._distributed.world", lambda: 2)
+    norms = nn.Sequential(nn.BatchNorm2d(4), BatchNormAct2d(4), nn.SyncBatchNorm(4), SyncBatchNormAct(4))
+    kinds = [type(norm) for norm in norms]
+    with synchronised(norms, True):
+        assert [type(norm) for norm in norms] == [nn.SyncBatchNorm, SyncBatchNormAct] * 2
+    assert [type(norm) for norm in norms] == kinds
+    assert [hasattr(norm, "process_group") for norm in norms] == [False, False, True, True]
 
 
 def test_learning_rate_and_images_per_step_are_those_of_all_devices():
@@ -410,6 +548,7 @@ def test_devices_in_python_say_how_to_start(monkeypatch):
 
 def test_the_launcher_passes_on_how_processes_end(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     }
@@ -419,7 +558,7 @@ def test_the_launcher_passes_on_how_processes_end(monkeypatch):
         return launch([sys.executable, "-c", program], replace(SETTINGS, devices=2), None)
 
     try:
-        assert end("0") == 0
+        assert end("os._exit(os.environ['TORCH_ELASTIC_SHUTDOWN_TIMEOUT'] != '120')") == 0  # time to save
         assert end("os._exit(3)") == 3
         with pytest.raises(TrainingError, match="rank 1 was killed by SIGKILL"):
             end("os.kill(os.getpid(), 9)")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -292,7 +293,8 @@ def test_folders_are_never_written_over(tmp_path: Path) -> None:
     wanted = override(Recipe(), {"model": "torchvision/resnet18", "data": "/data/cats"})
     first, last = runs.choose(tmp_path, wanted, None, None)
     assert (first.name, last) == ("resnet18-ahbf-cats", None)
-    runs.begin(first, wanted, {"arch": "x"})
+    with ExitStack() as held:
+        runs.begin(first, wanted, {"arch": "x"}, held)
     assert runs.choose(tmp_path, wanted, None, None) == (first, None), "nothing was trained in it"
     assert runs.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
     (first / "last.pth.tar").write_text("weights")

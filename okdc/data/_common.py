@@ -144,12 +144,13 @@ def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
 
 
 def leave_signals(worker: int) -> None:
-    """For a data worker: a terminal's Ctrl-C and a scheduler's SIGTERM, which all processes get, do not end it.
+    """For a data worker: a terminal's Ctrl-C and SIGHUP and a scheduler's SIGTERM, which all get, do not end it.
 
     The main process needs data to finish its step; it ends its workers itself, also by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, daemon=True).start()
 

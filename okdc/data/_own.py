@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from okdc._waiting import limited
 from okdc.data._common import Batch, Data, iterate_seeded
@@ -37,11 +36,12 @@ def wrap(
     without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on.
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
-    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a loader
-    with torch's DistributedSampler has been divided already. A method that `needs` views sees the same image with every
-    member, and pairs are those that batches happen to hold.
-    Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, and
-    loaders that give no batch for `timeout` seconds (0: never) when they are first looked at.
+    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
+    training loader with torch's DistributedSampler has been divided already. A method that `needs` views sees the same
+    image with every member, and pairs are those that batches happen to hold.
+    Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, a
+    validation loader with a DistributedSampler, which repeats images to make all parts equal, and loaders that give no
+    batch for `timeout` seconds (0: never) when they are first looked at.
     """
     if needs.indices or needs.held_out:
         what = "which training image is which" if needs.indices else "images set aside from training"
@@ -60,6 +60,11 @@ def wrap(
     images = 0
     if validation is not None:
         _check_iterable(validation, "validation")
+        if world > 1 and _is_divided(validation):
+            raise DataError(
+                "the validation loader has a DistributedSampler, which repeats images to make all parts equal; "
+                "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
+            )
         images = _survey(validation, "validation", seed, len(names), timeout).images
     channels = seen.input_size[0]
     neutral = {
@@ -94,8 +99,7 @@ class OwnBatches:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
-        for name in ("sampler", "batch_sampler", "dataset"):
-            part: Any = getattr(self.loader, name, None)
+        for part in (*_samplers(self.loader), getattr(self.loader, "dataset", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         step = -1
@@ -117,7 +121,17 @@ class OwnBatches:
 
 def _division(loader: Any, rank: int, world: int) -> tuple[int, int]:
     """Which of how many batches are this rank's: all where the loader's sampler has seen to it."""
-    return (0, 1) if isinstance(getattr(loader, "sampler", None), DistributedSampler) else (rank, world)
+    return (0, 1) if _is_divided(loader) else (rank, world)
+
+
+def _is_divided(loader: Any) -> bool:
+    """Whether it gives one process's part: torch's DistributedSampler and timm's alike know of how many."""
+    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in _samplers(loader))
+
+
+def _samplers(loader: Any) -> list[Any]:
+    batches = getattr(loader, "batch_sampler", None)
+    return [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
 
 
 class OwnValidation:

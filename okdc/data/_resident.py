@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from okdc._ranks import rank
 from okdc._waiting import limited
 from okdc.data._batchwise import FILTERS, Law, mix
 from okdc.data._common import BadImages, Batch, derive_seed, leave_signals, log
@@ -176,7 +177,7 @@ def _chunks(source: _Decoding, workers: int, timeout: float) -> Iterator[Any]:
         generator=torch.Generator(),
     )
     console = Console(stderr=True)
-    many = len(source) >= FEW
+    many = len(source) >= FEW and rank() == 0
     if many and not console.is_terminal:
         log.info("decoding %d images of %s", len(source), source.split.origin)
     chunks = limited(loader, timeout, lambda count: source.near(count * CHUNK))
