@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, TypeVar
 
-from okdc._state import Run, TrainState, save
-from okdc.errors import DataError, TrainingError
+from okdc.errors import DataError
 
 T = TypeVar("T")
 
@@ -95,40 +94,3 @@ def limited(items: Iterable[T], timeout: float, where: Callable[[int], str]) -> 
             f"no image came for {timeout:g} seconds {where(count)}. See to the disk or network that the images are "
             "on, or wait longer with --timeout SECONDS (0: for ever)."
         ) from None
-
-
-@contextlib.contextmanager
-def data_that_stops(state: TrainState, run: Run) -> Iterator[None]:
-    """TrainingError where no data came in time, between two steps, or where a data worker died, at any time."""
-    try:
-        yield
-    except Stuck:
-        if state.step:  # else nothing has changed since the last save
-            save(state, run)
-        raise TrainingError(
-            f"no data came for {run.settings.timeout:g} seconds, in {_place(state, run)}; what was done is saved. "
-            f"See to the disk or network that the images are on, then continue {run.last}, with --timeout SECONDS (0: "
-            "for ever) if that was not long enough."
-        ) from None
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if not _of_a_dead_worker(error):
-            raise
-        raise TrainingError(
-            f"a data worker died in {_place(state, run)} ({str(error).partition('. ')[0] or type(error).__name__}). "
-            f"Was memory short, or /dev/shm? The last good state is kept: continue {run.last} with fewer workers, -j N."
-        ) from error
-
-
-def _place(state: TrainState, run: Run) -> str:
-    return f"{f'step {state.step + 1}' if state.step < run.steps else 'the validation'} of epoch {state.epoch + 1}"
-
-
-def _of_a_dead_worker(error: Exception) -> bool:
-    """Whether this is torch's complaint of one, or the end of the pipe through which one handed over its tensors."""
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker" in str(error)
-    # Walked by hand and quickly: torch's own complaint may come as a signal in the middle of anything that takes long.
-    frames = error.__traceback__
-    while frames and frames.tb_next:
-        frames = frames.tb_next
-    return frames is not None and "multiprocessing" in frames.tb_frame.f_code.co_filename

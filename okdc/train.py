@@ -20,8 +20,9 @@ from okdc._distributed import Watch, synchronised, wrapped
 from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
 from okdc._progress import Display, Events, Row, faster_data, write_summary
 from okdc._ranks import barrier, first, rank, share, world
+from okdc._stalls import data_that_stops
 from okdc._state import Run, TrainState, build, restore, save
-from okdc._waiting import Waiting, data_that_stops
+from okdc._waiting import Waiting
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.settings import TrainSettings
 
@@ -55,7 +56,7 @@ def fit(
     `resume` is the last.pth.tar of an interrupted run, which goes on as if nothing had happened; a complete one is
     returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
     RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
-    that timm does not know, SystemExit with 130 or 143 after Ctrl-C or SIGTERM, the step finished and saved.
+    that timm does not know, SystemExit with 129, 130 or 143 after SIGHUP, Ctrl-C or SIGTERM, step finished and saved.
     TrainingError also when no data comes for `settings.timeout` seconds, saved too, or when a data worker dies.
     """
     folder = Path(folder)

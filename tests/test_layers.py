@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 RECIPE = {"errors", "recipe", "settings"}
 FREE = (
     "errors",
-    "replay",
     "_cifar",
     "_gates",
     "_latency",
@@ -41,6 +40,7 @@ ALLOWED = {
     "networks": {"_cifar", "_stem", "_torchvision", "_weights", "calls", "checkpoint"} | RECIPE,
     "_stem": {"calls", "errors"},
     "calls": {"errors"},
+    "replay": {"errors"},
     "stages": {"calls", "errors"},
     "anatomy": {"calls", "errors", "stages"},
     "refit": set(),
@@ -52,14 +52,16 @@ ALLOWED = {
     "needs": set(),
     "methods": {"_ranks", "anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
     # data and training
-    "data": {"data", "needs"} | RECIPE,
-    "checkpoint": {"errors"},
+    "_waiting": {"errors"},
+    "data": {"_ranks", "_waiting", "data", "needs"} | RECIPE,
+    "checkpoint": {"_ranks", "errors"},
     "_machine": {"_ranks"} | RECIPE,
-    "_distributed": {"_ranks"} | RECIPE,
+    "_distributed": {"_machine", "_ranks"} | RECIPE,
     "_progress": {"checkpoint"},
     "_state": {"_machine", "_progress", "_ranks", "checkpoint"} | RECIPE,
-    "_waiting": {"_state", "errors"},
-    "train": {"_waiting", "_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"} | RECIPE,
+    "_stalls": {"_state", "_waiting", "errors"},
+    "train": {"_stalls", "_waiting", "_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"}
+    | RECIPE,
     # export
     "verify": {"_gates", "_schema", "_latency", "_portable", "_shipped", "_tally", "errors"},
     "_bundle": {"", "_stem", "_portable", "_shipped", "errors", "networks", "verify"},
