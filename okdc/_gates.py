@@ -5,8 +5,8 @@
   unless nothing else was exported, or all of it failed: then what was asked for is not there, and nothing ships.
 - onnxruntime's providers for GPUs are further ways to run model.onnx, which its own row judges. What one of them cannot
   do is told in its row, and stops nothing: it is of this machine's libraries, not of the bundle.
-- A variant that passes and is not faster than float32 ONNX at the smallest batch size stays, as another device may gain
-  by it, but is not worth shipping for this one.
+- A variant that passes and does not save a twentieth of float32 ONNX's time at the smallest batch size stays, as
+  another device may gain by it, but is not worth shipping for this one.
 - A bundle that is verified again is held to all of its files, variants too, by the same rule for providers.
 - Recommended is the fastest file that is worth shipping; float32 ONNX unless another one saves a twentieth of its time.
 """
@@ -130,10 +130,7 @@ def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         spent = milliseconds(row)
         if row["pass"] and is_variant(row) and limit and spent and spent > _PAYS * limit:
             row["worth_shipping"] = False
-            batch = min(entry["batch"] for entry in row["latency"])
-            row["reason"] = (
-                f"not faster than onnx on this device at batch {batch}: {spent:.2f} ms against {limit:.2f} ms"
-            )
+            row["reason"] = f"not clearly faster than onnx on this device: {_time(row)} against {limit:.2f} ms"
     fit = [row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]]
     if not fit:
         return None
@@ -152,11 +149,18 @@ def milliseconds(row: Mapping[str, Any]) -> float | None:
     return first["p50_ms"] if first["contended"] is None else first["cpu_ms"]
 
 
+def _time(row: Mapping[str, Any]) -> str:
+    """`milliseconds` in words: the table beside it shows the time on the wall."""
+    spent, first = milliseconds(row), min(row["latency"], key=lambda entry: entry["batch"], default=None)
+    if spent is None or first is None:
+        return "nothing was timed"
+    return f"{spent:.2f} ms{' of CPU time' if first['contended'] is not None else ''} at batch {first['batch']}"
+
+
 def _why(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     torch = next((row for row in rows if row["name"] == "torch"), None)
     spent, before = milliseconds(best), milliseconds(torch) if torch else None
-    batch = min((entry["batch"] for entry in best["latency"]), default=None)
-    parts = ["nothing was timed" if spent is None else f"{spent:.2f} ms at batch {batch}"]
+    parts = [_time(best)]
     if spent and before:
         parts.append(f"{before / spent:.1f} times as fast as torch")
     if torch and torch["top1"] is not None and best["top1"] is not None:
