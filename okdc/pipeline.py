@@ -168,9 +168,8 @@ def export(
     folder = Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export"
     info: dict[str, Any] = {"command": _command()}
     if known:
-        metrics = (
-            runs.read_metrics(Path(name)) if wanted.data == trained.data else {}
-        )  # which other images say nothing of
+        same = wanted.data == trained.data  # of other images the report says nothing
+        metrics = runs.read_metrics(Path(name)) if same else {}
         info |= {"recipe": wanted.to_dict(), "title": Path(name).name, "metrics": metrics}
     verification = exporting.export_bundle(
         student,
