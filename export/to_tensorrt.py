@@ -432,11 +432,15 @@ def _write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _note_sums(path: Path) -> None:
-    """In a bundle: the check sums of the engine and its sidecar, which are this machine's own from now on."""
-    sums = path.with_name("SHA256SUMS")
+def _settle(path: Path) -> None:
+    """In a bundle: Triton's copy of the engine, and the check sums of what is this machine's own from now on."""
+    bundle = path.parent
+    served = [*bundle.glob("triton/*_tensorrt/1/model.plan")] if path.name == "model.engine" else []
+    for plan in served:
+        _write_bytes(plan, path.read_bytes())
+    sums = bundle / "SHA256SUMS"
     if sums.is_file():
-        files = {file.name: file for file in (path, _sidecar(path))}
+        files = {file.relative_to(bundle).as_posix(): file for file in (path, _sidecar(path), *served)}
         kept = [line for line in sums.read_text().splitlines() if line.partition("  ")[2] not in files]
         new = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {name}" for name, file in files.items()]
         _write_bytes(sums, "".join(f"{line}\n" for line in [*kept, *new]).encode())
@@ -449,7 +453,7 @@ if __name__ == "__main__":
     try:
         engine = Path(sys.argv[1]).with_suffix(".engine")
         print(json.dumps(write(None, None, engine, onnx=sys.argv[1]), indent=2))
-        _note_sums(engine)
+        _settle(engine)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

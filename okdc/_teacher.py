@@ -11,6 +11,7 @@ from torch import nn
 
 from okdc import checkpoint, networks
 from okdc._machine import own_randomness
+from okdc._waiting import limited
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
@@ -54,15 +55,19 @@ def load(name: str, input_size: tuple[int, int, int], classes: int, model: str |
     return network
 
 
-def prove(teacher: nn.Module, name: str, data: Data, device: torch.device) -> None:
+def prove(teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float) -> None:
     """Say how the teacher does on the first validation images; NetworkError if that is no more than guessing.
 
     Classes in another order, or images prepared in another way, have no other sign than a student that learns nothing.
+    DataError where a batch takes more than `timeout` seconds.
     """
     right = seen = 0
+    batches = limited(
+        data.validation or (), timeout, lambda count: f"while the teacher looked at validation batch {count + 1}"
+    )
     teacher.eval().to(device)
     with own_randomness(), torch.no_grad():
-        for images, labels in data.validation or ():
+        for images, labels in batches:
             right += int((teacher(images.to(device)).argmax(1) == labels.to(device)).sum())
             seen += len(labels)
             if seen >= ENOUGH:

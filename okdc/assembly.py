@@ -114,7 +114,7 @@ def teacher(wanted: Recipe, data: Data, proved: bool = False) -> nn.Module | Non
         return None
     network = _teacher.load(name, data.preprocess["input_size"], len(data.classes), wanted.network.model)
     if not proved:
-        _teacher.prove(network, name, data, choose_device(wanted.train.device))
+        _teacher.prove(network, name, data, choose_device(wanted.train.device), wanted.train.timeout)
     return network
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from okdc import _bundle, _shipped, exporting, networks, pipeline, verify
+from okdc import _bundle, _shipped, _targets, exporting, networks, pipeline, verify
+from okdc._gates import GPU_ROWS
 from okdc._machine import choose_device
 from okdc._portable import without_paths
 from okdc.data import wrap
@@ -155,12 +156,12 @@ def _torch(
 def _missing(folder: Path) -> dict[str, str]:
     """The formats that are not in a bundle, and why, or how to get them."""
     gpu = torch.cuda.is_available()
-    missing = {} if gpu else dict.fromkeys(exporting.GPU_ROWS, "torch sees no CUDA device here")
+    missing = {} if gpu else dict.fromkeys(GPU_ROWS, "torch sees no CUDA device here")
     for name, path in _shipped.targets().items():
         module = _shipped.load(path)
         if not (folder / module.FILE).is_file():
-            missing[exporting.row_name(name)] = module.available() or (
-                f"not in the bundle: okdc export RUN {' '.join(f'--{flag}' for flag in exporting.flags(name))}"
+            missing[_targets.row_name(name)] = module.available() or (
+                f"not in the bundle: okdc export RUN {' '.join(f'--{flag}' for flag in _targets.flags(name))}"
             )
     return {name: without_paths(reason) for name, reason in missing.items()}
 

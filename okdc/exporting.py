@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import functools
 import glob
-import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +17,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _calibration, _shipped, _triton, verify
+from okdc import _bundle, _calibration, _shipped, _targets, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
 from okdc._gates import GPU_ROWS, is_variant
-from okdc._portable import one_line, without_paths
+from okdc._portable import without_paths
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 
 __all__ = [
-    "GPU_ROWS", "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "flags",
-    "read", "row_name", "verify_bundle",
+    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
 ]  # fmt: skip
 
-# The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
-# from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
-_FLAGS = {
-    "onnx_fp16": ("fp16",), "onnx_int8": ("int8",), "onnx_int8_trt": ("int8",),
-    "tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8"),
-}  # fmt: skip
-_LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
 _FP16_IMAGES = 8
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
-_ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
 
 
 class UnfitError(GateError):
@@ -86,14 +75,14 @@ def export_bundle(
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
         calibration, drawn, without = _draw(data, settings)
-        targets, unavailable, notes = _write_targets(
+        targets, unavailable, notes = _targets.write(
             part, student, arch, settings, classes, preprocess, info, calibration, without
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = verify.compare(
             student,
-            targets | _further(targets),
+            targets | _targets.further(targets),
             data,
             input_size=preprocess["input_size"],
             device=device or _device(student),
@@ -132,12 +121,12 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     facts = read(folder)
     recorded = _bundle.read_json(folder / "verification.json")
     student = _bundle.load_student(folder)
-    targets, skipped = _existing_targets(folder)
+    targets, skipped = _targets.existing(folder)
     same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = verify.compare(
         student,
-        targets | _further(targets),
+        targets | _targets.further(targets),
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -204,56 +193,6 @@ def _write_student(
     return [{"target": _bundle.WEIGHTS, "reason": reason}] if reason else []
 
 
-def _write_targets(
-    part: Path,
-    student: nn.Module,
-    arch: str,
-    settings: ExportSettings,
-    classes: Sequence[str],
-    preprocess: dict,
-    info: Mapping[str, Any],
-    calibration: np.ndarray | None,
-    without: str,
-) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
-    """Every export target that is asked for: the files, what is not available here, and each writer's notes.
-
-    without: why there is no int8 where there is no `calibration`.
-    """
-    metadata = _bundle.metadata(arch, classes, preprocess, info)
-    example = torch.zeros(2, *preprocess["input_size"])
-    largest = max([_LARGEST_BATCH, *settings.batch_sizes])
-    targets: dict[str, verify.Exported] = {}
-    skipped, notes = [], {}
-    for name in _shipped.targets():
-        if not _wanted(name, settings):
-            continue
-        module = _shipped.target(name)
-        wants_images = calibration is None and "int8" in flags(name)
-        reason = without if wants_images else module.available()
-        if reason is not None:
-            skipped.append({"target": name, "reason": without_paths(reason)})
-            continue
-        # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
-        written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
-        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest)}
-        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, **written}
-        options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
-        problem = None
-        try:
-            notes[name] = module.write(student, example, part / module.FILE, **options)
-        except Exception as error:  # an exporter may raise anything; the other files are still written
-            problem = f"it could not be written: {one_line(error)}"
-        targets[row_name(name)] = verify.Exported(part / module.FILE, module, problem)
-    if any(name.startswith("onnx") for name in targets):
-        shutil.copyfile(_shipped.folder("export") / "predict.py", part / "predict.py")
-        (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
-    if settings.trt:  # it builds the engine where it cannot be built here
-        shutil.copyfile(_shipped.targets()["tensorrt"], part / "to_tensorrt.py")
-    if settings.triton:
-        _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
-    return targets, skipped, notes
-
-
 def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
     """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
     if data is None or not (settings.int8 or settings.fp16):
@@ -264,43 +203,6 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return _calibration.draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
-
-
-def flags(name: str) -> tuple[str, ...]:
-    """The settings that together ask for an export target."""
-    return _FLAGS.get(name, (name,))
-
-
-def row_name(name: str) -> str:
-    """What the row of an export target is called in a verification."""
-    return _ROWS.get(name, name)
-
-
-def _wanted(name: str, settings: ExportSettings) -> bool:
-    asked = all(getattr(settings, flag, False) for flag in flags(name))
-    return asked or (name == "onnx" and (settings.trt or settings.triton))  # from which those are made
-
-
-def _further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported]:
-    """onnxruntime's providers for GPUs, where there is one: further runners of the same model.onnx."""
-    onnx = targets.get("onnx")
-    if onnx is None or onnx.problem or not torch.cuda.is_available():
-        return {}
-    tf32 = {"tensorrt": 5e-3}  # this provider cannot be told to do without
-    return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
-
-
-def _existing_targets(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
-    targets, skipped = {}, []
-    for name in _shipped.targets():
-        module = _shipped.target(name)
-        if (folder / module.FILE).is_file():
-            reason = module.available()
-            if reason is None:
-                targets[row_name(name)] = verify.Exported(folder / module.FILE, module)
-            else:
-                skipped.append({"target": name, "reason": without_paths(reason)})
-    return targets, skipped
 
 
 def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:

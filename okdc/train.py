@@ -186,17 +186,17 @@ def _step(
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters])))
-    told = torch.cat([parts, norm.float()[None]])
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+    told = torch.cat([parts, norms.float()])
     if world() > 1:
         told = stop.agree(told, buffers.statistics)
     values = told.tolist()  # the one time that a step waits for the device
-    bad = [name for name, value in zip([*names, "gradient"], values) if not math.isfinite(value)]
+    bad = [name for name, value in zip(names + ["gradient"] * len(norms), values) if not math.isfinite(value)]
     if bad:
         buffers.put_back()
     else:
         if run.settings.clip_grad is not None:
-            clip_grads_with_norm_(parameters, run.settings.clip_grad, norm)
+            clip_grads_with_norm_(parameters, run.settings.clip_grad, torch.linalg.vector_norm(norms))
         scaler.step(optimizer)
     scaler.update()
     for parameter in parameters:  # what optimizer.zero_grad() does, and it takes 25 us to begin

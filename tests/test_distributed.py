@@ -265,6 +265,7 @@ def be_tasks(folder: str) -> list[int]:
 
 def be_troubled(folder: str) -> None:
     """One process per trouble, forked because the imports take long; how each ended goes to a file."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, as it should be
     codes: dict[str, Any] = {"tasks": be_tasks(folder)} if os.environ["RANK"] == "0" else {}
     for i, trouble in enumerate(WRONG):
         if pid := os.fork():

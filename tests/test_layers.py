@@ -69,13 +69,14 @@ ALLOWED = {
     "_calibration": {"_shipped", "errors"},
     "_hub": {"_bundle", "_portable", "errors"},
     "_torch_runner": {"_bundle"},
-    "exporting": {"", "_calibration", "_gates", "_triton", "_bundle", "_card", "_portable", "_shipped", "verify"}
+    "_targets": {"_bundle", "_gates", "_portable", "_shipped", "_triton", "recipe", "verify"},
+    "exporting": {"", "_calibration", "_gates", "_targets", "_bundle", "_card", "_portable", "_shipped", "verify"}
     | RECIPE,
     "report": {"_plots"},
     "examine": {"_shipped", "anatomy", "cohort", "depth", "errors", "networks", "replay", "settings", "sharing"},
     "zoo": {"errors", "examine", "networks"},
     # the steps, and the command line over them
-    "_teacher": {"_machine", "checkpoint", "data", "networks"} | RECIPE,
+    "_teacher": {"_waiting", "_machine", "checkpoint", "data", "networks"} | RECIPE,
     "runs": {"checkpoint"} | RECIPE,
     "assembly": {"_stem", "_machine", "_ranks", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"}
     | RECIPE,
@@ -101,7 +102,19 @@ ALLOWED = {
     | RECIPE,
     "profiling": {"_machine", "_memory", "_state", "assembly", "cohort", "data", "estimate", "methods", "train"}
     | RECIPE,
-    "benchmark": {"_bundle", "_machine", "_portable", "_shipped", "data", "exporting", "networks", "pipeline", "verify"}
+    "benchmark": {
+        "_bundle",
+        "_gates",
+        "_machine",
+        "_portable",
+        "_shipped",
+        "_targets",
+        "data",
+        "exporting",
+        "networks",
+        "pipeline",
+        "verify",
+    }
     | RECIPE,
     "_flags": {"_checking"} | RECIPE,
     "_summary": {"benchmark", "methods"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 import okdc
 from okdc import _teacher
 from okdc.data import Data, wrap
-from okdc.errors import NetworkError, RecipeError
+from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.recipe import CohortSettings
 from tests.networks import Tiny
 
@@ -45,7 +47,7 @@ def data(count: int = 3) -> Data:
 
 def test_a_good_teacher_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     images, state = data(), torch.get_rng_state()
-    _teacher.prove(Knows().train(), "runs/good", images, CPU)
+    _teacher.prove(Knows().train(), "runs/good", images, CPU, 0)
     assert capsys.readouterr().err == "Teacher runs/good: top-1 100.00% of 60 validation images.\n"
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -55,15 +57,33 @@ def test_a_teacher_that_guesses_is_refused(teacher: nn.Module) -> None:
     for p in teacher.parameters():
         nn.init.zeros_(p)  # then Tiny names one class, whatever it sees
     with pytest.raises(NetworkError, match=r"runs/bad is right on \d+\.0% of 60 .* guessing would be on 25\.0%"):
-        _teacher.prove(teacher, "runs/bad", data(), CPU)
+        _teacher.prove(teacher, "runs/bad", data(), CPU, 0)
 
 
 def test_not_all_images_are_needed_and_there_may_be_none(capsys: pytest.CaptureFixture[str]) -> None:
     network = Knows()
-    _teacher.prove(network, "runs/good", data(200), CPU)
+    _teacher.prove(network, "runs/good", data(200), CPU, 0)
     assert network.seen == _teacher.ENOUGH
-    _teacher.prove(network, "runs/good", wrap(batches(2), num_classes=4), CPU)
+    _teacher.prove(network, "runs/good", wrap(batches(2), num_classes=4), CPU, 0)
     assert network.seen == _teacher.ENOUGH and capsys.readouterr().err.count("\n") == 1
+
+
+def test_images_that_stop_coming_end_the_trial() -> None:
+    class Stops(list):
+        """Batches of which the second never comes, once `stopped`."""
+
+        stopped = False
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().__iter__():
+                yield batch
+                time.sleep(60 if self.stopped else 0)
+
+    validation = Stops(batches(3))
+    images = wrap(batches(2), validation, num_classes=4)
+    validation.stopped = True
+    with pytest.raises(DataError, match=r"no image came for 0\.2 seconds while the teacher looked at .* batch 2\."):
+        _teacher.prove(Knows(), "runs/good", images, CPU, timeout=0.2)
 
 
 def test_a_teacher_for_a_method_that_takes_none() -> None:

@@ -280,13 +280,17 @@ def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_fi
     bundle.mkdir()
     (bundle / "model.onnx").write_bytes(onnx_file[1].read_bytes())
     shutil.copyfile(SOURCE, bundle / "to_tensorrt.py")
+    served = bundle / "triton" / "tiny_tensorrt" / "1" / "model.plan"
+    served.parent.mkdir(parents=True)
+    served.write_bytes(b"an engine of another machine")
     _bundle.write_sums(bundle)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
     for _ in range(2):  # built, and built again for another machine
         runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
-        assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", "model.engine", "model.engine.json"}
-        assert _bundle.check_sums(bundle) == []
+        built = {"model.engine", "model.engine.json", "triton/tiny_tensorrt/1/model.plan"}
+        assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", *built}
+        assert _bundle.check_sums(bundle) == [] and served.read_bytes() == (bundle / "model.engine").read_bytes()
         _bundle.refuse_foreign(bundle)
     assert [path.name for path in (tmp_path / "cache" / "okdc").iterdir()] == [
         f"tensorrt-{trt.__version__}-sm9.0.timing"
