@@ -250,7 +250,7 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
     )
     table = _table("", "plain", "cohort", "ratio (spread)", "overhead", "speed", "MiB")
     for row in found.rows:
-        spread = f"{row.ratio.low:.2f} to {row.ratio.high:.2f}"
+        spread = f"{row.ratio.low:.2f}-{row.ratio.high:.2f}"
         table.add_row(
             row.name, f"{row.plain.median:.4g}", f"{row.cohort.median:.4g}", f"{row.ratio.median:.2f} ({spread})",
             f"{row.overhead:.2f}", f"{row.speedup:.2f}x",

@@ -107,7 +107,7 @@ def test_the_command_prints_json_or_a_table_and_measures_the_images(
     _summary.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
     shown = capsys.readouterr().out
     assert "Measured where asked for: compiled steps, --torchcompile." in shown
-    assert "2.00 (1.50 to 2.50)" in shown and "0.88" in shown and "31,000 training images a second" in shown
+    assert "2.00 (1.50-2.50)" in shown and "0.88" in shown and "31,000 training images a second" in shown
 
 
 def test_a_network_that_a_method_cannot_serve_is_refused_in_a_paragraph() -> None:
