@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from click.testing import CliRunner, Result
 
-from okdc import _shipped, _targets, benchmark
+from okdc import _shipped, _targets, benchmark, exporting
 from okdc._gates import GPU_ROWS
 from okdc.cli import main
+from okdc.recipe import ExportSettings
 
 NO_GPU = _shipped.target("tensorrt").available() is not None
 
@@ -63,6 +65,28 @@ def test_the_table_is_the_same_on_the_screen_in_markdown_and_in_csv(measured: tu
         assert f"| {' | '.join(line)} |" in text
         assert all(cell in done.output for cell in line[:1] + line[2:])
     assert "a process for each format" in done.output and "a process for each format" in text
+
+
+@pytest.mark.parametrize("compiler", ["works", "is missing"])
+def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"depth": 1, "embed_dim": 16, "num_heads": 1, "img_size": 32}
+    exporting.export_bundle(
+        timm.create_model("test_vit", num_classes=4, **built), None, ExportSettings(onnx=False, batch_sizes=[]),
+        bundle := tmp_path / "export", arch="test_vit", model_args=built, classes=tuple("abcd"),
+        preprocess=timm.data.resolve_data_config({"input_size": (3, 32, 32)}),
+    )  # fmt: skip
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if compiler == "is missing":
+        monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    report = benchmark.benchmark(bundle, device="cpu", batch_sizes=[2])
+    eager, compiled = report["rows"][:2]
+    assert (eager["format"], compiled["format"]) == ("torch eager", "torch compiled")
+    if compiler == "works":
+        assert [each["batch"] for each in compiled["latency"]] == [2] and compiled["latency"] != eager["latency"]
+    else:
+        assert compiled["status"].startswith("unavailable: ") and str(tmp_path) not in compiled["status"]
+        assert not compiled["latency"] and eager["latency"]
 
 
 def test_wrong_use_is_said_before_anything_is_measured(tmp_path: Path) -> None:

@@ -259,13 +259,13 @@ def test_every_combination_survives(server, images, tmp_path, capsys):
     for plan in FULL:
         if refused(plan):
             continue
-        finish(server, plan, images, tmp_path / plan.name, [])
         for workers, seed in ((0, 0), (2, 1)):
             case = replace(plan, workers=workers, seed=seed)
-            folder = tmp_path / f"{case.name}-killed"
+            whole, folder = tmp_path / case.name, tmp_path / f"{case.name}-killed"
+            finish(server, case, images, whole, [])
             kills += finish(server, case, images, folder, list(itertools.islice(case.accidents(), case.kills)))
             runs += 1
-            if different := compared(tmp_path / plan.name / "runs" / "run", folder / "runs" / "run"):
+            if different := compared(whole / "runs" / "run", folder / "runs" / "run"):
                 found[case] = different
             with capsys.disabled():
                 print(f"{case.name}: {len(kills)} kills in {runs} runs so far, {len(found)} differ", flush=True)
