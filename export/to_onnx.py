@@ -106,6 +106,8 @@ class _Session:
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         self._model = model
+        if kind != "cpu":
+            _preload(kind)
         settings = settings | ({"device_id": index} if index else {})
         try:
             if kind == "tensorrt":
@@ -150,6 +152,16 @@ class _Session:
         layers = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
         found = Counter(_TYPES.get(types.get(node.input[1], 0)) for node in layers)
         return {name: found[name] for name in sorted(filter(None, found))}
+
+
+def _preload(kind: str) -> None:
+    """Load NVIDIA's libraries from their Python packages: where nothing else has, as torch does, they are not found."""
+    import onnxruntime
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # the session says what is missing
+        onnxruntime.preload_dlls()
+        if kind == "tensorrt":
+            importlib.import_module("tensorrt")
 
 
 def _shapes(session: Any) -> dict[str, str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FILE = "model.int8.onnx"
 PRECISION = "int8"
+MADE_FOR = "cpu"  # no other provider of onnxruntime has kernels for it
 TOLERANCE = math.inf  # of single logits says nothing here: agreement and accuracy judge int8
 
 _ENOUGH = 99.0  # per cent of equal predictions; more than a gate asks for, as a network is surest on training images

@@ -396,7 +396,7 @@ def _read_engine(path: Path, here: dict[str, Any]) -> bytes:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {rebuild}") from error
     rebuild = _rebuild(source)
-    for key in ("tensorrt", "compute_capability"):
+    for key in ("tensorrt", "compute_capability", "gpu"):
         if sidecar.get(key) != here[key]:
             raise RuntimeError(f"{path} is for {key} {sidecar.get(key)}, and here it is {here[key]}. {rebuild}")
     if sidecar.get("engine_sha256") != hashlib.sha256(plan).hexdigest():
@@ -432,6 +432,14 @@ def _write_bytes(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def _batches(path: Path) -> tuple[int, int, int]:
+    """The batches of the engine that is built anew: a server may have been promised them."""
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        ((smallest, usual, largest),) = json.loads(_sidecar(path).read_text())["profile"].values()
+        return smallest[0], usual[0], largest[0]
+    return 1, 8, 32
+
+
 def _settle(path: Path) -> None:
     """In a bundle: Triton's copy of the engine, and the check sums of what is this machine's own from now on."""
     bundle = path.parent
@@ -452,7 +460,7 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         engine = Path(sys.argv[1]).with_suffix(".engine")
-        print(json.dumps(write(None, None, engine, onnx=sys.argv[1]), indent=2))
+        print(json.dumps(write(None, None, engine, onnx=sys.argv[1], profile=_batches(engine)), indent=2))
         _settle(engine)
     except RuntimeError as error:
         print(error, file=sys.stderr)

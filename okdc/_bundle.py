@@ -6,6 +6,7 @@ Nothing here runs code that it finds in a bundle: weights are safetensors, every
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -120,9 +121,9 @@ def write_config(
 
 
 def recommend(folder: Path, file: str | None) -> None:
-    """Note in config.json which file predict.py runs: the recommended one, if it is ONNX."""
+    """Note in config.json which file predict.py runs; without any, there is none that it could."""
     config = read_json(folder / CONFIG)
-    if file and file.endswith(".onnx"):
+    if file:
         write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"model": file}})
 
 
@@ -254,6 +255,15 @@ def refuse_foreign(folder: Path) -> None:
     if not folder.is_dir() or foreign:
         what = f"holds {foreign[0]}, which is not part of an exported bundle" if foreign else "is a file"
         raise ExportError(f"{folder} {what}. Move it away, or give another place: --output FOLDER")
+
+
+def recover(folder: Path) -> None:
+    """Put back what a `replace_folder` that was killed half-way had moved away."""
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.old-*"):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, folder)
 
 
 def replace_folder(part: Path, folder: Path) -> None:

@@ -72,20 +72,20 @@ def _results(verification: dict) -> str:
         shares = (_number(row[key], "{:.2f}") for key in ("top1", "top5", "agreement"))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
-        verdict = _verdict(row)
+        verdict = _verdict(row, verification["verdict"] != "fail")
         cells = [row["name"], row["file"] or "", _number(row["mb"], "{:.1f}"), *shares, _number(row["rel"], "{:.0e}")]
         lines.append(_line([*cells, *latency, verdict]))
     kind = "random inputs (there were no validation images)" if verification["verdict"] == "parity_only" else "images"
-    cpu = verification["environment"].get("cpu", "")
+    machine = verification["environment"].get("cpu" if verification["device"] == "cpu" else "gpu") or ""
     text = f"Measured on {verification['images']} {kind}, device {verification['device']}"
     skipped = [f"- {entry['target']} was skipped: {entry['reason']}" for entry in verification["skipped"]]
-    text += f" ({cpu}); latency on {verification['threads']} thread(s)."
+    text += f" ({machine}); latency on {verification['threads']} thread(s)."
     return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
 
 
-def _verdict(row: dict) -> str:
+def _verdict(row: dict, left_out: bool) -> str:
     if not row["pass"]:
-        return f"**fail**: {row['reason']}" + (", so it is not in this folder" if is_variant(row) else "")
+        return f"**fail**: {row['reason']}" + (", so it is not in this folder" if left_out and is_variant(row) else "")
     return "pass" if row["reason"] is None else f"pass; {row['reason']}"
 
 

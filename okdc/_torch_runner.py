@@ -26,6 +26,7 @@ def runner(
     if network is None:
         raise RuntimeError("neither timm nor torchvision can build this network from the bundle")
     network = network.to(device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means it in the other files, too
     if threads:
         torch.set_num_threads(threads)
     forward = torch.compile(network, dynamic=False) if compiled else network

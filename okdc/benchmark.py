@@ -157,12 +157,16 @@ def _missing(folder: Path) -> dict[str, str]:
     """The formats that are not in a bundle, and why, or how to get them."""
     gpu = torch.cuda.is_available()
     missing = {} if gpu else dict.fromkeys(GPU_ROWS, "torch sees no CUDA device here")
+    exported = _bundle.read_json(folder / "verification.json")["rows"]
+    failed = {row["name"]: f"not in the bundle: {row['reason']}" for row in exported if not row["pass"]}
+    # An export replaces the bundle, so what is in it is asked for again.
+    files = {name: folder / _shipped.load(path).FILE for name, path in _shipped.targets().items()}
+    there = [flag for name, file in files.items() if file.is_file() for flag in _targets.flags(name)]
     for name, path in _shipped.targets().items():
-        module = _shipped.load(path)
+        module, row = _shipped.load(path), _targets.row_name(name)
         if not (folder / module.FILE).is_file():
-            missing[_targets.row_name(name)] = module.available() or (
-                f"not in the bundle: okdc export RUN {' '.join(f'--{flag}' for flag in _targets.flags(name))}"
-            )
+            typed = " ".join(f"--{flag}" for flag in dict.fromkeys([*there, *_targets.flags(name)]))
+            missing[row] = module.available() or failed.get(row) or f"not in the bundle: okdc export RUN {typed}"
     return {name: without_paths(reason) for name, reason in missing.items()}
 
 

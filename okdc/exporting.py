@@ -20,7 +20,7 @@ from torch import nn
 from okdc import _bundle, _calibration, _shipped, _targets, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
-from okdc._gates import GPU_ROWS, is_variant
+from okdc._gates import GPU_ROWS, for_cpu, is_variant
 from okdc._portable import without_paths
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
@@ -64,6 +64,7 @@ def export_bundle(
     info = {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
+    _bundle.recover(folder)
     _bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
     _bundle.refuse_foreign(failed)
@@ -211,7 +212,7 @@ def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:
     That shows its preprocessing to the last prediction; the other files are compared without it.
     The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
     """
-    names = [name for name in ("onnx", "onnx_int8", "onnx_fp16") if (folder / _shipped.target(name).FILE).is_file()]
+    names = [name for name in ("onnx", "onnx_fp16", "onnx_int8") if (folder / _shipped.target(name).FILE).is_file()]
     if not ((folder / "predict.py").is_file() and names):
         return {}
     predict, module = _shipped.load(_shipped.folder("export") / "predict.py"), _shipped.target(names[0])
@@ -236,7 +237,7 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
 def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment()
-    _bundle.recommend(part, (verification["recommended"] or {}).get("file"))
+    _bundle.recommend(part, for_cpu(verification["rows"]))
     _bundle.write_json(part / "verification.json", verification)
     write_card(part, arch, _bundle.read_json(part / _bundle.CONFIG), verification, info)
     _bundle.write_sums(part)

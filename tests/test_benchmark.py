@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def test_the_table_is_the_same_on_the_screen_in_markdown_and_in_csv(measured: tu
 @pytest.mark.parametrize("compiler", ["works", "is missing"])
 def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"depth": 1, "embed_dim": 16, "num_heads": 1, "img_size": 32}
+    network, settings = timm.create_model("test_vit", num_classes=4, **built), ExportSettings(onnx=False, torch=True)
     exporting.export_bundle(
-        timm.create_model("test_vit", num_classes=4, **built), None, ExportSettings(onnx=False, batch_sizes=[]),
-        bundle := tmp_path / "export", arch="test_vit", model_args=built, classes=tuple("abcd"),
+        network, None, replace(settings, batch_sizes=[]), bundle := tmp_path / "export", arch="test_vit", model_args=built, classes=tuple("abcd"),
         preprocess=timm.data.resolve_data_config({"input_size": (3, 32, 32)}),
     )  # fmt: skip
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -82,6 +83,8 @@ def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypat
     report = benchmark.benchmark(bundle, device="cpu", batch_sizes=[2])
     eager, compiled = report["rows"][:2]
     assert (eager["format"], compiled["format"]) == ("torch eager", "torch compiled")
+    rows = {row["format"]: row["status"] for row in report["rows"]}
+    assert rows["onnx_int8"].endswith("okdc export RUN --torch --int8")  # an export replaces what is there
     if compiler == "works":
         assert [each["batch"] for each in compiled["latency"]] == [2] and compiled["latency"] != eager["latency"]
     else:

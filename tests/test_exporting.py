@@ -246,6 +246,17 @@ def test_a_network_that_timm_does_not_know(data: Images, tmp_path: Path) -> None
     assert "logits differ" in exporting.verify_bundle(folder, data, QUICK)["rows"][0]["reason"]
 
 
+def test_an_export_that_was_killed_between_two_renames_costs_no_bundle(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "export", tmp_path / ".export.old-1"
+    moved.mkdir()
+    (moved / "model.onnx").write_bytes(b"good")
+    _bundle.recover(folder)
+    assert (folder / "model.onnx").read_bytes() == b"good" and not moved.exists()
+    moved.mkdir()
+    _bundle.recover(folder)
+    assert (folder / "model.onnx").read_bytes() == b"good" and not moved.exists()
+
+
 @pytest.mark.parametrize("arch", ["torchvision/shufflenet_v2_x0_5", "torchvision/googlenet"])
 def test_torchvision_rebuilds_its_own(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from okdc._gates import DEFAULTS, NO_WISHES, Gates, chance, is_variant, judge, milliseconds, verdict, weigh
+from okdc._gates import DEFAULTS, NO_WISHES, Gates, chance, for_cpu, is_variant, judge, milliseconds, verdict, weigh
 
 
 def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -94,6 +94,16 @@ def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marke
     assert (weigh([row("onnx", ms=18), elsewhere]) or {})["file"] == "onnx.onnx"
     assert (weigh([row("int8", "int8"), row("onnx")]) or {})["file"] == "onnx.onnx"  # nothing was timed
     assert weigh([row("torch", ms=3)]) is None
+
+
+def test_predict_runs_what_is_fastest_on_a_cpu_whatever_is_recommended() -> None:
+    cpu, gpu = {"provider": "CPUExecutionProvider"}, {"provider": "CUDAExecutionProvider"}
+    here = [row("onnx", ms=18, **cpu), row("onnx_fp16", "fp16", ms=19, **cpu), row("onnx_int8", "int8", ms=6, **cpu)]
+    assert for_cpu([*here, row("torch.export", ms=1, provider=None)]) == "onnx_int8.onnx"
+    assert for_cpu([here[0], row("onnx_int8", "int8", ms=17.5, **cpu)]) == "onnx.onnx"
+    assert for_cpu([row("onnx", ms=2, **gpu), row("onnx on cuda", ms=1, **gpu)]) == "onnx.onnx"
+    assert for_cpu([row("onnx_int8_trt", "int8", ms=1, **gpu), row("onnx_fp16", "fp16", **gpu)]) == "onnx_fp16.onnx"
+    assert for_cpu([here[2] | {"pass": False}, row("torch.export", ms=1, provider=None)]) is None
 
 
 def test_on_one_thread_of_a_cpu_processor_time_counts() -> None:

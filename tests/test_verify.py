@@ -199,18 +199,34 @@ def test_the_whole_pipeline_is_judged_on_raw_images(
 
 
 class Tie(torch.nn.Module):
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        self.logits = np.float32([1.0, 1.0 + margin, 0, 0])
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([1.0, 1.00001, 0, 0]).repeat(len(images), 1)
+        return torch.from_numpy(self.logits).repeat(len(images), 1)
+
+    def turned(self, images: Any) -> np.ndarray:
+        return np.tile(self.logits[[1, 0, 2, 3]], (len(images), 1))
 
 
 def test_a_tie_that_is_turned_over_passes_for_a_file_and_not_for_the_pipeline(exported: Exported, data: Images) -> None:
-    turned = lambda images: np.tile(np.float32([1.00001, 1.0, 0, 0]), (len(images), 1))  # noqa: E731
-    file = Exported(exported.path, SimpleNamespace(runner=lambda path, device: turned))  # type: ignore[arg-type]
-    rows = compare(Tie(), file, data, pipelines={"predict.py": turned})
+    tie = Tie(5e-5)
+    file = Exported(exported.path, SimpleNamespace(runner=lambda path, device: tie.turned))  # type: ignore[arg-type]
+    rows = compare(tie, file, data, pipelines={"predict.py": tie.turned})
     assert rows["onnx"]["pass"] and rows["onnx"]["ties"] == 40
     assert "agrees with torch on 0.00%" in rows["predict.py"]["reason"]
     lenient = Gates(max_drop=0.5, min_agreement=0.0)
-    assert compare(Tie(), file, data, pipelines={"predict.py": turned}, gates=lenient)["predict.py"]["pass"]
+    assert compare(tie, file, data, pipelines={"predict.py": tie.turned}, gates=lenient)["predict.py"]["pass"]
+
+
+def test_a_tie_that_rounding_turns_over_costs_no_release(exported: Exported, data: Images) -> None:
+    tie, second = Tie(1e-6), (data.validation_images or [])[1::4]
+    images = torch.from_numpy(np.stack([preprocess(image) for image, _ in second]))
+    one_class = Images([(images, torch.ones(len(images), dtype=torch.int64))], second)
+    rows = compare(tie, exported, one_class, pipelines={"predict.py": tie.turned})
+    assert (rows["torch"]["top1"], rows["predict.py"]["top1"], rows["predict.py"]["ties"]) == (100, 0, 10)
+    assert rows["predict.py"]["pass"], rows["predict.py"]["reason"]
 
 
 def test_raw_images_in_another_order_are_an_error(student: torch.nn.Module, exported: Exported, data: Images) -> None:

@@ -35,7 +35,7 @@ OBJECTS = {
     "inspector": "EngineInspector", "layer": "ILayer", "tensor": "ITensor",
 }  # fmt: skip
 REASON = to_tensorrt.available()
-HERE = {"tensorrt": "11.4.0.106", "compute_capability": "9.0"}
+HERE = {"tensorrt": "11.4.0.106", "compute_capability": "9.0", "gpu": "NVIDIA H100"}
 
 
 def used() -> set[tuple[str, str]]:
@@ -160,6 +160,7 @@ def test_engine_of_this_machine_is_read(tmp_path):
     [
         ({"tensorrt": "10.16.1.11"}, "is for tensorrt 10.16.1.11, and here it is 11.4.0.106"),
         ({"compute_capability": "8.9"}, "is for compute_capability 8.9, and here it is 9.0"),
+        ({"gpu": "NVIDIA H200"}, "is for gpu NVIDIA H200, and here it is NVIDIA H100"),
         ({"engine_sha256": "0"}, "is not the engine that its model.engine.json describes"),
     ],
 )
@@ -286,12 +287,18 @@ def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_fi
     _bundle.write_sums(bundle)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
+    promised = 32
     for _ in range(2):  # built, and built again for another machine
         runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
         built = {"model.engine", "model.engine.json", "triton/tiny_tensorrt/1/model.plan"}
         assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", *built}
         assert _bundle.check_sums(bundle) == [] and served.read_bytes() == (bundle / "model.engine").read_bytes()
         _bundle.refuse_foreign(bundle)
+        sidecar = json.loads((bundle / "model.engine.json").read_text())
+        ((smallest, usual, largest),) = sidecar["profile"].values()
+        assert [smallest[0], usual[0], largest[0]] == [1, 8, promised]
+        largest[0] = promised = 64  # what a server was promised by the machine that exported, it gets
+        (bundle / "model.engine.json").write_text(json.dumps(sidecar))
     assert [path.name for path in (tmp_path / "cache" / "okdc").iterdir()] == [
         f"tensorrt-{trt.__version__}-sm9.0.timing"
     ]
