@@ -129,14 +129,14 @@ class StopSignal:
     def exit_code(self) -> int:
         return 128 + self.wish
 
-    def agree(self, values: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+    def agree(self, values: Tensor, others: Sequence[Tensor] = ()) -> list[float]:
         """`values` (N,), averaged over the ranks together with `others` (these in place), and what to leave for."""
         asked = values.new_tensor([self.signal == number for number in SIGNALS])
         told = torch.cat([values, asked])
         mean_([told, *others])
-        got = told[len(values) :].tolist()
-        self.agreed = next((number for number, share in zip(SIGNALS, got) if share), 0)
-        return told[: len(values)]
+        got = told.tolist()
+        self.agreed = next((number for number, share in zip(SIGNALS, got[len(values) :]) if share), 0)
+        return got[: len(values)]
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():

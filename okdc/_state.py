@@ -108,7 +108,8 @@ def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer
         raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
     options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
     if not {"fused", "foreach", "differentiable"} & extra.keys():
-        options |= _fused(settings.opt, options)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        options |= _fused(settings.opt, options) if all(map(_is_dense, parameters)) else {}
     try:
         optimizer = timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
     except (AssertionError, ImportError, TypeError, ValueError) as error:
@@ -124,6 +125,13 @@ def _fused(name: str, options: dict[str, Any]) -> dict[str, bool]:
     kind = timm.optim.get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
     known = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
     return {"fused": True} if known and not options.get("dampening") else {}
+
+
+def _is_dense(parameter: torch.Tensor) -> bool:
+    """Whether its numbers are all of a piece of memory, which fused optimizers take for granted."""
+    return parameter.is_contiguous() or (
+        parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -232,6 +240,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.optimizer.load_state_dict(payload["optimizer"])
     except (KeyError, ValueError) as error:
         raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
+    _lay_out(state.optimizer)
     state.method.load_state_dict(saved["method"])
     if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
         state.scaler.load_state_dict(payload["amp_scaler"])
@@ -257,6 +266,18 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
     return lost + (_changed(saved, state, run) if moved else "")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Put what the optimizer remembers in the memory layout that its parameters have in this run.
+
+    Fused optimizers walk through memory whatever the strides, and another --amp or device brings another layout.
+    """
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+    for parameter, remembered in inner.state.items():
+        for name, value in remembered.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _lost_best(run: Run) -> str:

@@ -178,19 +178,20 @@ def _step(
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast():
             losses = learner(*batch)
-        names, terms, share = list(losses), list(losses.values()), len(batch[1]) / total
+        names, terms, portion = list(losses), list(losses.values()), len(batch[1]) / total
         # From each term, not from a stack of them, which would be one operation more, forward and backward.
         roots = [scaler.scale(term) for term in terms if term.requires_grad]
-        torch.autograd.backward(roots, [torch.full_like(root, share) for root in roots])
-        parts = parts + torch.stack([term.detach().float() for term in terms]) * share
+        torch.autograd.backward(roots, [torch.full_like(root, portion) for root in roots])
+        parts = parts + torch.stack([term.detach().float() for term in terms]) * portion
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        raise TrainingError("no parameter that is trained reaches the loss. Unfreeze one that the logits depend on.")
     norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
     told = torch.cat([parts, norms.float()])
-    if world() > 1:
-        told = stop.agree(told, buffers.statistics)
-    values = told.tolist()  # the one time that a step waits for the device
+    # The one time that a step waits for the device.
+    values = stop.agree(told, buffers.statistics) if world() > 1 else told.tolist()
     bad = [name for name, value in zip(names + ["gradient"] * len(norms), values) if not math.isfinite(value)]
     if bad:
         buffers.put_back()
@@ -215,7 +216,8 @@ def _step(
 class _Buffers:
     """The method's buffers: batch norm has seen a batch before its loss is known, so a skipped step puts them back.
 
-    But for memories of all training images, too large to be copied at every step: they refuse what is not finite.
+    But for large ones of two kinds: a method's memory of all training images, which refuses what is not finite, and
+    what no checkpoint holds, because it never changes.
     """
 
     def __init__(self, method: nn.Module) -> None:
@@ -224,10 +226,12 @@ class _Buffers:
         ] = {}  # of one type, so that a copy is one call
         names = ("running_mean", "running_var")  # of whatever norm; every rank has seen a part of the batch
         self.statistics = [buffer for name, buffer in method.named_buffers() if name.endswith(names)]
-        for buffer in (buffer for buffer in method.buffers() if buffer.numel() <= LARGEST_STATISTIC):
-            live, kept = self.groups.setdefault(buffer.dtype, ([], []))
-            live.append(buffer)
-            kept.append(buffer.clone())
+        saved = {name for name in method.state_dict() if name.startswith("cohort.")}
+        for name, buffer in method.named_buffers():
+            if name in saved or buffer.numel() <= LARGEST_STATISTIC:
+                live, kept = self.groups.setdefault(buffer.dtype, ([], []))
+                live.append(buffer)
+                kept.append(buffer.clone())
 
     def keep(self) -> None:
         for live, kept in self.groups.values():
@@ -296,8 +300,8 @@ def _evaluate(state: TrainState, validation: Any, machine: Machine, stop: StopSi
 
 
 def _of_all_ranks(sums: Tensor, total: int, machine: Machine, stop: StopSignal) -> tuple[Tensor, int]:
-    told = world() * stop.agree(torch.cat([sums, sums.new_tensor([total])]).to(machine.device))
-    return told[:-1].cpu(), round(told[-1].item())
+    means = stop.agree(torch.cat([sums, sums.new_tensor([total])]).to(machine.device))
+    return world() * sums.new_tensor(means[:-1]), round(world() * means[-1])
 
 
 def _row(state: TrainState, metrics: dict[str, float] | None) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,10 @@ def test_the_table_is_the_same_on_the_screen_in_markdown_and_in_csv(measured: tu
 @pytest.mark.parametrize("compiler", ["works", "is missing"])
 def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"depth": 1, "embed_dim": 16, "num_heads": 1, "img_size": 32}
-    network, settings = timm.create_model("test_vit", num_classes=4, **built), ExportSettings(onnx=False, torch=True)
-    exporting.export_bundle(
-        network, None, replace(settings, batch_sizes=[]), bundle := tmp_path / "export", arch="test_vit", model_args=built, classes=tuple("abcd"),
-        preprocess=timm.data.resolve_data_config({"input_size": (3, 32, 32)}),
-    )  # fmt: skip
+    bundle, settings = tmp_path / "export", ExportSettings(onnx=False, torch=True, batch_sizes=[])
+    facts = {"preprocess": timm.data.resolve_data_config({"input_size": (3, 32, 32)}), "classes": tuple("abcd")}
+    network = timm.create_model("test_vit", num_classes=4, **built)
+    exporting.export_bundle(network, None, settings, bundle, arch="test_vit", model_args=built, **facts)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if compiler == "is missing":

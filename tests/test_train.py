@@ -173,6 +173,31 @@ def test_a_run_that_crashed_and_resumes_equals_one_that_did_not(tmp_path, settin
     assert whole.method.steps_seen == settings.epochs * STEPS // settings.grad_accum_steps
 
 
+@pytest.mark.parametrize("settings", [{}, {"opt": "adamw"}, {"opt": "lookahead_sgd"}])
+def test_a_run_goes_on_in_another_memory_layout_as_in_its_own(tmp_path, settings):
+    before = replace(SETTINGS, model_ema=False, lr=1e-3, **settings)
+    calm = partial(Tiny, drop=0.0, norm=False)  # Adam makes much of the rounding in what a norm takes out again
+    with pytest.raises(Crash):
+        run(tmp_path / "run", before, method=calm(), data=tiny_data(crash_at(2, 0)))
+    same_layout = run(tmp_path / "whole", before, method=calm())
+    other = run(
+        tmp_path / "run", replace(before, channels_last=True), method=calm(), resume=tmp_path / "run" / "last.pth.tar"
+    )
+    for name, value in same_layout.method.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.allclose(value, other.method.state_dict()[name], atol=1e-6), name
+
+
+def test_a_parameter_that_is_a_view_is_trained_alone(tmp_path):
+    """Of a wider tensor, of which the rest belongs to somebody else; fused optimizers would write there."""
+    wide = torch.randn(4, 6, 3, 3)
+    method = Tiny(drop=0.0)
+    method.cohort.target[0].weight = nn.Parameter(wide[:, :3])
+    mine, others = wide[:, :3].clone(), wide[:, 3:].clone()
+    run(tmp_path, method=method)
+    assert same(wide[:, 3:], others) and not same(method.cohort.target[0].weight, mine)
+
+
 class Late(nn.Conv2d):
     """Skipped in the first passes in training mode: its weights have no gradient in the first epoch."""
 
@@ -383,6 +408,35 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told_and_counted(tmp_p
     shown = capsys.readouterr().err
     assert shown.count("was skipped: ") == shown.count(told) == 1 and (where == "gradient" or f"{where!r}" in shown)
     assert np.isfinite(state.history[0]["train_loss"])
+
+
+def test_a_large_buffer_of_the_users_network_is_put_back_too(tmp_path):
+    class Codebook(nn.Module):
+        """Moves the rows that it stands for towards what it sees, as quantisers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rows", torch.zeros(2**14 + 1))
+
+        def forward(self, features: Tensor) -> Tensor:
+            if self.training:
+                self.rows.lerp_(features.detach().mean(), 0.1)
+            return features
+
+    method = Poisoned(range(1, 4))
+    method.cohort.target.append(Codebook())
+    state = run(tmp_path, replace(SETTINGS, epochs=1), method=method)
+    rows = [seen["cohort.target.7.rows"] for seen in method.seen]
+    assert same(rows[1], rows[4]) and not same(rows[4], rows[5]) and state.method.cohort.target[7].rows.isfinite().all()
+
+
+def test_a_loss_that_no_trained_parameter_reaches_is_said_in_words(tmp_path):
+    class Apart(Tiny):
+        def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {name: loss.detach() for name, loss in super().forward(images, labels).items()}
+
+    with pytest.raises(TrainingError, match="no parameter that is trained reaches the loss"):
+        run(tmp_path, method=Apart())
 
 
 def test_five_bad_steps_in_a_row_stop_the_run_and_keep_the_last_good_state(tmp_path):
