@@ -27,7 +27,6 @@ PRECISION = "int8"
 MADE_FOR = "cpu"  # no other provider of onnxruntime has kernels for it
 TOLERANCE = math.inf  # of single logits says nothing here: agreement and accuracy judge int8
 
-_ENOUGH = 99.0  # per cent of equal predictions; more than a gate asks for, as a network is surest on training images
 _MOST_FLOAT = 0.5  # share of the layers that may stay in float; beyond that, little is left to gain
 _SECONDS = 90.0  # of CPU time for trying layers one at a time; those that are not reached count as harmless
 _BATCH = 8
@@ -64,14 +63,15 @@ def write(
     metadata: dict[str, str] | None = None,
     calibration: np.ndarray | None = None,
     preset: str = "cpu",
+    enough: float = 99.0,
 ) -> dict[str, Any]:
     """Quantise the float32 ONNX file `onnx` (else `student`, exported first), and say how and what was left in float.
 
     calibration: (N, C, H, W) float32, training images as the network takes them; one half sets the ranges, the other
-    tries what comes of it. Steps, each only if the one before leaves more than 1% of the predictions changed: ranges by
-    minimum and maximum; by percentile; then the layers that do most damage by themselves stay in float, until enough
-    predictions agree or half of the layers are float. `preset` is "cpu" or "tensorrt". Raises RuntimeError when there
-    are no images to calibrate on, or onnxruntime cannot quantise the graph.
+    tries what comes of it. Steps, each only while less than `enough` per cent of the predictions agree: ranges by
+    minimum and maximum; by percentile; then the layers that do most damage by themselves stay in float, half of them at
+    most. `enough` is more than a gate asks for, as a network is surest on training images. `preset`: "cpu" or
+    "tensorrt". Raises RuntimeError when there are no images to calibrate on, or onnxruntime cannot quantise the graph.
     """
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
@@ -81,7 +81,7 @@ def write(
         if onnx is None:
             to_onnx.write(student, example, source, opset=opset, metadata=metadata)
         bench = _Bench(source, calibration, _PRESETS[preset], Path(folder))
-        proto, facts = _search(bench)
+        proto, facts = _search(bench, enough)
     to_onnx._write_bytes(Path(path), proto.SerializeToString())
     seconds = round(time.perf_counter() - started, 1)
     return {"preset": preset, "bytes": Path(path).stat().st_size, "seconds": seconds, **facts}
@@ -112,7 +112,7 @@ class _Try(NamedTuple):
     sqnr_db: float
 
 
-def _search(bench: _Bench) -> tuple[onnx.ModelProto, dict[str, Any]]:
+def _search(bench: _Bench, enough: float) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The first model that agrees with float32 often enough, else the best one; and how it was found."""
     steps: list[dict[str, Any]] = []
 
@@ -125,14 +125,14 @@ def _search(bench: _Bench) -> tuple[onnx.ModelProto, dict[str, Any]]:
     kept: list[str] = []
     method, damage = "minmax", dict[str, float]()
     best = attempt(method, kept)
-    if best.agreement < _ENOUGH:
+    if best.agreement < enough:
         other = attempt("percentile", kept)
         if _rank(other) > _rank(best):
             method, best = "percentile", other
-    if best.agreement < _ENOUGH:
+    if best.agreement < enough:
         damage = bench.damage(method)
         worst = sorted(damage, key=lambda unit: -damage[unit])
-        best, kept = _exclude(lambda kept: attempt(method, kept), worst, best)
+        best, kept = _exclude(lambda kept: attempt(method, kept), worst, best, enough)
     return best.proto, {
         "method": method,
         "per_channel": True,
@@ -147,23 +147,25 @@ def _search(bench: _Bench) -> tuple[onnx.ModelProto, dict[str, Any]]:
     }
 
 
-def _exclude(attempt: Callable[[Sequence[str]], _Try], worst: list[str], best: _Try) -> tuple[_Try, list[str]]:
+def _exclude(
+    attempt: Callable[[Sequence[str]], _Try], worst: list[str], best: _Try, enough: float
+) -> tuple[_Try, list[str]]:
     """Leave ever more of the worst units in float until enough predictions agree, then as few as will do."""
     tries, low, count = {0: best}, 0, 1
     limit = max(1, int(_MOST_FLOAT * len(worst)))
-    while tries[low].agreement < _ENOUGH and low < limit:
+    while tries[low].agreement < enough and low < limit:
         count = min(count, limit)
         tries[count] = attempt(worst[:count])
-        if tries[count].agreement >= _ENOUGH:
+        if tries[count].agreement >= enough:
             break
         low, count = count, 2 * count
     high = max(tries)
-    while tries[high].agreement >= _ENOUGH and high - low > 1:
+    while tries[high].agreement >= enough and high - low > 1:
         middle = (low + high) // 2
         tries[middle] = attempt(worst[:middle])
-        low, high = (low, middle) if tries[middle].agreement >= _ENOUGH else (middle, high)
-    enough = [count for count in tries if tries[count].agreement >= _ENOUGH]
-    chosen = min(enough) if enough else max(tries, key=lambda count: _rank(tries[count]))
+        low, high = (low, middle) if tries[middle].agreement >= enough else (middle, high)
+    good = [count for count in tries if tries[count].agreement >= enough]
+    chosen = min(good) if good else max(tries, key=lambda count: _rank(tries[count]))
     return tries[chosen], worst[:chosen]
 
 

@@ -36,9 +36,10 @@ def write(
     opset: int = 20,
     metadata: dict[str, str] | None = None,
     calibration: np.ndarray | None = None,
+    enough: float = 99.0,
 ) -> dict[str, Any]:
     """As `write` of to_onnx_int8.py, with the preset of TensorRT."""
-    options = {"onnx": onnx, "opset": opset, "metadata": metadata, "calibration": calibration}
+    options = {"onnx": onnx, "opset": opset, "metadata": metadata, "calibration": calibration, "enough": enough}
     return _to_onnx_int8().write(student, example, path, preset="tensorrt", **options)
 
 

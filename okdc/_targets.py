@@ -53,6 +53,7 @@ def write(
 
     without: why there is no int8 where there is no `calibration`.
     """
+    enough = min(100.0, verify.Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
@@ -69,8 +70,8 @@ def write(
             continue
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
-        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest)}
-        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, **written}
+        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest), **written}
+        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, "enough": enough}
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:

@@ -141,6 +141,8 @@ def test_the_layer_that_does_the_damage_is_found_and_kept_in_float(
     run = to_int8.runner(tmp_path / "m.onnx")
     assert run.precisions["fp32"] >= 1 and run.precisions["int8"] >= 1
     assert (run(batch).argmax(1) == logits(network, batch).argmax(1)).mean() >= 0.97
+    loose = to_int8.write(None, None, tmp_path / "m.onnx", onnx=source, calibration=images(64), enough=0.0)
+    assert len(loose["steps"]) == 1 and loose["kept_in_float"] == []  # whoever asks for less is not made to search
 
 
 def test_without_images_nothing_is_written(plain: Path, tmp_path: Path) -> None:
