@@ -35,10 +35,10 @@ _BUILDING = ("img_size", "in_chans", "num_classes", "model_kwargs")  # settings 
 def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True, **settings: Any) -> dict[str, Any]:
     """Time every format of a bundle, of a run's bundle, or of a network by name; returns the report.
 
-    A name is built with random weights and written to every format in a temporary folder, int8 calibrated on noise, with
-    no layer in float (a trained network may need some); its accuracy says nothing and is left out. device: auto, cpu, cuda or cuda:1. compiled: with torch.compile, which
-    takes a minute. settings: batch_sizes, threads, images and data of a bundle; img_size, in_chans, num_classes,
-    model_kwargs of a name.
+    A name is built with random weights and written to every format in a temporary folder, int8 calibrated on noise and
+    no layer kept in float, of which a trained network may need some; its accuracy says nothing and is left out.
+    device: auto, cpu, cuda or cuda:1. compiled: with torch.compile, which takes a minute. settings: batch_sizes,
+    threads, images and data of a bundle; img_size, in_chans, num_classes, model_kwargs of a name.
     """
     where = str(choose_device(device))
     with tempfile.TemporaryDirectory() as scratch:
