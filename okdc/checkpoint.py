@@ -103,7 +103,7 @@ def load(path: Path | str) -> dict[str, Any]:
         raise UnusableError(f"there is no checkpoint {path}. It is a folder: give {path / LAST}.")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch tells damage by half a dozen types, all of which mean the same here
+    except Exception as error:  # torch tells damage by half a dozen types
         raise _refusal(path, error) from error
     if not isinstance(payload, dict) or "state_dict" not in payload:
         raise UnusableError(f"{path} is not a checkpoint: it has no 'state_dict'. Give the {LAST} or {BEST} of a run.")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +316,27 @@ def test_an_interrupt_is_left_to_the_main_process(folder: Path) -> None:
     for worker in multiprocessing.active_children():
         os.kill(worker.pid or 0, signal.SIGINT)  # as Ctrl-C does, which reaches the whole process group
     assert same(expected, [first, *batches])
+
+
+@pytest.fixture(params=multiprocessing.get_all_start_methods())
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_none_but_the_main_process_ends_a_worker(folder: Path, start_method: str) -> None:
+    data = loaded(settings(folder, workers=1))
+    batches = data.train.batches(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does
+    worker.join(0.5)
+    assert worker.is_alive() and len(list(batches)) == 3
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_epochs_and_seeds_differ(folder: Path) -> None:
