@@ -398,7 +398,7 @@ def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "locked\n"
     with ExitStack() as held:
-        with pytest.raises(RunError, match="is being trained by process 7 on node"):
+        with pytest.raises(RunError, match="is in use by process 7 on node"):
             runs.begin(tmp_path, Recipe(), {}, held)
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".last.pth.tar.7.tmp"}
         holder.kill()
@@ -406,6 +406,14 @@ def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
         runs.begin(tmp_path, Recipe(), {}, held)
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.yaml", "student.json"}
+
+
+def test_where_there_are_no_locks_what_a_killed_run_left_is_removed_too(tmp_path, monkeypatch):
+    (tmp_path / ".last.pth.tar.7.tmp").touch()
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with ExitStack() as held:
+        runs.begin(tmp_path, Recipe(), {}, held)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "student.json"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
