@@ -109,7 +109,7 @@ def _first_alone_warns() -> Iterator[None]:
 
 def _end_with_launcher() -> None:
     """Get a SIGTERM, upon which a run saves, when torch's launcher is gone without a word; on Linux only."""
-    with suppress(AttributeError, OSError):
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from okdc._ranks import first
+from okdc._waiting import worker_died
 from okdc.errors import RunError
 
 LAST = "last.pth.tar"
@@ -70,7 +71,7 @@ def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> No
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if "DataLoader worker" in str(error):  # and so a data worker's death, at any time
+        if worker_died(error):
             raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         before = "The file that was there is unharmed; f" if path.exists() else "F"

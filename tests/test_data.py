@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc._waiting import Stuck, Waiting
 from okdc.data import Data, load, open_source, wrap
+from okdc.data._streams import _read
 from okdc.errors import DataError
 from okdc.settings import DataSettings
 
@@ -510,6 +511,17 @@ def test_webdataset_streams_are_the_same_each_time_an_epoch_is_read(shards: Path
     labels = torch.cat([labels for _, labels in data.validation or ()]).tolist()
     assert labels == [0, 1, 2] * 3 == [label for _, label in data.validation_images or ()]
     assert generator_states() == before
+
+
+def test_a_stream_that_breaks_off_is_told_from_a_worker_that_dies() -> None:
+    def broken(words: str) -> Iterator[int]:
+        yield 1
+        raise RuntimeError(words)
+
+    with pytest.raises(DataError, match=r"broke off: ValueError: too few shards.*-j 1"):
+        list(_read(broken("Caught ValueError in DataLoader worker process 1.\nValueError: too few shards"), 0))
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        list(_read(broken("DataLoader worker (pid 12) is killed by signal: Killed."), 0))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

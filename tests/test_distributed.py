@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from okdc import methods, runs
-from okdc._distributed import _first_node, as_started, joined, launch, place, synchronised
+from okdc._distributed import _end_with_launcher, _first_node, as_started, joined, launch, place, synchronised
 from okdc._ranks import _Sum, local_rank, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
@@ -350,6 +350,12 @@ def test_ranks_whose_launcher_is_gone_save_and_end(troubled):
     codes, said = ended(troubled, "loses its launcher")
     assert codes == [143, -signal.SIGKILL]  # the first rank's own, and of the second's launcher
     assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
+
+
+def test_other_systems_than_linux_have_no_word_of_a_launcher_that_is_gone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("what CDLL(None) is, Windows does not know"))
+    _end_with_launcher()
 
 
 def test_another_number_of_devices_says_all_that_changes(troubled, tmp_path, one_thread, capsys):

@@ -685,6 +685,17 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_what_a_worker_raises_is_not_taken_for_its_death(tmp_path):
+    class Broken(Sleepy):
+        def __getitem__(self, index: int):
+            raise RuntimeError("no such image")
+
+    data = wrap([(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))], num_classes=CLASSES)
+    data.train.loader = torch.utils.data.DataLoader(Broken(), 8, num_workers=1)
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
+        run(tmp_path, data=data)
+
+
 def test_a_loader_that_hangs_when_it_is_first_looked_at_is_an_error():
     with pytest.raises(DataError, match=r"for 0\.3 seconds while looking at batch 3 of the training loader.*--timeout"):
         wrap(OWN_LOADERS["iterable"](), timeout=0.3)  # without num_classes, which it counts in all labels
