@@ -46,6 +46,7 @@ class Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._set(0)
         if self.timeout:
             signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
 

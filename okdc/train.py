@@ -84,7 +84,8 @@ def fit(
         if state.epoch < settings.epochs:
             events = Events(folder, state.epoch, quiet=rank() > 0)
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
-            with contextlib.closing(events), waiting, data_that_stops(state, run), Watch(settings.timeout) as watch:
+            # What was done is saved when no alarm of `waiting` can ring any more.
+            with contextlib.closing(events), data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
                 _train(state, data, run, stop, display, events, waiting, watch)
         barrier()  # what the first rank has written is there for all
     method.eval()

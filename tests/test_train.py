@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc import checkpoint
+from okdc import _state, checkpoint
 from okdc._machine import Machine, StopSignal, choose_device
 from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort, CohortOutput
@@ -682,6 +682,24 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
         run(tmp_path, replace(SETTINGS, timeout=3.0), data=data)
     assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
     assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] == 2
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_an_alarm_that_rings_late_does_not_disturb_the_saving(tmp_path, monkeypatch):
+    method = Tiny()
+
+    def late(images, labels):
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        time.sleep(10)
+
+    def slowly(state, run):
+        time.sleep(0.3)
+        _state.save(state, run)
+
+    method.after_step = late
+    monkeypatch.setattr("okdc._stalls.save", slowly)
+    with pytest.raises(TrainingError, match="no data came for 60 seconds"):
+        run(tmp_path, replace(SETTINGS, timeout=60.0), method=method)
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
