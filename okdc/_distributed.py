@@ -34,6 +34,7 @@ from okdc.settings import TrainSettings
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
 FOR_EVER = 1e8  # seconds
+PHASES = ("images set aside", "training", "validation")  # of an epoch, in their order
 
 
 def place(settings: TrainSettings) -> tuple[int, int, int] | None:
@@ -109,7 +110,7 @@ def _first_alone_warns() -> Iterator[None]:
 
 def _end_with_launcher() -> None:
     """Get a SIGTERM, upon which a run saves, when torch's launcher is gone without a word; on Linux only."""
-    with suppress(AttributeError, OSError):
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
@@ -234,20 +235,20 @@ class Watch:
             raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
 
     def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
-        """The batches, while noting where this rank is: `where` (training or validation), batch, and epoch of `state`.
+        """The batches, while noting where this rank is: `where` (one of PHASES), batch, and epoch of `state`.
 
         Not how many batches it has had, of which the ranks' shares of the validation have not the same number.
         """
-        iterator, validating = iter(batches), where == "validation"
+        iterator, phase = iter(batches), PHASES.index(where)
         for i in count():
-            step = f"batch {i + 1}" if validating else f"step {state.step + 1}"
-            self._at(f"waiting for data of {where}, {step}", state, validating, i, False)
+            step = f"step {state.step + 1}" if where == "training" else f"batch {i + 1}"
+            self._at(f"waiting for data of {where}, {step}", state, phase, i, False)
             try:
                 batch = next(iterator)
             except StopIteration:
-                self._at(f"done with {where}", state, validating, math.inf, False)
+                self._at(f"done with {where}", state, phase, math.inf, False)
                 return
-            self._at(f"{where}, {step}", state, validating, i, True)
+            self._at(f"{where}, {step}", state, phase, i, True)
             yield batch
 
     def _at(self, where: str, state: Any, *place: float) -> None:

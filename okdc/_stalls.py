@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from okdc._state import Run, TrainState, save
-from okdc._waiting import Stuck
+from okdc._waiting import Stuck, worker_died
 from okdc.errors import TrainingError
 
 
@@ -39,7 +39,7 @@ def _place(state: TrainState, run: Run) -> str:
 def _of_a_dead_worker(error: Exception) -> bool:
     """Whether this is torch's complaint of one, or the end of the pipe through which one handed over its tensors."""
     if isinstance(error, RuntimeError):
-        return "DataLoader worker" in str(error)
+        return worker_died(error)
     # Walked by hand and quickly: torch's own complaint may come as a signal in the middle of anything that takes long.
     frames = error.__traceback__
     while frames and frames.tb_next:

@@ -20,6 +20,14 @@ class Stuck(BaseException):
     """No batch came in time; not an Exception, which whoever reads an image would take for a damaged one."""
 
 
+def worker_died(error: BaseException) -> bool:
+    """Whether this is torch's complaint of a data worker that has died, raised at any time, in whatever is running.
+
+    Not what a worker itself has raised, which comes as "Caught ... in DataLoader worker process 0".
+    """
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
 class Waiting:
     """Counts the `seconds` that a run waits for data, and ends a wait of more than `timeout` seconds (0: never).
 
@@ -38,6 +46,7 @@ class Waiting:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._set(0)
         if self.timeout:
             signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from okdc._ranks import rank
+from okdc._ranks import first
+from okdc._waiting import worker_died
 from okdc.errors import RunError
 
 LAST = "last.pth.tar"
@@ -69,7 +71,7 @@ def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> No
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if "DataLoader worker" in str(error):  # and so a data worker's death, at any time
+        if worker_died(error):
             raise
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         before = "The file that was there is unharmed; f" if path.exists() else "F"
@@ -88,45 +90,64 @@ def history(path: Path, keep: int) -> list[Path]:
     return [path, *(path.with_name(f"{name}.{i}.{suffix}") for i in range(1, keep))]
 
 
+class UnusableError(RunError):
+    """A checkpoint that is missing, damaged or foreign, in whose place another may stand."""
+
+
 def load(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint to the CPU with `weights_only`; RunError when it is missing, damaged, foreign or holds code."""
+    """Read a checkpoint to the CPU with `weights_only`.
+
+    UnusableError when it is missing, damaged, foreign or holds code; RunError when the system cannot read it now.
+    """
     path = Path(path)
-    if not path.is_file():
-        hint = f" It is a folder: give {path / LAST}." if path.is_dir() else ""
-        raise RunError(f"there is no checkpoint {path}.{hint or ' okdc writes last.pth.tar into the folder of a run.'}")
+    if os.path.isdir(path):
+        raise UnusableError(f"there is no checkpoint {path}. It is a folder: give {path / LAST}.")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch tells damage by half a dozen types, all of which mean the same here
-        raise RunError(_why_not(path, error)) from error
+    except Exception as error:  # torch tells damage by half a dozen types
+        raise _refusal(path, error) from error
     if not isinstance(payload, dict) or "state_dict" not in payload:
-        raise RunError(f"{path} is not a checkpoint: it has no 'state_dict'. Give the {LAST} or {BEST} of a run.")
+        raise UnusableError(f"{path} is not a checkpoint: it has no 'state_dict'. Give the {LAST} or {BEST} of a run.")
     return payload
 
 
 def load_run(path: Path | str) -> dict[str, Any]:
     """Read a checkpoint that a run can continue from; in place of a damaged or foreign one the newest good one that was
-    kept beside it, loudly. That takes the bad one's name too, so that the next save does not push it out instead."""
-    path = Path(path)
-    kept = [*history(path, 100)[1:], *([path.with_name(BEST)] if path.name == LAST else [])]
+    kept beside it, loudly. That takes the bad one's name too, so that the next save does not push it out instead.
+
+    Of several ranks the first chooses, so that all continue from the same one.
+    """
+    path, read = Path(path), []
+
+    def choose() -> Path:
+        chosen, payload = _newest_good(path)
+        read.append(payload)
+        return chosen
+
+    chosen = first(choose)
+    return read[0] if read else _load_state(chosen)
+
+
+def _newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
-        return _load_state(path)
-    except RunError as error:
-        for other in filter(Path.is_file, kept):
+        return path, _load_state(path)
+    except UnusableError as error:
+        kept = [*history(path, 100)[1:], *([path.with_name(BEST)] if path.name == LAST else [])]
+        for other in kept:
             try:
                 payload = _load_state(other)
-            except RunError:
+            except UnusableError:
                 continue
-            _logger.warning("%s\nContinuing from the one kept before it, %s.", error, other)
-            if rank() == 0:
-                duplicate(other, path)
-            return payload
+            _logger.warning("%s\nContinuing from the one kept before it, %s, which takes its place.", error, other)
+            duplicate(other, path)
+            return other, payload
         raise
 
 
 def _load_state(path: Path) -> dict[str, Any]:
     payload = load(path)
     if "okdc" not in payload:
-        raise RunError(
+        raise UnusableError(
             f"{path} holds weights but no okdc training state, so a run cannot continue from it. "
             f"To start a new run from its weights: --initial-checkpoint {path}"
         )
@@ -171,15 +192,28 @@ def _check_readable(temporary: Path, path: Path) -> None:
         )
 
 
+def _refusal(path: Path, error: Exception) -> RunError:
+    """What to tell a person when `torch.load` raised `error`."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return UnusableError(f"there is no checkpoint {path}. okdc writes {LAST} into the folder of a run.")
+    reason = None
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a file cut short torch asks what is before it
+        reason = error.strerror
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        reason = "there is not enough memory"
+    if reason is None:
+        return UnusableError(_why_not(path, error))
+    return RunError(
+        f"{path} cannot be read: {reason}. It may well be whole, so nothing stands in for it. See to its permissions, "
+        "its disk and the memory that is free, then type this again, or give another checkpoint of the run."
+    )
+
+
 def _why_not(path: Path, error: Exception) -> str:
-    """Why `torch.load` refused the file, for a person."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError as trouble:  # torch has some for damaged files too
-        hint = "See to its permissions and its disk, or give another checkpoint of the run."
-        return f"{path} cannot be read: {trouble.strerror}. {hint}"
+    """Why the file is not one to load, for a person."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(4)
     if start == b"PK\x03\x04":
         try:
             unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))

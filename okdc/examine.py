@@ -207,7 +207,7 @@ def _limited(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)  # None: it was not Python's
 
 
 def _attempt(check: Callable[[], Any]) -> Any:

@@ -58,7 +58,8 @@ class Result:
     def export(self, **settings: Any) -> dict[str, Any]:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
         wanted = override(self.recipe, settings).export
-        self.verification = _export(self.student, self.data, replace(self.recipe, export=wanted), self.path, self)
+        with runs.alone(self.path):
+            self.verification = _export(self.student, self.data, replace(self.recipe, export=wanted), self.path, self)
         return self.verification
 
 
@@ -87,46 +88,52 @@ def compress(
     chosen = wanted.method["name"]
     _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
     arch = wanted.network.model
-    with _distributed.joined(wanted.train), own_randomness(), ExitStack() as held:
-        leads = rank() == 0  # of several processes the first writes, and exports alone
-        folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
-        seed_everything(wanted.train.seed)
-        target, data = assembly.network_and_data(model, loader, validation, wanted)
-        with assembly.at_home(target) as settle:
-            input_size, classes = data.preprocess["input_size"], len(data.classes)
-            named = not isinstance(model, nn.Module)
-            teacher = assembly.teacher(wanted, data, proved=last is not None)
-            learner = assembly.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
-            facts = _student_facts(arch, isinstance(model, nn.Module), data)
-            if leads:
-                print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
-            try:
-                state = train.fit(
-                    learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
-                    begin=lambda: runs.begin(folder, wanted, facts, held),
-                )  # fmt: skip
-                byproducts, lost = _byproducts.take(learner, folder, settle)
-            finally:
-                learner.strip()
-        target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-    metrics = _metrics(state.history, state.best_epoch, len(learner.cohort))
-    result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
-    if not leads:
-        return result
+    with ExitStack() as held:  # so that no other process writes to the folder until the report is there
+        with _distributed.joined(wanted.train), own_randomness():
+            leads = rank() == 0  # of several processes the first writes, and exports alone
+            folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
+            seed_everything(wanted.train.seed)
+            target, data = assembly.network_and_data(model, loader, validation, wanted)
+            with assembly.at_home(target) as settle:
+                input_size, classes = data.preprocess["input_size"], len(data.classes)
+                named = not isinstance(model, nn.Module)
+                teacher = assembly.teacher(wanted, data, proved=last is not None)
+                learner = assembly.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
+                facts = _student_facts(arch, isinstance(model, nn.Module), data)
+                if leads:
+                    print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
+                try:
+                    state = train.fit(
+                        learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
+                        begin=lambda: runs.begin(folder, wanted, facts, held),
+                    )  # fmt: skip
+                    byproducts, lost = _byproducts.take(learner, folder, settle)
+                finally:
+                    learner.strip()
+            target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+        metrics = _metrics(state.history, state.best_epoch, len(learner.cohort))
+        result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
+        if leads:
+            _deliver(result, learner, state.history, lost)
+    return result
+
+
+def _deliver(result: Result, learner: Method, history: list[dict[str, Any]], lost: str | None) -> None:
+    """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
+    data, wanted, folder = result.data, result.recipe, result.path
     further: list[dict[str, Any]] = []
     try:
         formats = wanted.export
         if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
             result.verification = _export(result.student, data, wanted, folder, result)
-            if (byproducts or lost) and wanted.export.byproducts:
-                further = [_byproducts.student_row(arch, result.student, data, result.verification)]
-                further += _byproducts.export(byproducts, lost, data, wanted.export, folder, _info(wanted, result))
+            if (result.byproducts or lost) and formats.byproducts:
+                further = [_byproducts.student_row(result.arch, result.student, data, result.verification)]
+                further += _byproducts.export(result.byproducts, lost, data, formats, folder, _info(wanted, result))
     except exporting.UnfitError as error:
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, _facts(result, learner, state.history) | {"byproducts": further})
-    return result
+        report.write(folder, _facts(result, learner, history) | {"byproducts": further})
 
 
 def export(
@@ -171,17 +178,18 @@ def export(
         same = wanted.data == trained.data  # of other images the report says nothing
         metrics = runs.read_metrics(Path(name)) if same else {}
         info |= {"recipe": wanted.to_dict(), "title": Path(name).name, "metrics": metrics}
-    verification = exporting.export_bundle(
-        student,
-        data,
-        wanted.export,
-        folder,
-        arch=arch,
-        model_args=networks.arguments(network),
-        info=info,
-        preprocess=config,
-        classes=classes,
-    )
+    with runs.alone(folder.parent):
+        verification = exporting.export_bundle(
+            student,
+            data,
+            wanted.export,
+            folder,
+            arch=arch,
+            model_args=networks.arguments(network),
+            info=info,
+            preprocess=config,
+            classes=classes,
+        )
     if push_to_hub:
         print(f"Pushed to {_hub.push(folder, push_to_hub)}", file=sys.stderr)
     return verification

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +112,44 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     checkpoint.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else trains or exports in a run folder meanwhile, RunError where one does; nothing for other folders."""
+    with ExitStack() as held:
+        if (folder / STUDENT).is_file():
+            _lock(folder, held)
+        yield
+
+
 def _lock(folder: Path, held: ExitStack) -> None:
     """Keep other processes out; without effect where there are no such locks: on Windows, on some network disks."""
     try:
         import fcntl
-
+    except ImportError:
+        _remove_left(folder)  # Windows does not remove what another process has open
+        return
+    try:
         file = held.enter_context((folder / LOCK).open("ab+", buffering=0))
         # Not flock, which data workers would hold on to for seconds after this process was killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for left in folder.glob(f".*{checkpoint.TEMPORARY}"):  # by a process that was killed while it wrote
-            left.unlink()
+        _remove_left(folder)
     except BlockingIOError as error:
         holder = (folder / LOCK).read_text() or "another process"
         raise RunError(
-            f"{folder} is being trained by {holder}. Let it finish, or end it and type this again. To start another "
-            "run beside it: --experiment NAME."
+            f"{folder} is in use by {holder}. Let it finish, or end it and type this again. To work beside it: "
+            "--experiment NAME for another run, --output DIR for an export."
         ) from error
-    except (ImportError, OSError):  # of a folder that is read-only or full the first file to be written will complain
+    except OSError:  # of a folder that is read-only or full the first file to be written will complain
         pass
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what was left by a process that was killed while it wrote."""
+    for left in folder.glob(f".*{checkpoint.TEMPORARY}"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def read_student(folder: Path) -> dict[str, Any] | None:

@@ -84,7 +84,8 @@ def fit(
         if state.epoch < settings.epochs:
             events = Events(folder, state.epoch, quiet=rank() > 0)
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
-            with contextlib.closing(events), waiting, data_that_stops(state, run), Watch(settings.timeout) as watch:
+            # What was done is saved when no alarm of `waiting` can ring any more.
+            with contextlib.closing(events), data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
                 _train(state, data, run, stop, display, events, waiting, watch)
         barrier()  # what the first rank has written is there for all
     method.eval()
@@ -106,7 +107,7 @@ def _train(
     clock = None
     while state.epoch < settings.epochs:
         method.epoch.fill_(state.epoch)
-        _begin_epoch(state, data, run, waiting)
+        _begin_epoch(state, data, run, waiting, watch)
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         batches = waiting.over(watch.over(batches, "training", state))
@@ -144,13 +145,14 @@ def _train(
 
 
 @torch.no_grad()
-def _begin_epoch(state: TrainState, data: Data, run: Run, waiting: Waiting) -> None:
+def _begin_epoch(state: TrainState, data: Data, run: Run, waiting: Waiting, watch: Watch) -> None:
     """Show the method the images that were set aside for it, in eval mode; not again when an epoch is resumed."""
     if data.held_out is None or state.step:
         return
     state.method.eval()
     seed_everything(run.settings.seed, state.epoch)
-    batches = (run.machine.move(*batch) for batch in waiting.over(share(data.held_out)))
+    aside = waiting.over(watch.over(share(data.held_out), "images set aside", state))
+    batches = (run.machine.move(*batch) for batch in aside)
     with run.machine.autocast():
         state.method.before_epoch((images, labels) for images, labels in batches)
 

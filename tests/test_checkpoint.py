@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -128,7 +129,10 @@ def test_the_newest_good_file_stands_in_for_those_that_are_not(tmp_path, caplog,
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     checkpoint.save(tmp_path / checkpoint.BEST, PAYLOAD | {"number": 1})
     assert checkpoint.load_run(last)["number"] == 1
-    assert f"{last} " in caplog.text and f"kept before it, {tmp_path / checkpoint.BEST}" in caplog.text
+    assert (
+        f"{last} " in caplog.text
+        and f"kept before it, {tmp_path / checkpoint.BEST}, which takes its place" in caplog.text
+    )
     checkpoint.save(tmp_path / "last.2.pth.tar", PAYLOAD | {"number": 2})
     last.unlink()
     shutil.copyfile(older, last)
@@ -139,13 +143,51 @@ def test_the_newest_good_file_stands_in_for_those_that_are_not(tmp_path, caplog,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file that can be opened and not read")
-def test_the_file_before_stands_in_for_one_that_the_system_cannot_read(tmp_path, caplog):
+@pytest.mark.parametrize("unreadable", [checkpoint.LAST, "last.1.pth.tar"])
+def test_nothing_stands_in_for_a_file_that_the_system_cannot_read(tmp_path, unreadable):
     last = tmp_path / checkpoint.LAST
-    last.symlink_to("/proc/self/mem")
-    with pytest.raises(RunError, match=r"cannot be read: Input/output error.*permissions"):
-        checkpoint.load(last)
-    checkpoint.save(tmp_path / "last.1.pth.tar", PAYLOAD | {"number": 1})
-    assert checkpoint.load_run(last)["number"] == number(last) == 1 and "cannot be read" in caplog.text
+    last.write_bytes(b"PK\x03\x04 cut short")
+    (tmp_path / unreadable).unlink(missing_ok=True)
+    (tmp_path / unreadable).symlink_to("/proc/self/mem")
+    checkpoint.save(tmp_path / checkpoint.BEST, PAYLOAD)
+    with pytest.raises(RunError, match=rf"{unreadable} cannot be read: Input/output error.*permissions"):
+        checkpoint.load_run(last)
+    assert (tmp_path / unreadable).is_symlink() and (unreadable == checkpoint.LAST or last.stat().st_size == 14)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (MemoryError(), "there is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+    ],
+)
+def test_nothing_stands_in_for_a_file_that_is_whole(tmp_path, monkeypatch, error, reason):
+    last = tmp_path / checkpoint.LAST
+    for i in range(2):
+        checkpoint.save(last, PAYLOAD | {"number": i}, keep=2)
+    load = torch.load
+
+    def load_but_last(path, **options):
+        if path == last:
+            raise error
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", load_but_last)
+    with pytest.raises(RunError, match=rf"last\.pth\.tar cannot be read: {reason}\. It may well be whole"):
+        checkpoint.load_run(last)
+    monkeypatch.undo()
+    assert [number(path) for path in checkpoint.history(last, 2)] == [1, 0]
+
+
+def test_the_other_ranks_read_what_the_first_one_chose(tmp_path, monkeypatch):
+    last, older = tmp_path / checkpoint.LAST, tmp_path / "last.1.pth.tar"
+    for i in range(2):
+        checkpoint.save(last, PAYLOAD | {"number": i}, keep=2)
+    monkeypatch.setattr(checkpoint, "first", lambda work: older)  # as it is on another rank
+    assert checkpoint.load_run(last)["number"] == 0 and number(last) == 1
 
 
 def test_a_missing_file_or_a_folder_is_told_apart(tmp_path):
@@ -153,6 +195,9 @@ def test_a_missing_file_or_a_folder_is_told_apart(tmp_path):
         checkpoint.load(tmp_path / "nowhere.pth.tar")
     with pytest.raises(RunError, match=r"is a folder: give .*last\.pth\.tar"):
         checkpoint.load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"there is no checkpoint .*file/last"):
+        checkpoint.load(tmp_path / "file" / "last.pth.tar")
 
 
 def test_differences_are_put_in_words():

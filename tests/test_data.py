@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc._waiting import Stuck, Waiting
 from okdc.data import Data, load, open_source, wrap
+from okdc.data._streams import _read
 from okdc.errors import DataError
 from okdc.settings import DataSettings
 
@@ -317,6 +319,27 @@ def test_an_interrupt_is_left_to_the_main_process(folder: Path) -> None:
     assert same(expected, [first, *batches])
 
 
+@pytest.fixture(params=multiprocessing.get_all_start_methods())
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_none_but_the_main_process_ends_a_worker(folder: Path, start_method: str) -> None:
+    data = loaded(settings(folder, workers=1))
+    batches = data.train.batches(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does
+    worker.join(0.5)
+    assert worker.is_alive() and len(list(batches)) == 3
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
 def test_epochs_and_seeds_differ(folder: Path) -> None:
     data, other = loaded(settings(folder)), loaded(settings(folder), seed=8)
     orders = [torch.cat([labels for _, labels in batches]).tolist() for batches in
@@ -488,6 +511,17 @@ def test_webdataset_streams_are_the_same_each_time_an_epoch_is_read(shards: Path
     labels = torch.cat([labels for _, labels in data.validation or ()]).tolist()
     assert labels == [0, 1, 2] * 3 == [label for _, label in data.validation_images or ()]
     assert generator_states() == before
+
+
+def test_a_stream_that_breaks_off_is_told_from_a_worker_that_dies() -> None:
+    def broken(words: str) -> Iterator[int]:
+        yield 1
+        raise RuntimeError(words)
+
+    with pytest.raises(DataError, match=r"broke off: ValueError: too few shards.*-j 1"):
+        list(_read(broken("Caught ValueError in DataLoader worker process 1.\nValueError: too few shards"), 0))
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        list(_read(broken("DataLoader worker (pid 12) is killed by signal: Killed."), 0))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

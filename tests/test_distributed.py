@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from okdc import methods, runs
-from okdc._distributed import _first_node, as_started, joined, launch, place, synchronised
+from okdc._distributed import _end_with_launcher, _first_node, as_started, joined, launch, place, synchronised
 from okdc._ranks import _Sum, local_rank, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
@@ -127,7 +127,8 @@ def train(
     images, labels = tensors()
     part = list(zip(images[:27].split(6), labels[:27].split(6)))  # 5 batches, unevenly divided
     batches = Troubled(trouble, steps, method, needs) if trouble else Batches(steps, method, needs)
-    data: Any = SimpleNamespace(train=batches, validation=part, held_out=part if needs.held_out else None)
+    aside = Aside(part) if trouble == "stalls aside" else part
+    data: Any = SimpleNamespace(train=batches, validation=part, held_out=aside if needs.held_out else None)
     wanted = replace(
         SETTINGS, batch_size=BATCH // world(), devices=world(), model_ema=method.student is method.cohort.target
     )  # fmt: skip
@@ -208,7 +209,7 @@ def train_all(folder: str, steps: str) -> None:
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
-WRONG = ("stalls", "dies", "is told to stop", "loses its launcher", "sees a NaN", "skips a layer")
+WRONG = ("stalls", "stalls aside", "dies", "is told to stop", "loses its launcher", "sees a NaN", "skips a layer")
 ROBUST = replace(SETTINGS, timeout=4.0)
 
 
@@ -239,6 +240,15 @@ class Troubled(Batches):
                 elif self.trouble == "sees a NaN":
                     images = images * torch.nan
             yield images, labels
+
+
+class Aside(list):
+    """Images set aside, which do not come to the second process; kdcl looks at them from the second epoch on."""
+
+    def __iter__(self):
+        if rank() == 1:
+            time.sleep(600)
+        yield from super().__iter__()
 
 
 def be_tasks(folder: str) -> list[int]:
@@ -280,7 +290,8 @@ def be_troubled(folder: str) -> None:
             os.dup2(output.fileno(), 2)
         try:
             with joined(ROBUST):
-                found = train("baseline", 5, Path(folder, trouble), trouble, timeout=ROBUST.timeout)
+                case = "kdcl, general" if trouble == "stalls aside" else "baseline"
+                found = train(case, 5, Path(folder, trouble), trouble, timeout=ROBUST.timeout)
                 torch.save(found, Path(folder, f"{trouble}.{rank()}.pt"))
         except OkdcError as error:
             print(error, file=sys.stderr, flush=True)
@@ -328,6 +339,12 @@ def test_a_rank_that_hangs_is_named_with_its_step(troubled):
     assert "time.sleep" in said or "in batches" in said  # where it hangs
 
 
+def test_a_rank_that_gets_no_images_set_aside_is_named(troubled):
+    codes, said = ended(troubled, "stalls aside")
+    assert codes == [1, 1]
+    assert "Furthest behind: rank 1 (waiting for data of images set aside, batch 1 of epoch 2). " in said
+
+
 def test_a_rank_that_dies_is_named_with_its_step(troubled):
     codes, said = ended(troubled, "dies")
     assert codes == [1, -signal.SIGKILL]
@@ -350,6 +367,12 @@ def test_ranks_whose_launcher_is_gone_save_and_end(troubled):
     codes, said = ended(troubled, "loses its launcher")
     assert codes == [143, -signal.SIGKILL]  # the first rank's own, and of the second's launcher
     assert said.count("0 epochs and 3 of 5 steps are done and saved") == 1
+
+
+def test_other_systems_than_linux_have_no_word_of_a_launcher_that_is_gone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("what CDLL(None) is, Windows does not know"))
+    _end_with_launcher()
 
 
 def test_another_number_of_devices_says_all_that_changes(troubled, tmp_path, one_thread, capsys):
@@ -398,7 +421,7 @@ def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "locked\n"
     with ExitStack() as held:
-        with pytest.raises(RunError, match="is being trained by process 7 on node"):
+        with pytest.raises(RunError, match="is in use by process 7 on node"):
             runs.begin(tmp_path, Recipe(), {}, held)
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".last.pth.tar.7.tmp"}
         holder.kill()
@@ -406,6 +429,14 @@ def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
         runs.begin(tmp_path, Recipe(), {}, held)
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.yaml", "student.json"}
+
+
+def test_where_there_are_no_locks_what_a_killed_run_left_is_removed_too(tmp_path, monkeypatch):
+    (tmp_path / ".last.pth.tar.7.tmp").touch()
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with ExitStack() as held:
+        runs.begin(tmp_path, Recipe(), {}, held)
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "student.json"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

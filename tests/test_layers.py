@@ -54,7 +54,7 @@ ALLOWED = {
     # data and training
     "_waiting": {"errors"},
     "data": {"_ranks", "_waiting", "data", "needs"} | RECIPE,
-    "checkpoint": {"_ranks", "errors"},
+    "checkpoint": {"_ranks", "_waiting", "errors"},
     "_machine": {"_ranks"} | RECIPE,
     "_distributed": {"_machine", "_ranks"} | RECIPE,
     "_progress": {"checkpoint"},

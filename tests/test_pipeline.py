@@ -159,6 +159,47 @@ def test_any_module_and_any_iterable(tmp_path: Path) -> None:
         okdc.export(result.path)
 
 
+LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def lock(folder: Path, **options: int) -> subprocess.Popen[str]:
+    """Another process that has the lock of a run folder, if it can be had."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", LOCK, folder / ".lock"], stdin=pipe, stdout=pipe, text=True, **options
+    )
+
+
+def test_a_run_folder_is_ones_own_until_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
+    taken = []
+
+    def probe(*_: object, **__: object) -> dict[str, str]:
+        said, _ = lock(tmp_path / "run", stderr=subprocess.DEVNULL).communicate()
+        taken.append(said == "")
+        return {}
+
+    monkeypatch.setattr(pipeline.exporting, "export_bundle", probe)
+    monkeypatch.setattr(pipeline.report, "write", probe)
+    result = okdc.compress(Tiny(), [(images, labels)], method="baseline", epochs=1, output=tmp_path, experiment="run")
+    result.export()
+    okdc.export(Tiny(), output=result.path / "export")
+    assert taken == [True] * 4
+    holder = lock(result.path)
+    assert holder.stdout and holder.stdout.readline() == "locked\n"
+    for export in (result.export, lambda: okdc.export(Tiny(), output=result.path / "export")):
+        with pytest.raises(RunError, match=r"run is in use by .*--output DIR for an export"):
+            export()
+    holder.communicate()
+    assert len(taken) == 4
+
+
 def test_without_validation_the_last_weights_ship(tmp_path: Path) -> None:
     images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
     loader = [(images[:16], labels[:16]), (images[16:], labels[16:])]

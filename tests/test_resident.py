@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from okdc._checking import parse
-from okdc.data import Data, load, open_source
+from okdc.data import Data, _resident, load, open_source
 from okdc.data._batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
 from okdc.data._resident import ResidentTraining
 from okdc.errors import DataError
@@ -181,6 +182,16 @@ def test_large_images_are_left_to_the_loader_unless_asked_for(folder: Path) -> N
     config = CONFIG | {"input_size": (3, 160, 160)}
     assert not isinstance(data(config=config, data=str(folder), resident="auto").train.loader, ResidentTraining)
     assert isinstance(data(config=config, data=str(folder), resident="on").train.loader, ResidentTraining)
+
+
+def test_worker_processes_that_are_not_forked_decode_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, before = data(data=str(folder)), multiprocessing.get_start_method()
+    monkeypatch.setattr(_resident, "FEW", 48)  # of the training images alone
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert equal(alone, data(data=str(folder), workers=1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_unreadable_images_are_named_and_replaced_as_by_the_loader(folder: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc import checkpoint
+from okdc import _state, checkpoint
 from okdc._machine import Machine, choose_device
 from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort
@@ -407,6 +407,35 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
     assert time.perf_counter() - began < 60 and multiprocessing.active_children() == []
     assert checkpoint.load_run(tmp_path / "last.pth.tar")["okdc"]["run"]["step"] == 2
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_an_alarm_that_rings_late_does_not_disturb_the_saving(tmp_path, monkeypatch):
+    method = Tiny()
+
+    def late(images, labels):
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        time.sleep(10)
+
+    def slowly(state, run):
+        time.sleep(0.3)
+        _state.save(state, run)
+
+    method.after_step = late
+    monkeypatch.setattr("okdc._stalls.save", slowly)
+    with pytest.raises(TrainingError, match="no data came for 60 seconds"):
+        run(tmp_path, replace(SETTINGS, timeout=60.0), method=method)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_what_a_worker_raises_is_not_taken_for_its_death(tmp_path):
+    class Broken(Sleepy):
+        def __getitem__(self, index: int):
+            raise RuntimeError("no such image")
+
+    data = wrap([(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))], num_classes=CLASSES)
+    data.train.loader = torch.utils.data.DataLoader(Broken(), 8, num_workers=1)
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
+        run(tmp_path, data=data)
 
 
 def test_a_loader_that_hangs_when_it_is_first_looked_at_is_an_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def test_networks_of_every_kind(name: str) -> None:
     assert (row["cut"], row["grown"]) == FAST[name]
     assert row["narrowed"], "it is narrower, or the reason is said"
     assert row["tail_flops"] >= 0.05 and set(row) <= set(examine.COLUMNS)
+
+
+def test_a_handler_that_is_not_pythons_is_given_up_after_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))  # returns None, as then
+    with examine._limited(60):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert handlers[1:] == [signal.SIG_DFL] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_compile_and_onnx_columns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -152,10 +153,17 @@ def leave_signals(worker: int) -> None:
     if hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, daemon=True).start()
+        main = multiprocessing.parent_process()  # not os.getppid(), which a fork server may be
+        assert main is not None
+        threading.Thread(target=_end_when_told, args=(main.pid,), daemon=True).start()
 
 
-def _end_when_told() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _end_when_told(by: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != by:
         pass
     os._exit(0)
+
+
+def as_loaded(batch: Any) -> Any:
+    """The collate_fn of data sets that load whole batches; a function of the module's, as workers may be sent it."""
+    return batch

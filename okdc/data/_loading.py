@@ -21,6 +21,7 @@ from okdc.data._common import (
     Data,
     Source,
     TrainBatch,
+    as_loaded,
     borrowed_generators,
     derive_seed,
     leave_signals,
@@ -318,7 +319,7 @@ def _loader(
         dataset,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_as_loaded,
+        collate_fn=as_loaded,
         worker_init_fn=leave_signals,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -326,10 +327,6 @@ def _loader(
     )
     counted: Any = CountedBatches(loader, bad, full)
     return PrefetchLoader(counted, config["mean"], config["std"], config["input_size"][0], device=device)
-
-
-def _as_loaded(batch: Any) -> Any:
-    return batch
 
 
 class ShuffledBatches:

@@ -22,7 +22,7 @@ from torchvision import transforms
 from okdc._ranks import rank
 from okdc._waiting import limited
 from okdc.data._batchwise import FILTERS, Law, mix
-from okdc.data._common import BadImages, Batch, derive_seed, leave_signals, log
+from okdc.data._common import BadImages, Batch, as_loaded, derive_seed, leave_signals, log
 from okdc.data._images import Images
 from okdc.data._transforms import MODES, image_transform, read
 from okdc.errors import DataError
@@ -129,7 +129,7 @@ def _decode(
         if any(image.shape != example.shape for image in decoded):
             return "they are not all of one size"
         if positions:
-            images[positions] = torch.stack(decoded) if isinstance(decoded, list) else decoded
+            images[positions] = decoded
             readable[positions] = True
     for name, reason in unread:
         bad.add(name, reason)
@@ -172,7 +172,7 @@ def _chunks(source: _Decoding, workers: int, timeout: float) -> Iterator[Any]:
         source,
         batch_size=CHUNK,
         num_workers=workers if len(source) >= FEW else 0,
-        collate_fn=lambda chunk: chunk,
+        collate_fn=as_loaded,
         worker_init_fn=leave_signals,
         generator=torch.Generator(),
     )

@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.class_map import load_class_map
 
+from okdc._waiting import worker_died
 from okdc.data._common import Batch, Data, Source, iterate_seeded, leave_signals
 from okdc.data._images import names_by_index
 from okdc.data._transforms import MODES, BatchAugmentation, image_transform
@@ -95,6 +96,8 @@ def _read(loader: Any, *key: int) -> Iterator[Batch]:
     try:
         yield from iterate_seeded(loader, *key)
     except RuntimeError as error:
+        if worker_died(error):
+            raise
         raise DataError(
             f"the data stream broke off: {str(error).strip().splitlines()[-1]} If it has fewer shards than there are "
             "workers, use fewer: -j 1"
