@@ -287,7 +287,7 @@ def _lost_best(run: Run) -> str:
         return f"{best.name} is gone"
     try:
         checkpoint.load(best)  # better now than when training is over
-    except RunError:
+    except checkpoint.UnusableError:
         return f"{best.name} is damaged"
     return ""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from okdc import checkpoint
 from okdc._plots import Points, line_chart, placer, spaced, ticks_for
 
 DASH = "–"  # what is not known
@@ -23,6 +23,7 @@ def write(folder: Path, facts: dict[str, Any]) -> Path:
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
     folder, facts = Path(folder), _plain(facts)
+    folder.mkdir(parents=True, exist_ok=True)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
@@ -39,21 +40,8 @@ def write(folder: Path, facts: dict[str, Any]) -> Path:
         "report.html": environment.get_template("report.html.j2").render(view),
     }
     for name, text in texts.items():  # all three are rendered before the first is written
-        _replace(folder / name, text)
+        checkpoint.atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return folder / "report.html"
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _plain(value: Any) -> Any:

@@ -72,7 +72,7 @@ ALLOWED = {
     "_targets": {"_bundle", "_gates", "_portable", "_shipped", "_triton", "recipe", "verify"},
     "exporting": {"", "_calibration", "_gates", "_targets", "_bundle", "_card", "_portable", "_shipped", "verify"}
     | RECIPE,
-    "report": {"_plots"},
+    "report": {"_plots", "checkpoint"},
     "examine": {"_shipped", "anatomy", "cohort", "depth", "errors", "networks", "replay", "settings", "sharing"},
     "zoo": {"errors", "examine", "networks"},
     # the steps, and the command line over them
