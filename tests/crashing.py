@@ -162,7 +162,8 @@ class _FileHook:
         if self.accident.what in ("file", "export"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.accident.what == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+            # Less than a checkpoint, and more than what the run says, which goes to a file, too.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))
         if self.accident.what == "read-only":
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
 
