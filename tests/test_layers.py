@@ -1,198 +1,186 @@
-"""Who may import whom: command line, pipeline, parts, maths; read from the imports themselves."""
+"""Who may import whom, read from the imports themselves; `python tests/test_layers.py` prints the figures."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "okdc"
 
-# Each module (or folder) of the package and what it may import of okdc; "" is the package itself (its version).
-RECIPE = {"errors", "recipe", "settings"}
-FREE = (
-    "errors",
-    "_cifar",
-    "_gates",
-    "_latency",
-    "_memory",
-    "_plots",
-    "_portable",
-    "_ranks",
-    "_schema",
-    "_tally",
-    "_triton",
-)
+# The floors, bottom up: each wing (or lone file) and what it may import, which must stand above it in this table.
+# "okdc" is the package itself: its version.
 ALLOWED = {
-    # maths, and what knows nothing
-    **{name: set() for name in FREE},
-    "losses": {"_ranks"},
-    "__init__": set(),
-    # recipes
-    "_checking": {"errors"},
-    "settings": {"_checking"},
-    "_shipped": {"errors"},
-    "recipe": {"_checking", "_shipped", "errors", "settings"},
-    # networks and cohorts
-    "_weights": {"errors"},
-    "_torchvision": {"_weights"} | RECIPE,
-    "networks": {"_cifar", "_stem", "_torchvision", "_weights", "calls", "checkpoint"} | RECIPE,
-    "_stem": {"calls", "errors"},
-    "calls": {"errors"},
-    "replay": {"errors"},
-    "stages": {"calls", "errors"},
-    "anatomy": {"calls", "errors", "stages"},
-    "refit": set(),
-    "depth": {"anatomy", "calls", "refit", "stages"},
-    "growth": {"anatomy", "depth", "stages"},
-    "narrowing": {"anatomy", "depth", "errors"},
-    "sharing": {"anatomy", "calls", "errors", "replay"},
-    "cohort": {"anatomy", "calls", "errors", "growth", "narrowing", "replay", "sharing"},
-    "needs": set(),
-    "methods": {"_ranks", "anatomy", "cohort", "errors", "growth", "losses", "methods", "needs", "replay"},
-    # data and training
-    "_waiting": {"errors"},
-    "data": {"_ranks", "_waiting", "data", "needs"} | RECIPE,
-    "checkpoint": {"_ranks", "_waiting", "errors"},
-    "_machine": {"_ranks"} | RECIPE,
-    "_distributed": {"_machine", "_ranks"} | RECIPE,
-    "_progress": {"checkpoint"},
-    "_state": {"_machine", "_progress", "_ranks", "checkpoint"} | RECIPE,
-    "_stalls": {"_state", "_waiting", "errors"},
-    "train": {"_stalls", "_waiting", "_distributed", "_machine", "_progress", "_ranks", "_state", "checkpoint"}
-    | RECIPE,
-    # export
-    "verify": {"_gates", "_schema", "_latency", "_portable", "_shipped", "_tally", "errors"},
-    "_bundle": {"", "_stem", "_portable", "_shipped", "errors", "networks", "verify"},
-    "_card": {"_bundle", "_gates", "_portable", "_shipped", "_stem"},
-    "_calibration": {"_shipped", "errors"},
-    "_hub": {"_bundle", "_portable", "errors"},
-    "_torch_runner": {"_bundle"},
-    "_targets": {"_bundle", "_gates", "_portable", "_shipped", "_triton", "recipe", "verify"},
-    "exporting": {"", "_calibration", "_gates", "_targets", "_bundle", "_card", "_portable", "_shipped", "verify"}
-    | RECIPE,
-    "report": {"_plots", "checkpoint"},
-    "examine": {"_shipped", "anatomy", "cohort", "depth", "errors", "networks", "replay", "settings", "sharing"},
-    "zoo": {"errors", "examine", "networks"},
-    # the steps, and the command line over them
-    "_teacher": {"_waiting", "_machine", "checkpoint", "data", "networks"} | RECIPE,
-    "runs": {"checkpoint"} | RECIPE,
-    "assembly": {"_stem", "_machine", "_ranks", "_teacher", "anatomy", "cohort", "data", "methods", "needs", "networks"}
-    | RECIPE,
-    "_byproducts": {"calls", "checkpoint", "data", "exporting", "methods"} | RECIPE,
-    "pipeline": {
-        "",
-        "_byproducts",
-        "_distributed",
-        "_hub",
-        "_machine",
-        "_ranks",
-        "_teacher",
-        "assembly",
-        "checkpoint",
-        "data",
-        "exporting",
-        "methods",
-        "networks",
-    }
-    | {"report", "runs", "train"}
-    | RECIPE,
-    "estimate": {"_machine", "_teacher", "assembly", "calls", "cohort", "methods", "needs", "networks", "sharing"}
-    | RECIPE,
-    "profiling": {"_machine", "_memory", "_state", "assembly", "cohort", "data", "estimate", "methods", "train"}
-    | RECIPE,
-    "benchmark": {
-        "_bundle",
-        "_gates",
-        "_machine",
-        "_portable",
-        "_shipped",
-        "_targets",
-        "data",
-        "exporting",
-        "networks",
-        "pipeline",
-        "verify",
-    }
-    | RECIPE,
-    "_flags": {"_checking"} | RECIPE,
-    "_summary": {"benchmark", "methods"},
-    "cli": {
-        "",
-        "_distributed",
-        "_flags",
-        "_summary",
-        "anatomy",
-        "benchmark",
-        "estimate",
-        "exporting",
-        "methods",
-        "networks",
-        "pipeline",
-        "profiling",
-        "runs",
-        "zoo",
-    }
-    | RECIPE,
-    "__main__": {"cli"},
+    "okdc": "",
+    "_cifar": "",
+    "_gates": "",
+    "_latency": "",
+    "_memory": "",
+    "_plots": "",
+    "_portable": "",
+    "_ranks": "",
+    "_schema": "",
+    "_tally": "",
+    "_triton": "",
+    "errors": "",
+    "needs": "",
+    "refit": "",
+    "_checking": "errors",
+    "_shipped": "errors",
+    "_waiting": "errors",
+    "_weights": "errors",
+    "calls": "errors",
+    "losses": "_ranks",
+    "replay": "errors",
+    "verify": "_gates _latency _portable _schema _tally errors",
+    "_calibration": "_shipped errors",
+    "_stem": "calls errors",
+    "checkpoint": "_ranks _waiting errors",
+    "settings": "_checking",
+    "stages": "calls errors",
+    "_machine": "_ranks errors settings",
+    "_progress": "checkpoint",
+    "_torchvision": "settings",
+    "anatomy": "calls errors stages",
+    "data": "_ranks _waiting errors needs settings",
+    "recipe": "_checking _shipped errors settings",
+    "report": "_plots checkpoint",
+    "_distributed": "_machine _ranks errors settings",
+    "_flags": "_checking errors recipe",
+    "_state": "_machine _progress _ranks checkpoint errors settings",
+    "depth": "anatomy calls refit stages",
+    "networks": "_cifar _stem _torchvision _weights calls errors recipe",
+    "runs": "checkpoint errors recipe",
+    "sharing": "anatomy calls errors replay",
+    "_bundle": "_portable _stem errors networks okdc verify",
+    "_stalls": "_state _waiting errors",
+    "_teacher": "_machine _waiting checkpoint data errors networks recipe",
+    "growth": "anatomy depth stages",
+    "narrowing": "anatomy depth errors",
+    "_card": "_bundle _gates _portable _stem",
+    "_hub": "_bundle _portable errors",
+    "_targets": "_bundle _gates _portable _shipped _triton recipe verify",
+    "_torch_runner": "_bundle",
+    "cohort": "anatomy calls errors growth narrowing replay sharing",
+    "train": "_distributed _machine _progress _ranks _stalls _state _waiting checkpoint errors settings",
+    "examine": "_shipped anatomy cohort depth errors networks replay settings sharing",
+    "exporting": "_bundle _calibration _card _gates _portable _shipped _targets errors recipe verify",
+    "methods": "_ranks anatomy cohort errors growth losses needs replay",
+    "_byproducts": "calls checkpoint data errors exporting methods settings",
+    "assembly": "_machine _ranks _stem _teacher anatomy cohort data errors methods needs networks recipe",
+    "zoo": "errors examine networks",
+    "estimate": "_machine _teacher assembly calls cohort errors methods needs networks recipe sharing",
+    "pipeline": "_byproducts _distributed _hub _machine _ranks _teacher assembly checkpoint data errors exporting "
+    "methods networks okdc recipe report runs train",
+    "benchmark": "_bundle _gates _machine _portable _shipped _targets data errors exporting networks pipeline recipe "
+    "verify",
+    "profiling": "_machine _memory _state assembly cohort data estimate methods recipe settings train",
+    "_summary": "benchmark methods",
+    "cli": "_distributed _flags _summary anatomy benchmark errors estimate exporting methods networks okdc "
+    "pipeline profiling recipe runs zoo",
+    "__main__": "cli",
 }
 
 
-def room(path: Path) -> str:
-    """The module, or the folder of a sub-package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+@cache
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Every module by its dotted name."""
+    files = sorted(package.rglob("*.py"))
+    return {".".join(f.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
 
 
-def imported(path: Path) -> set[str]:
-    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+def wing(module: str) -> str:
+    """The folder that a module is in, or the lone file that it is."""
+    return module.split(".")[1] if "." in module else module
+
+
+@cache
+def imports(module: str, package: Path = PACKAGE) -> frozenset[str]:
+    """The modules of okdc that one imports, but for the names that it only needs in annotations."""
+    tree = ast.parse(modules(package)[module].read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []  # names for annotations alone are no dependence
+            node.body = []
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "okdc":
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {_name(alias.name) for alias in node.names}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in modules(package) else str(node.module) for name in names}
         elif isinstance(node, ast.Import):
-            found |= {(alias.name + ".").split(".")[1] for alias in node.names if alias.name.split(".")[0] == "okdc"}
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "okdc"}
+    return frozenset(found - {module})
+
+
+def wings(package: Path = PACKAGE) -> dict[str, set[str]]:
+    """What each wing imports of the others."""
+    found: dict[str, set[str]] = {wing(module): set() for module in modules(package)}
+    for module in modules(package):
+        found[wing(module)] |= {wing(other) for other in imports(module, package)} - {wing(module)}
     return found
 
 
-def _name(name: str) -> str:
-    return name if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir() else ""
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The groups that import one another, directly or not."""
+    reach = {name: set(others) for name, others in graph.items()}
+    for middle in graph:
+        for name in graph:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    groups = {frozenset({other for other in reach[name] if name in reach[other]} | {name}) for name in graph}
+    return [set(group) for group in groups if len(group) > 1]
 
 
-def test_every_import_is_allowed() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    assert {room(f) for f in files} == set(ALLOWED), "a module came or went: say above what it may import"
-    assert len(files) > 30
-    wrong = {
-        str(f.relative_to(PACKAGE)): sorted(imported(f) - ALLOWED[room(f)])
-        for f in files
-        if imported(f) - ALLOWED[room(f)]
-    }
-    assert wrong == {}
+def floors(graph: dict[str, set[str]]) -> int:
+    """How many floors a graph without circles has."""
+
+    @cache
+    def height(name: str) -> int:
+        return 1 + max((height(other) for other in graph[name]), default=0)
+
+    return max(map(height, graph))
+
+
+def test_every_file_is_in_a_wing_and_every_wing_on_a_floor() -> None:
+    assert len(modules()) > 90
+    assert set(wings()) == set(ALLOWED), "a wing or a lone file came or went: say in the table what it may import"
+
+
+def test_every_import_is_allowed_and_every_permission_used() -> None:
+    table = {name: set(allowed.split()) for name, allowed in ALLOWED.items()}
+    assert wings() == table
+
+
+def test_imports_go_down() -> None:
+    order = list(ALLOWED)
+    for name, others in wings().items():
+        above = [other for other in others if order.index(other) > order.index(name)]
+        assert not above, f"{name} imports {above}, which stand on a higher floor"
+
+
+def test_no_modules_import_each_other() -> None:
+    faces = {name for name, path in modules().items() if path.name == "__init__.py"}
+    graph = {name: set(imports(name)) - faces for name in set(modules()) - faces}
+    assert circles(graph) == []
 
 
 def test_methods_do_not_know_each_other() -> None:
-    files = [f for f in (PACKAGE / "methods").glob("*.py") if not f.name.startswith("_")]
-    assert len(files) >= 3
-    for file in files:
-        modules = {
-            node.module
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("okdc.methods")
-        }
-        assert all(module.startswith("okdc.methods._") for module in modules), file.name
+    files = [name for name in modules() if name.startswith("okdc.methods.") and "._" not in name]
+    assert len(files) >= 16
+    for name in files:
+        others = {other for other in imports(name) if other.startswith("okdc.methods.")}
+        assert all(other.startswith("okdc.methods._") for other in others), name
 
 
 def test_export_targets_know_nothing_of_okdc() -> None:
     files = sorted((PACKAGE.parent / "export").glob("*.py"))
-    assert [f.name for f in files] == [
-        "predict.py", "to_onnx.py", "to_onnx_fp16.py", "to_onnx_int8.py", "to_onnx_int8_trt.py", "to_tensorrt.py",
-        "to_tensorrt_fp16.py", "to_tensorrt_int8.py", "to_torch.py",
-    ]  # fmt: skip
-    assert all(not imported(f) for f in files)
+    assert len(files) >= 9
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.split(".")[0] == "okdc"], file.name
 
 
 def test_importing_okdc_does_not_import_torch() -> None:
@@ -200,3 +188,13 @@ def test_importing_okdc_does_not_import_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+if __name__ == "__main__":
+    package = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE
+    graph = wings(package)
+    between = sum(len([o for o in imports(m, package) if wing(o) != wing(m)]) for m in modules(package))
+    print(f"{len(modules(package))} files in {len(graph)} wings and lone files, on {floors(graph)} floors")
+    print(f"{sum(map(len, graph.values()))} permissions, {between} imports between wings")
+    print(f"circles of wings: {circles(graph)}")
+    print(f"circles of files: {circles({m: set(imports(m, package)) for m in modules(package)})}")
