@@ -28,8 +28,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from okdc._machine import heeded
-from okdc._ranks import local_rank, rank, world
 from okdc.errors import RecipeError, TrainingError
+from okdc.ranks import local_rank, rank, world
 from okdc.settings import TrainSettings
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from okdc._ranks import local_rank, mean_, world
 from okdc.errors import RecipeError
+from okdc.ranks import local_rank, mean_, world
 from okdc.settings import TrainSettings
 
 SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no HUP

@@ -15,8 +15,8 @@ from torch import nn
 from okdc import checkpoint
 from okdc._machine import Machine
 from okdc._progress import Row
-from okdc._ranks import world
 from okdc.errors import RecipeError, RunError, nearest
+from okdc.ranks import world
 from okdc.settings import TrainSettings
 
 if TYPE_CHECKING:

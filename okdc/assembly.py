@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from okdc import _stem, _teacher, methods, networks
 from okdc._machine import choose_device
-from okdc._ranks import first, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
+from okdc.ranks import first, rank, world
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe, runs_code
 
 log = logging.getLogger("okdc")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from okdc._ranks import first
 from okdc._waiting import worker_died
 from okdc.errors import RunError
+from okdc.ranks import first
 
 LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from okdc._ranks import gather
+from okdc.ranks import gather
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

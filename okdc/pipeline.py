@@ -32,10 +32,10 @@ from okdc import (
     train,
 )
 from okdc._machine import own_randomness, seed_everything
-from okdc._ranks import first, rank
 from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
 from okdc.methods import Method
+from okdc.ranks import first, rank
 from okdc.recipe import DataSettings, NetworkSettings, Recipe, override, resolve
 from okdc.recipe import load as load_recipe
 

@@ -19,11 +19,11 @@ from okdc import checkpoint
 from okdc._distributed import Watch, synchronised, wrapped
 from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
 from okdc._progress import Display, Events, Row, faster_data, write_summary
-from okdc._ranks import barrier, first, rank, share, world
 from okdc._stalls import data_that_stops
 from okdc._state import Run, TrainState, build, restore, save
 from okdc._waiting import Waiting
 from okdc.errors import DataError, RecipeError, TrainingError
+from okdc.ranks import barrier, first, rank, share, world
 from okdc.settings import TrainSettings
 
 if TYPE_CHECKING:

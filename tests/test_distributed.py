@@ -25,7 +25,6 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 
 from okdc import methods, runs
 from okdc._distributed import _end_with_launcher, _first_node, as_started, joined, launch, place, synchronised
-from okdc._ranks import _Sum, local_rank, rank, world
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -33,6 +32,7 @@ from okdc.data._loading import Part
 from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
+from okdc.ranks import _Sum, local_rank, rank, world
 from okdc.recipe import Recipe
 from okdc.settings import DataSettings, TrainSettings
 from okdc.train import fit
@@ -546,8 +546,8 @@ def test_the_environment_says_who_one_is(monkeypatch):
 def test_each_process_of_a_node_has_a_device_of_its_own(monkeypatch):
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("okdc._ranks.world", lambda: 12)
-    monkeypatch.setattr("okdc._ranks.rank", lambda: 9)
+    monkeypatch.setattr("okdc.ranks.world", lambda: 12)
+    monkeypatch.setattr("okdc.ranks.rank", lambda: 9)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert local_rank() == 1  # torch's mp.spawn sets no variable
     monkeypatch.setenv("SLURM_LOCALID", "3")

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from okdc._ranks import rank
 from okdc._waiting import limited
 from okdc.data._batchwise import FILTERS, Law, mix
 from okdc.data._common import BadImages, Batch, as_loaded, derive_seed, leave_signals, log
 from okdc.data._images import Images
 from okdc.data._transforms import MODES, image_transform, read
 from okdc.errors import DataError
+from okdc.ranks import rank
 from okdc.settings import DataSettings
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ class Method(nn.Module):
         """Named scalar losses, already weighted; the loop adds them up and logs each.
 
         On several devices the batch is this one's part, and the gradient of a mean over images comes out right; what
-        compares images with one another, or fills a buffer, takes all of them by `okdc._ranks.gather`.
+        compares images with one another, or fills a buffer, takes all of them by `okdc.ranks.gather`.
         """
         raise NotImplementedError
 

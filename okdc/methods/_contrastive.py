@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc._ranks import drawn_together, gather
 from okdc.errors import DataError
+from okdc.ranks import drawn_together, gather
 
 
 class EmbeddingHead(nn.Module):

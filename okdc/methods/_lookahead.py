@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from okdc._ranks import mean_
+from okdc.ranks import mean_
 from okdc.replay import random_state, set_random_state
 
 Objective = Callable[[list[Tensor], list[Tensor]], Tensor]  # of what is stepped (theta), and of what is asked for (phi)

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from okdc._ranks import mean_
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
 from okdc.methods._base import Method
 from okdc.needs import Needs
+from okdc.ranks import mean_
 
 SoftTarget = Literal["naive", "linear", "minlogit", "general"]
 

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc._ranks import drawn_together, gather
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, memory_scores, nce
 from okdc.methods._base import Method
 from okdc.needs import Needs
+from okdc.ranks import drawn_together, gather
 
 
 class MclOkd(Method):
