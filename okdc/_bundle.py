@@ -27,8 +27,8 @@ from torch import nn
 
 import okdc
 from okdc import _stem
-from okdc._portable import one_line, portable, without_paths
 from okdc.errors import ExportError
+from okdc.system.wording import one_line, portable, without_paths
 from okdc.verify import torch_runner
 
 SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from okdc import _shipped
 from okdc.errors import ExportError
+from okdc.system import shipped
 
 SEED = 0
 
@@ -40,7 +40,7 @@ def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarra
 
 
 def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], int]:
-    predict = _shipped.load(_shipped.folder("export") / "predict.py")  # equal to the evaluation transform, bit for bit
+    predict = shipped.load(shipped.folder("export") / "predict.py")  # equal to the evaluation transform, bit for bit
     order = torch.randperm(len(data.training_images), generator=torch.Generator().manual_seed(SEED))
     images: list[np.ndarray] = []
     shared = 0

@@ -11,7 +11,7 @@ import yaml
 from okdc import _stem
 from okdc._bundle import CONFIG, WEIGHTS
 from okdc._gates import is_variant
-from okdc._portable import portable
+from okdc.system.wording import portable
 
 PROGRAM = "model.pt2"
 

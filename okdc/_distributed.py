@@ -27,10 +27,10 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from okdc._machine import heeded
 from okdc.errors import RecipeError, TrainingError
 from okdc.ranks import local_rank, rank, world
 from okdc.settings import TrainSettings
+from okdc.system.signals import heeded
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
 FOR_EVER = 1e8  # seconds

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from okdc import _bundle
-from okdc._portable import one_line
 from okdc.errors import ExportError
+from okdc.system.wording import one_line
 
 _MESSAGE = "Add the network, its exports and their verification"
 

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from okdc.checkpoint import atomically
+from okdc.system.files import atomically
 
 Row = dict[str, Any]
 

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 from okdc._state import Run, TrainState, save
-from okdc._waiting import Stuck, worker_died
 from okdc.errors import TrainingError
+from okdc.system.waiting import Stuck, worker_died
 
 
 @contextlib.contextmanager

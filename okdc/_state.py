@@ -18,6 +18,7 @@ from okdc._progress import Row
 from okdc.errors import RecipeError, RunError, nearest
 from okdc.ranks import world
 from okdc.settings import TrainSettings
+from okdc.system import files
 
 if TYPE_CHECKING:
     from okdc.methods import Method
@@ -214,7 +215,7 @@ def save(state: TrainState, run: Run, best: bool = False) -> None:
         return
     # The best first: a run killed between the two resumes from the older last and writes the same best once more.
     checkpoint.save(run.folder / checkpoint.BEST, payload)
-    checkpoint.duplicate(run.folder / checkpoint.BEST, run.last, keep)
+    files.duplicate(run.folder / checkpoint.BEST, run.last, keep)
 
 
 def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> str:

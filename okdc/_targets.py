@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _shipped, _triton, verify
+from okdc import _bundle, _triton, verify
 from okdc._gates import GPU_ROWS
-from okdc._portable import one_line, without_paths
 from okdc.recipe import ExportSettings
+from okdc.system import shipped
+from okdc.system.wording import one_line, without_paths
 
 # The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
 # from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
@@ -59,10 +60,10 @@ def write(
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     targets: dict[str, verify.Exported] = {}
     skipped, notes = [], {}
-    for name in _shipped.targets():
+    for name in shipped.targets():
         if not _wanted(name, settings):
             continue
-        module = _shipped.target(name)
+        module = shipped.target(name)
         wants_images = calibration is None and "int8" in flags(name)
         reason = without if wants_images else module.available()
         if reason is not None:
@@ -80,10 +81,10 @@ def write(
             problem = f"it could not be written: {one_line(error)}"
         targets[row_name(name)] = verify.Exported(part / module.FILE, module, problem)
     if any(name.startswith("onnx") for name in targets):
-        shutil.copyfile(_shipped.folder("export") / "predict.py", part / "predict.py")
+        shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
         (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
     if settings.trt:  # it builds the engine where it cannot be built here
-        shutil.copyfile(_shipped.targets()["tensorrt"], part / "to_tensorrt.py")
+        shutil.copyfile(shipped.targets()["tensorrt"], part / "to_tensorrt.py")
     if settings.triton:
         _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
@@ -101,8 +102,8 @@ def further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported
 def existing(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
     """The files that a bundle has, and why some of them cannot be run here."""
     targets, skipped = {}, []
-    for name in _shipped.targets():
-        module = _shipped.target(name)
+    for name in shipped.targets():
+        module = shipped.target(name)
         if (folder / module.FILE).is_file():
             reason = module.available()
             if reason is None:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from okdc import checkpoint, networks
-from okdc._machine import own_randomness
-from okdc._waiting import limited
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
+from okdc.system.randomness import own_randomness
+from okdc.system.waiting import limited
 
 ENOUGH = 2000  # validation images to see whether a teacher knows anything
 

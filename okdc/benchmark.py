@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from okdc import _bundle, _shipped, _targets, exporting, networks, pipeline, verify
+from okdc import _bundle, _targets, exporting, networks, pipeline, verify
 from okdc._gates import GPU_ROWS
 from okdc._machine import choose_device
-from okdc._portable import without_paths
 from okdc.data import wrap
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
+from okdc.system import shipped
+from okdc.system.wording import without_paths
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
@@ -127,7 +128,7 @@ def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     except exporting.UnfitError as error:
         verification, folder = error.verification, exporting.failed_folder(folder)
     reasons = {
-        each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in _shipped.targets()
+        each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in shipped.targets()
     }
     missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).is_file())
     return folder, reasons | {row["name"]: row["reason"] for row in missing}
@@ -160,10 +161,10 @@ def _missing(folder: Path) -> dict[str, str]:
     exported = _bundle.read_json(folder / "verification.json")["rows"]
     failed = {row["name"]: f"not in the bundle: {row['reason']}" for row in exported if not row["pass"]}
     # An export replaces the bundle, so what is in it is asked for again.
-    files = {name: folder / _shipped.load(path).FILE for name, path in _shipped.targets().items()}
+    files = {name: folder / shipped.load(path).FILE for name, path in shipped.targets().items()}
     there = [flag for name, file in files.items() if file.is_file() for flag in _targets.flags(name)]
-    for name, path in _shipped.targets().items():
-        module, row = _shipped.load(path), _targets.row_name(name)
+    for name, path in shipped.targets().items():
+        module, row = shipped.load(path), _targets.row_name(name)
         if not (folder / module.FILE).is_file():
             typed = " ".join(f"--{flag}" for flag in dict.fromkeys([*there, *_targets.flags(name)]))
             missing[row] = module.available() or failed.get(row) or f"not in the bundle: okdc export RUN {typed}"

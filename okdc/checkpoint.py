@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import shutil
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from okdc._waiting import worker_died
 from okdc.errors import RunError
 from okdc.ranks import first
+from okdc.system.files import atomically, duplicate, history
 
 LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"
-TEMPORARY = ".tmp"
 
 _logger = logging.getLogger(__name__)
 
@@ -41,53 +36,6 @@ def save(path: Path, payload: dict[str, Any], keep: int = 1) -> None:
         _check_readable(temporary, path)
 
     atomically(path, write, keep)
-
-
-def duplicate(source: Path, path: Path, keep: int = 1) -> None:
-    """Make `path` the same file as `source`, atomically: a hard link, or a copy where the disk knows no links."""
-
-    def link(temporary: Path) -> None:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-    atomically(path, link, keep)
-
-
-def atomically(path: Path, write: Callable[[Path], object], keep: int = 1) -> None:
-    """Let `write` fill a temporary file beside `path`, then give it that name, so that `path` is never half written.
-
-    RunError when the disk is full or read-only; `path` is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    files = history(path, keep)
-    try:
-        write(temporary)
-        for newer, older in reversed(list(pairwise(files))):
-            if newer.exists():
-                duplicate(newer, older)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if worker_died(error):
-            raise
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        before = "The file that was there is unharmed; f" if path.exists() else "F"
-        raise RunError(
-            f"could not write {path}: {reason}. {before}ree some space or choose another --output, then continue "
-            f"with --resume auto"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def history(path: Path, keep: int) -> list[Path]:
-    """The files that `save` keeps, newest first: last.pth.tar, last.1.pth.tar, last.2.pth.tar, ..."""
-    name, _, suffix = path.name.partition(".")
-    return [path, *(path.with_name(f"{name}.{i}.{suffix}") for i in range(1, keep))]
 
 
 class UnusableError(RunError):
@@ -172,15 +120,6 @@ def difference(saved: dict[str, Any], here: dict[str, Any]) -> str | None:
         return None
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(found[:3]) + more
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # Windows cannot open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _check_readable(temporary: Path, path: Path) -> None:

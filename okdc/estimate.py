@@ -11,7 +11,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import _teacher, assembly, methods, networks
-from okdc._machine import own_randomness, seed_everything
 from okdc.calls import at_rest
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
@@ -19,6 +18,7 @@ from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import Recipe
 from okdc.sharing import unchanged
+from okdc.system.randomness import own_randomness, seed_everything
 
 IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs
 

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from okdc import _shipped, networks
+from okdc import networks
 from okdc.anatomy import Anatomy, inspect
 from okdc.cohort import Branch, Cohort
 from okdc.depth import FALLBACKS
@@ -25,6 +25,7 @@ from okdc.errors import CutError, OkdcError
 from okdc.replay import Replay
 from okdc.settings import NetworkSettings
 from okdc.sharing import unchanged
+from okdc.system import shipped
 
 COLUMNS = (
     "network", "family", "outcome", "img_size", "input", "params_m", "gflops", "stages", "cut", "cut_shape",
@@ -188,7 +189,7 @@ def _compile_breaks(network: nn.Module, images: Tensor, cut: str) -> int:
 
 def _onnx_difference(network: nn.Module, images: Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return _shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
+        return shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
 
 
 @contextmanager

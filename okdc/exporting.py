@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _calibration, _shipped, _targets, verify
+from okdc import _bundle, _calibration, _targets, verify
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
 from okdc._gates import GPU_ROWS, for_cpu, is_variant
-from okdc._portable import without_paths
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
+from okdc.system import shipped
+from okdc.system.wording import without_paths
 
 __all__ = [
     "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
@@ -212,10 +213,10 @@ def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:
     That shows its preprocessing to the last prediction; the other files are compared without it.
     The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
     """
-    names = [name for name in ("onnx", "onnx_fp16", "onnx_int8") if (folder / _shipped.target(name).FILE).is_file()]
+    names = [name for name in ("onnx", "onnx_fp16", "onnx_int8") if (folder / shipped.target(name).FILE).is_file()]
     if not ((folder / "predict.py").is_file() and names):
         return {}
-    predict, module = _shipped.load(_shipped.folder("export") / "predict.py"), _shipped.target(names[0])
+    predict, module = shipped.load(shipped.folder("export") / "predict.py"), shipped.target(names[0])
     # Loaded when first run, so that its errors become its row's.
     predictor = functools.cache(lambda: predict.load(folder, model=module.FILE))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import assembly, estimate, methods
-from okdc._machine import Machine, StopSignal, own_randomness
+from okdc._machine import Machine
 from okdc._memory import rise
 from okdc._state import Run, TrainState, build
 from okdc.cohort import Cohort
@@ -27,6 +27,8 @@ from okdc.data import Data
 from okdc.methods import Method
 from okdc.recipe import Recipe
 from okdc.settings import TrainSettings
+from okdc.system.randomness import own_randomness
+from okdc.system.signals import StopSignal
 from okdc.train import stepper
 
 BURST = 0.05  # seconds: steps that are shorter are measured several at a time

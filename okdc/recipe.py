@@ -14,10 +14,10 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from okdc import _shipped
 from okdc._checking import limits, parse, raise_mistakes, read_value, text_keys
 from okdc.errors import OkdcError, RecipeError, nearest
 from okdc.settings import CohortSettings, DataSettings, ExportSettings, NetworkSettings, TrainSettings
+from okdc.system import shipped
 
 __all__ = [
     "CohortSettings",
@@ -161,7 +161,7 @@ def _has(parameters: Iterable[str]) -> str:
 
 def names() -> list[str]:
     """The recipes that ship with okdc, such as cifar100/resnet32-ahbf."""
-    root = _shipped.folder("recipes")
+    root = shipped.folder("recipes")
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
@@ -172,7 +172,7 @@ def path(name_or_path: str | Path) -> Path:
         return own
     name = str(name_or_path).removesuffix(".yaml")
     if name in names():
-        return _shipped.folder("recipes") / f"{name}.yaml"
+        return shipped.folder("recipes") / f"{name}.yaml"
     known = nearest(name, names()) or " okdc recipes lists them."
     raise RecipeError(f"no recipe {str(name_or_path)!r}, neither a file nor one of okdc's.{known}")
 

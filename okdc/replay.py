@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from okdc.errors import CutError
+from okdc.system.randomness import random_state, set_random_state
 
 
 @dataclass
@@ -231,17 +231,3 @@ def as_map(x: Tensor, layout: str) -> Tensor:
     if layout == "tokens":
         return x.transpose(1, 2).unsqueeze(-1)
     return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
-
-
-def random_state() -> tuple[Any, ...]:
-    """Where torch's (and the GPU's) and Python's random numbers stand."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, random.getstate()
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    cpu, cuda, python = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    random.setstate(python)

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from okdc import checkpoint
 from okdc._plots import Points, line_chart, placer, spaced, ticks_for
+from okdc.system import files
 
 DASH = "–"  # what is not known
 PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # the facts that are dicts, or missing
@@ -40,7 +40,7 @@ def write(folder: Path, facts: dict[str, Any]) -> Path:
         "report.html": environment.get_template("report.html.j2").render(view),
     }
     for name, text in texts.items():  # all three are rendered before the first is written
-        checkpoint.atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        files.atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return folder / "report.html"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from okdc import checkpoint
 from okdc.errors import RunError
 from okdc.recipe import Recipe
+from okdc.system import files
 
 RECIPE = "recipe.yaml"
 STUDENT = "student.json"
@@ -38,7 +39,7 @@ def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | N
     if resume == "auto":
         folder = series[-1] if experiment else _newest(series)
         last = folder / checkpoint.LAST
-        if any(path.is_file() for path in checkpoint.history(last, 100)):
+        if any(path.is_file() for path in files.history(last, 100)):
             return folder, last
         if _in_use(folder):
             raise RunError(
@@ -107,9 +108,9 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     except OSError as error:
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}. Choose another --output.") from error
     _lock(folder, held)
-    checkpoint.atomically(folder / RECIPE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
+    files.atomically(folder / RECIPE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
     text = json.dumps(student, indent=2, sort_keys=True) + "\n"
-    checkpoint.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
+    files.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @contextmanager
@@ -147,7 +148,7 @@ def _lock(folder: Path, held: ExitStack) -> None:
 
 def _remove_left(folder: Path) -> None:
     """Remove what was left by a process that was killed while it wrote."""
-    for left in folder.glob(f".*{checkpoint.TEMPORARY}"):
+    for left in folder.glob(f".*{files.TEMPORARY}"):
         with suppress(OSError):
             left.unlink()
 

@@ -17,14 +17,16 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from okdc import checkpoint
 from okdc._distributed import Watch, synchronised, wrapped
-from okdc._machine import Machine, StopSignal, choose_device, own_randomness, seed_everything
+from okdc._machine import Machine, choose_device
 from okdc._progress import Display, Events, Row, faster_data, write_summary
 from okdc._stalls import data_that_stops
 from okdc._state import Run, TrainState, build, restore, save
-from okdc._waiting import Waiting
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.ranks import barrier, first, rank, share, world
 from okdc.settings import TrainSettings
+from okdc.system.randomness import own_randomness, seed_everything
+from okdc.system.signals import StopSignal
+from okdc.system.waiting import Waiting
 
 if TYPE_CHECKING:
     from okdc.data import Data

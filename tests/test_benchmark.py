@@ -11,12 +11,13 @@ import pytest
 import timm
 from click.testing import CliRunner, Result
 
-from okdc import _shipped, _targets, benchmark, exporting
+from okdc import _targets, benchmark, exporting
 from okdc._gates import GPU_ROWS
 from okdc.cli import main
 from okdc.recipe import ExportSettings
+from okdc.system import shipped
 
-NO_GPU = _shipped.target("tensorrt").available() is not None
+NO_GPU = shipped.target("tensorrt").available() is not None
 
 
 def okdc(*words: Any) -> Result:
@@ -38,7 +39,7 @@ def test_every_format_that_is_here_is_measured_and_the_others_say_why(measured: 
     report = json.loads((folder / "speed.json").read_text())
     rows = {row["format"]: row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
-    named = {_targets.row_name(name) for name in _shipped.targets()} | set(GPU_ROWS)
+    named = {_targets.row_name(name) for name in shipped.targets()} | set(GPU_ROWS)
     assert set(rows) == named | {"torch eager"}, "every format there could be has a row"
     for name in ("torch eager", "onnx", "onnx_fp16", "onnx_int8"):
         assert rows[name]["status"].partition(";")[0] == "ok" and rows[name]["top1"] is None

@@ -14,6 +14,7 @@ import torch
 
 from okdc import checkpoint
 from okdc.errors import RunError
+from okdc.system import files
 
 resource = pytest.importorskip("resource", reason="limits on the size of a file need POSIX")
 
@@ -62,14 +63,14 @@ def test_earlier_files_are_kept(tmp_path):
     path = tmp_path / "last.pth.tar"
     for i in range(4):
         checkpoint.save(path, {"state_dict": {}, "number": i}, keep=3)
-    assert [number(p) for p in checkpoint.history(path, 3)] == [3, 2, 1]
+    assert [number(p) for p in files.history(path, 3)] == [3, 2, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.1.pth.tar", "last.2.pth.tar", "last.pth.tar"]
 
 
 def test_a_duplicate_survives_the_next_save(tmp_path):
     last, best = tmp_path / checkpoint.LAST, tmp_path / checkpoint.BEST
     checkpoint.save(best, {"state_dict": {}, "number": 1})
-    checkpoint.duplicate(best, last)
+    files.duplicate(best, last)
     checkpoint.save(last, {"state_dict": {}, "number": 2})
     assert (number(best), number(last)) == (1, 2)
 
@@ -179,7 +180,7 @@ def test_nothing_stands_in_for_a_file_that_is_whole(tmp_path, monkeypatch, error
     with pytest.raises(RunError, match=rf"last\.pth\.tar cannot be read: {reason}\. It may well be whole"):
         checkpoint.load_run(last)
     monkeypatch.undo()
-    assert [number(path) for path in checkpoint.history(last, 2)] == [1, 0]
+    assert [number(path) for path in files.history(last, 2)] == [1, 0]
 
 
 def test_the_other_ranks_read_what_the_first_one_chose(tmp_path, monkeypatch):

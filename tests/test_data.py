@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from okdc._waiting import Stuck, Waiting
 from okdc.data import Data, load, open_source, wrap
 from okdc.data._streams import _read
 from okdc.errors import DataError
 from okdc.settings import DataSettings
+from okdc.system.waiting import Stuck, Waiting
 
 CONFIG = {
     "input_size": (3, 16, 16),

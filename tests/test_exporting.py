@@ -20,10 +20,11 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file
 
-from okdc import _bundle, _shipped, exporting, networks
+from okdc import _bundle, exporting, networks
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings
 from okdc.settings import NetworkSettings
+from okdc.system import shipped
 from okdc.verify import torch_runner
 
 PREPROCESS = {
@@ -60,7 +61,7 @@ def data() -> Images:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
     raw = [(Image.fromarray(image), index % 4) for index, image in enumerate(pixels)]
-    predict = _shipped.load(_shipped.folder("export") / "predict.py")
+    predict = shipped.load(shipped.folder("export") / "predict.py")
     images = torch.from_numpy(np.stack([predict.preprocess(image, PREPROCESS) for image, _ in raw]))
     return Images(list(zip(images.split(8), (torch.arange(16) % 4).split(8), strict=True)), raw)
 
@@ -123,7 +124,7 @@ def test_predict_runs_from_the_bundle(bundle: Path, data: Images, student: torch
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     expected = CLASSES[int(torch_runner(student)(data.validation[0][0].numpy())[3].argmax())]
     assert json.loads(done.stdout)["predictions"][0]["label"] == expected
-    assert (bundle / "predict.py").read_bytes() == (_shipped.folder("export") / "predict.py").read_bytes()
+    assert (bundle / "predict.py").read_bytes() == (shipped.folder("export") / "predict.py").read_bytes()
 
 
 def test_no_file_names_a_place_on_this_machine(bundle: Path) -> None:
@@ -204,7 +205,7 @@ def test_wrong_classes_or_sizes_are_told_before_anything_is_written(student: tor
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(_shipped.target("tensorrt").available() is None, reason="TensorRT is available on this machine")
+@pytest.mark.skipif(shipped.target("tensorrt").available() is None, reason="TensorRT is available on this machine")
 def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
     settings = ExportSettings(trt=True, batch_sizes=[])
     verification = export(student, None, tmp_path / "export", settings, preprocess=PREPROCESS, classes=CLASSES)
@@ -377,9 +378,9 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:
-    assert set(_shipped.targets()) == {
+    assert set(shipped.targets()) == {
         "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"
     }  # fmt: skip
-    assert _shipped.target("onnx") is _shipped.target("onnx")
+    assert shipped.target("onnx") is shipped.target("onnx")
     with pytest.raises(ExportError, match="Did you mean onnx"):
-        _shipped.target("onx")
+        shipped.target("onx")

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
 import okdc.networks
-from okdc import _shipped, checkpoint, methods, pipeline, runs
+from okdc import checkpoint, methods, pipeline, runs
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.recipe import Recipe, override, resolve
+from okdc.system import shipped
 from tests.networks import Tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -113,7 +114,7 @@ def test_export_again_and_a_missing_tensorrt(run: tuple[Path, subprocess.Complet
     assert done.returncode == 0, done.stderr
     assert (path.parents[1] / "deploy" / "model.pt2").is_file()
     done = command(*line, "--trt", cwd=path.parents[1])
-    here = _shipped.target("tensorrt").available() is None
+    here = shipped.target("tensorrt").available() is None
     assert done.returncode == (0 if here else 2) and "Traceback" not in done.stderr, done.stderr
     assert (path.parents[1] / "deploy" / "model.engine").is_file() is here
     assert here or "tensorrt" in done.stderr.lower()

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from okdc import checkpoint
-from okdc._machine import StopSignal
 from okdc.errors import RunError
 from okdc.pipeline import _metrics
+from okdc.system.signals import StopSignal
 from okdc.train import TrainState
 from tests.training import (
     SETTINGS,

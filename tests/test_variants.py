@@ -19,11 +19,12 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, _shipped, checkpoint, cli, exporting, pipeline
+from okdc import _bundle, _calibration, _schema, checkpoint, cli, exporting, pipeline
 from okdc.data import Data, wrap
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
+from okdc.system import shipped
 from okdc.verify import torch_runner
 from tests.export import fake_tensorrt
 
@@ -221,7 +222,7 @@ def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:
     config = json.loads((copy / "config.json").read_text())
     recommended = (result.verification or {})["recommended"]
     assert config["okdc"]["model"] == recommended["file"]
-    predict = _shipped.load(_shipped.folder("export") / "predict.py")
+    predict = shipped.load(shipped.folder("export") / "predict.py")
     originals = [image for image, _ in result.data.validation_images or ()]
     expected = np.concatenate([torch_runner(result.student)(x.numpy()) for x, _ in result.data.validation or ()])
     exact = predict.load(copy, model="model.onnx").logits(originals)

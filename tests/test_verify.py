@@ -17,10 +17,11 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from okdc import _latency, _shipped, verify
-from okdc._portable import without_paths
+from okdc import _latency, verify
 from okdc._tally import Tally
 from okdc.errors import DataError
+from okdc.system import shipped
+from okdc.system.wording import without_paths
 from okdc.verify import Exported, Gates
 
 SIZE = (3, 32, 32)
@@ -72,7 +73,7 @@ def student(data: Images) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def exported(student: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    module, path = _shipped.target("onnx"), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    module, path = shipped.target("onnx"), tmp_path_factory.mktemp("onnx") / "model.onnx"
     module.write(student, torch.zeros(2, *SIZE), path)
     return Exported(path, module)
 
@@ -80,7 +81,7 @@ def exported(student: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory)
 def target(folder: Path, body: str) -> Any:
     """An export target whose runner is the real one with a fault: `run` is right, `body` says what is returned."""
     file = folder / f"to_faulty{abs(hash(body))}.py"  # a shipped file is loaded once, so each has its own name
-    source = _shipped.targets()["onnx"]
+    source = shipped.targets()["onnx"]
     file.write_text(
         f"import importlib.util, sys, os\nimport numpy as np\n"
         f"spec = importlib.util.spec_from_file_location('real', {str(source)!r})\n"
@@ -88,7 +89,7 @@ def target(folder: Path, body: str) -> Any:
         f"def runner(path, device='cpu', threads=None):\n    run = real.runner(path, device, threads)\n"
         f"    def faulty(x):\n        {body}\n    faulty.provider = run.provider\n    return faulty\n"
     )
-    return _shipped.load(file)
+    return shipped.load(file)
 
 
 def compare(student: Any, exported: Exported, data: Any, **settings: Any) -> dict[str, dict[str, Any]]:

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import random
-import signal
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -103,65 +94,6 @@ class BadImages:
                 f"{len(self.reasons)} images cannot be read, and at most {self.limit} may be skipped. Some of them: "
                 f"{some}. Mend or delete them, or allow more with --max-bad-images N."
             )
-
-
-def derive_seed(*key: int) -> int:
-    """A 32-bit seed that depends on `key` and on nothing else; zeros at the end of a key do not count."""
-    return int(np.random.SeedSequence([part & 0xFFFFFFFF for part in key]).generate_state(1)[0])
-
-
-def reseed(*key: int) -> None:
-    """Seed the global generators of Python, numpy and torch (CPU only: a GPU's belong to the network)."""
-    seed = derive_seed(*key)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def borrowed_generators(*key: int) -> Iterator[None]:
-    """Seed the global generators from `key` for a while, then give them back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        reseed(*key)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
-    """Iterate with random numbers that depend only on `key` and the step, and that nobody else notices."""
-    with borrowed_generators(*key):
-        iterator = iter(batches)
-    for step in count(1):
-        with borrowed_generators(*key, step):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-        yield batch
-
-
-def leave_signals(worker: int) -> None:
-    """For a data worker: a terminal's Ctrl-C and SIGHUP and a scheduler's SIGTERM, which all get, do not end it.
-
-    The main process needs data to finish its step; it ends its workers itself, also by SIGTERM.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        main = multiprocessing.parent_process()  # not os.getppid(), which a fork server may be
-        assert main is not None
-        threading.Thread(target=_end_when_told, args=(main.pid,), daemon=True).start()
-
-
-def _end_when_told(by: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != by:
-        pass
-    os._exit(0)
 
 
 def as_loaded(batch: Any) -> Any:

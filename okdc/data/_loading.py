@@ -14,20 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from okdc.data._batchwise import Law
-from okdc.data._common import (
-    BadImage,
-    BadImages,
-    Batch,
-    Data,
-    Source,
-    TrainBatch,
-    as_loaded,
-    borrowed_generators,
-    derive_seed,
-    leave_signals,
-    log,
-    reseed,
-)
+from okdc.data._common import BadImage, BadImages, Batch, Data, Source, TrainBatch, as_loaded, log
 from okdc.data._images import Images, listed
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.data._resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
@@ -36,6 +23,8 @@ from okdc.data._transforms import MODES, BatchAugmentation, convert, image_trans
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.settings import DataSettings
+from okdc.system.randomness import borrowed_generators, derive_seed, reseed
+from okdc.system.signals import leave_signals
 
 HELD_OUT = 20  # each how-manieth image of a class is set aside where a method needs some
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okdc._waiting import limited
-from okdc.data._common import Batch, Data, iterate_seeded
+from okdc.data._common import Batch, Data
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
+from okdc.system.randomness import iterate_seeded
+from okdc.system.waiting import limited
 
 
 def wrap(

@@ -19,14 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from okdc._waiting import limited
 from okdc.data._batchwise import FILTERS, Law, mix
-from okdc.data._common import BadImages, Batch, as_loaded, derive_seed, leave_signals, log
+from okdc.data._common import BadImages, Batch, as_loaded, log
 from okdc.data._images import Images
 from okdc.data._transforms import MODES, image_transform, read
 from okdc.errors import DataError
 from okdc.ranks import rank
 from okdc.settings import DataSettings
+from okdc.system.randomness import derive_seed
+from okdc.system.signals import leave_signals
+from okdc.system.waiting import limited
 
 if TYPE_CHECKING:
     from okdc.data._loading import TrainImages

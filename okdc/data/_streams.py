@@ -17,12 +17,14 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.class_map import load_class_map
 
-from okdc._waiting import worker_died
-from okdc.data._common import Batch, Data, Source, iterate_seeded, leave_signals
+from okdc.data._common import Batch, Data, Source
 from okdc.data._images import names_by_index
 from okdc.data._transforms import MODES, BatchAugmentation, image_transform
 from okdc.errors import DataError
 from okdc.settings import DataSettings
+from okdc.system.randomness import iterate_seeded
+from okdc.system.signals import leave_signals
+from okdc.system.waiting import worker_died
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from okdc.data._common import BadImage, Batch, borrowed_generators, reseed
+from okdc.data._common import BadImage, Batch
 from okdc.data._images import Images
 from okdc.errors import DataError
 from okdc.settings import DataSettings
+from okdc.system.randomness import borrowed_generators, reseed
 
 MODES = {1: "L", 3: "RGB"}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from okdc.ranks import mean_
-from okdc.replay import random_state, set_random_state
+from okdc.system.randomness import random_state, set_random_state
 
 Objective = Callable[[list[Tensor], list[Tensor]], Tensor]  # of what is stepped (theta), and of what is asked for (phi)
 

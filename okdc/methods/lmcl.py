@@ -29,7 +29,7 @@ from okdc.methods._contrastive import Bank, mutual_contrast
 from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers
 from okdc.methods._lookahead import descend, hypergradient
 from okdc.needs import Needs
-from okdc.replay import random_state, set_random_state
+from okdc.system.randomness import random_state, set_random_state
 
 
 class Lmcl(Method):

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from okdc import _shipped
+from okdc.system import shipped
 
-TARGETS = _shipped.targets()
+TARGETS = shipped.targets()
 
 
 def imported(nodes) -> set[str]:
@@ -34,7 +34,7 @@ def test_stands_alone(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_one_constant_and_three_functions(name):
-    module = _shipped.target(name)
+    module = shipped.target(name)
     own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     assert {key for key in own if not key.startswith("_")} == {"available", "write", "runner"}
     assert module.FILE.startswith("model.")

@@ -19,11 +19,11 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from okdc import _shipped
 from okdc.data._transforms import convert
+from okdc.system import shipped
 
-SCRIPT = _shipped.folder("export") / "predict.py"
-predict = _shipped.load(SCRIPT)
+SCRIPT = shipped.folder("export") / "predict.py"
+predict = shipped.load(SCRIPT)
 SIZES = [(1, 1), (17, 9), (32, 32), (33, 57), (57, 33), (64, 200), (301, 97), (35, 36), (224, 31)]
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -106,7 +106,7 @@ def bundle(tmp_path_factory) -> Path:
     with torch.no_grad():
         network[2].weight.copy_(torch.eye(3))
     config = {"input_size": [3, 16, 16], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", **IMAGENET}
-    _shipped.target("onnx").write(network, torch.zeros(2, 3, 16, 16), folder / "model.onnx")
+    shipped.target("onnx").write(network, torch.zeros(2, 3, 16, 16), folder / "model.onnx")
     (folder / "preprocess.json").write_text(json.dumps(config))
     (folder / "labels.txt").write_text("red\ngrün\nblue\n", encoding="utf-8")
     shutil.copy(SCRIPT, folder)

@@ -16,9 +16,9 @@ import torch
 from timm.models.byobnet import MobileOneBlock
 from torch import nn
 
-from okdc import _shipped
+from okdc.system import shipped
 
-to_onnx = _shipped.target("onnx")
+to_onnx = shipped.target("onnx")
 EXAMPLE = torch.zeros(4, 3, 32, 32)
 
 

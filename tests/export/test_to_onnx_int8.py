@@ -11,10 +11,10 @@ import timm
 import torch
 from onnx import numpy_helper
 
-from okdc import _shipped
+from okdc.system import shipped
 
-to_onnx, to_fp16 = _shipped.target("onnx"), _shipped.target("onnx_fp16")
-to_int8, to_trt = _shipped.target("onnx_int8"), _shipped.target("onnx_int8_trt")
+to_onnx, to_fp16 = shipped.target("onnx"), shipped.target("onnx_fp16")
+to_int8, to_trt = shipped.target("onnx_int8"), shipped.target("onnx_int8_trt")
 METADATA = {"okdc.labels": '["a"]'}
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from okdc import _shipped
+from okdc.system import shipped
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
-to_torch = _shipped.target("torch")
+to_torch = shipped.target("torch")
 
 
 @pytest.fixture(scope="module")

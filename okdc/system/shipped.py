@@ -10,7 +10,7 @@ from types import ModuleType
 
 from okdc.errors import ExportError, OkdcError, nearest
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def folder(name: str) -> Path:

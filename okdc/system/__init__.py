@@ -1,0 +1,6 @@
+"""What okdc asks of the operating system: files, signals, waits, random states, words without local paths.
+
+Knows nothing of networks or training; imports `errors` and `ranks`.
+"""
+
+from __future__ import annotations

@@ -1,0 +1,91 @@
+"""Ctrl-C, SIGTERM and SIGHUP: a wish that a run answers after its step, and that its data workers leave to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okdc.ranks import mean_, world
+
+SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no HUP
+
+
+def heeded() -> list[signal.Signals]:
+    """Those of SIGNALS upon which a run saves: not a hang-up that nohup has it ignore."""
+    return [each for each in SIGNALS if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_IGN]
+
+
+class StopSignal:
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a wish, `signal`, that the loop sees after its step; the second
+    one ends the process at once. In any thread but the main one it does nothing."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.agreed = 0  # by all ranks, in several processes
+        self.process = os.getpid()
+        self.before: dict[int, Any] = {}
+
+    @property
+    def wish(self) -> int:
+        """The signal to leave for; of several processes the one that any of them got, when all know of it."""
+        return self.signal if world() == 1 else self.agreed
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.wish
+
+    def agree(self, values: Tensor, others: Sequence[Tensor] = ()) -> list[float]:
+        """`values` (N,), averaged over the ranks together with `others` (these in place), and what to leave for."""
+        asked = values.new_tensor([self.signal == number for number in SIGNALS])
+        told = torch.cat([values, asked])
+        mean_([told, *others])
+        got = told.tolist()
+        self.agreed = next((number for number, share in zip(SIGNALS, got[len(values) :]) if share), 0)
+        return got[: len(values)]
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in heeded()}
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a data worker forked from here: Ctrl-C is its parent's to answer
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may not be called in a handler
+
+
+def leave_signals(worker: int) -> None:
+    """For a data worker: a terminal's Ctrl-C and SIGHUP and a scheduler's SIGTERM, which all get, do not end it.
+
+    The main process needs data to finish its step; it ends its workers itself, also by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        main = multiprocessing.parent_process()  # not os.getppid(), which a fork server may be
+        assert main is not None
+        threading.Thread(target=_end_when_told, args=(main.pid,), daemon=True).start()
+
+
+def _end_when_told(by: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != by:
+        pass
+    os._exit(0)
