@@ -17,7 +17,7 @@ from okdc.calls import at_rest
 from okdc.data import Data
 from okdc.errors import OkdcError
 from okdc.methods import Method
-from okdc.settings import ExportSettings
+from okdc.recipe import ExportSettings
 
 FOLDER = "byproducts"
 

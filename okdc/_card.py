@@ -124,7 +124,7 @@ def _loading(arch: str, config: dict, has_program: bool) -> list[str]:
         return ["import torch", "", f'network = torch.export.load("{PROGRAM}").module()']
     if changed and loader in ("timm", "torchvision"):
         load = 'network = networks.load(NetworkSettings(model="PATH/OF/THIS/FOLDER")).eval()'
-        return ["from okdc import networks", "from okdc.settings import NetworkSettings", "", load]
+        return ["from okdc import networks", "from okdc.recipe import NetworkSettings", "", load]
     if loader == "timm":
         registering = [] if _is_timms_own(name) else ["import okdc.networks  # registers the architecture with timm"]
         create = 'network = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()'

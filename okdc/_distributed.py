@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from okdc.errors import RecipeError, TrainingError
 from okdc.ranks import local_rank, rank, world
-from okdc.settings import TrainSettings
+from okdc.recipe import TrainSettings
 from okdc.system.signals import heeded
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left

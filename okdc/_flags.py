@@ -10,9 +10,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from okdc._checking import limits, parse
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
+from okdc.recipe.strict import limits, parse
 
 _TITLES = {
     "network": "Network",

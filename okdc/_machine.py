@@ -10,7 +10,7 @@ from torch import Tensor
 
 from okdc.errors import RecipeError
 from okdc.ranks import local_rank, world
-from okdc.settings import TrainSettings
+from okdc.recipe import TrainSettings
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from okdc._machine import Machine
 from okdc._progress import Row
 from okdc.errors import RecipeError, RunError, nearest
 from okdc.ranks import world
-from okdc.settings import TrainSettings
+from okdc.recipe import TrainSettings
 from okdc.system import files
 
 if TYPE_CHECKING:

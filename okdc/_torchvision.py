@@ -7,7 +7,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from okdc.settings import NetworkSettings
+from okdc.recipe import NetworkSettings
 
 PREFIX = "torchvision/"
 

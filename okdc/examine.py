@@ -22,8 +22,8 @@ from okdc.anatomy import Anatomy, inspect
 from okdc.cohort import Branch, Cohort
 from okdc.depth import FALLBACKS
 from okdc.errors import CutError, OkdcError
+from okdc.recipe import NetworkSettings
 from okdc.replay import Replay
-from okdc.settings import NetworkSettings
 from okdc.sharing import unchanged
 from okdc.system import shipped
 

@@ -35,11 +35,9 @@ from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
 from okdc.methods import Method
 from okdc.ranks import first, rank
-from okdc.recipe import DataSettings, NetworkSettings, Recipe, override, resolve
+from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override, resolve
 from okdc.recipe import load as load_recipe
 from okdc.system.randomness import own_randomness, seed_everything
-
-LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python
 
 
 @dataclass

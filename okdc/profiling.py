@@ -25,8 +25,7 @@ from okdc._state import Run, TrainState, build
 from okdc.cohort import Cohort
 from okdc.data import Data
 from okdc.methods import Method
-from okdc.recipe import Recipe
-from okdc.settings import TrainSettings
+from okdc.recipe import Recipe, TrainSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.signals import StopSignal
 from okdc.train import stepper

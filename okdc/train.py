@@ -23,7 +23,7 @@ from okdc._stalls import data_that_stops
 from okdc._state import Run, TrainState, build, restore, save
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.ranks import barrier, first, rank, share, world
-from okdc.settings import TrainSettings
+from okdc.recipe import TrainSettings
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.system.signals import StopSignal
 from okdc.system.waiting import Waiting

@@ -13,7 +13,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.errors import NetworkError
 from okdc.networks import load as build
-from okdc.settings import NetworkSettings
+from okdc.recipe import NetworkSettings
 from tests import networks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import okdc
 from okdc import _byproducts, _summary, checkpoint, pipeline
 from okdc.data import wrap
-from okdc.settings import ExportSettings
+from okdc.recipe import ExportSettings
 from tests.networks import Tiny
 from tests.test_teacher import DataLoaders
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from okdc.data import Data, load, open_source, wrap
 from okdc.data._streams import _read
 from okdc.errors import DataError
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from okdc.system.waiting import Stuck, Waiting
 
 CONFIG = {

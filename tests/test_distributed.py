@@ -33,8 +33,7 @@ from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingErr
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.ranks import _Sum, local_rank, rank, world
-from okdc.recipe import Recipe
-from okdc.settings import DataSettings, TrainSettings
+from okdc.recipe import DataSettings, Recipe, TrainSettings
 from okdc.train import fit
 from tests.networks import Tiny
 

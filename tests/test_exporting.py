@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 
 from okdc import _bundle, exporting, networks
 from okdc.errors import ExportError, GateError
-from okdc.recipe import ExportSettings
-from okdc.settings import NetworkSettings
+from okdc.recipe import ExportSettings, NetworkSettings
 from okdc.system import shipped
 from okdc.verify import torch_runner
 

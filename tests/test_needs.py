@@ -15,7 +15,7 @@ from okdc.data._images import Images
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.errors import DataError
 from okdc.needs import Needs
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from tests.networks import Depthwise, Tiny, Tokens
 
 CONFIG = {

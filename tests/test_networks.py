@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from okdc import _cifar, _torchvision, _weights, networks
 from okdc.errors import NetworkError
-from okdc.recipe import Recipe
-from okdc.settings import NetworkSettings
+from okdc.recipe import NetworkSettings, Recipe
 
 # Parameters with 100 classes, and where that number is stated. "golden" are exact counts of the authors' own code.
 CIFAR_PARAMETERS = {

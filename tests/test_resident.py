@@ -17,13 +17,13 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from okdc._checking import parse
 from okdc.data import Data, _resident, load, open_source
 from okdc.data._batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
 from okdc.data._resident import ResidentTraining
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
+from okdc.recipe.strict import parse
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3),

@@ -13,8 +13,7 @@ from torch import nn
 import okdc
 from okdc import _bundle, _stem, exporting, networks
 from okdc.errors import NetworkError
-from okdc.recipe import ExportSettings
-from okdc.settings import NetworkSettings
+from okdc.recipe import ExportSettings, NetworkSettings
 from tests import networks as own
 
 STEMS = {

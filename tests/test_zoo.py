@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from okdc import examine, networks, zoo
 from okdc.cli import main
 from okdc.errors import NetworkError, RunError
-from okdc.settings import NetworkSettings
+from okdc.recipe import NetworkSettings
 
 TABLES = Path(__file__).parent / "zoo"
 NO_TIME = zoo.Limits(seconds=0.0)

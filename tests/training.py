@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.methods import Method
-from okdc.settings import TrainSettings
+from okdc.recipe import TrainSettings
 from okdc.train import TrainState, fit
 
 CLASSES, BATCH, STEPS = 3, 8, 6

@@ -13,7 +13,7 @@ from timm.utils.misc import natural_key
 from okdc.data._common import Source
 from okdc.data._images import Images, labels_of, listed, names_by_index, split_in_two
 from okdc.errors import DataError, nearest
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 TRAIN_NAMES = ("train", "training")

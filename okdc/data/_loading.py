@@ -22,7 +22,7 @@ from okdc.data._streams import Stream, load_stream
 from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing, read
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from okdc.system.randomness import borrowed_generators, derive_seed, reseed
 from okdc.system.signals import leave_signals
 

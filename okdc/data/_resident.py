@@ -25,7 +25,7 @@ from okdc.data._images import Images
 from okdc.data._transforms import MODES, image_transform, read
 from okdc.errors import DataError
 from okdc.ranks import rank
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from okdc.system.randomness import derive_seed
 from okdc.system.signals import leave_signals
 from okdc.system.waiting import limited

@@ -15,7 +15,7 @@ from okdc.data._folders import VALIDATION_NAMES, open_folder
 from okdc.data._images import Images, check, labels_of, names_by_index, split_in_two
 from okdc.data._streams import Stream, stream_classes
 from okdc.errors import DataError, nearest
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 TORCH_NAMES = (

@@ -21,7 +21,7 @@ from okdc.data._common import Batch, Data, Source
 from okdc.data._images import names_by_index
 from okdc.data._transforms import MODES, BatchAugmentation, image_transform
 from okdc.errors import DataError
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from okdc.system.randomness import iterate_seeded
 from okdc.system.signals import leave_signals
 from okdc.system.waiting import worker_died

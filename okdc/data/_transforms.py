@@ -19,7 +19,7 @@ from torchvision import transforms
 from okdc.data._common import BadImage, Batch
 from okdc.data._images import Images
 from okdc.errors import DataError
-from okdc.settings import DataSettings
+from okdc.recipe import DataSettings
 from okdc.system.randomness import borrowed_generators, reseed
 
 MODES = {1: "L", 3: "RGB"}

@@ -11,7 +11,7 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import memory_scores, nce
 from okdc.methods.mcl_okd import MclOkd
 from okdc.networks import load as load_network
-from okdc.settings import NetworkSettings
+from okdc.recipe import NetworkSettings
 from tests.methods.golden import assert_same, load
 from tests.networks import Tiny, Tokens
 

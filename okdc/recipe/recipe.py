@@ -14,9 +14,9 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from okdc._checking import limits, parse, raise_mistakes, read_value, text_keys
 from okdc.errors import OkdcError, RecipeError, nearest
-from okdc.settings import CohortSettings, DataSettings, ExportSettings, NetworkSettings, TrainSettings
+from okdc.recipe.sections import CohortSettings, DataSettings, ExportSettings, NetworkSettings, TrainSettings
+from okdc.recipe.strict import limits, parse, raise_mistakes, read_value, text_keys
 from okdc.system import shipped
 
 __all__ = [

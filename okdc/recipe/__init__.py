@@ -1,0 +1,43 @@
+"""What a run is asked to do: sections of settings, read strictly from YAML, flags and keywords; no torch.
+
+One field in `sections` is a recipe key, a flag and its help. Imports `errors` and `system`.
+"""
+
+from __future__ import annotations
+
+from okdc.recipe.recipe import (
+    DEFAULT,
+    MethodSettings,
+    Recipe,
+    apply_sets,
+    flat_settings,
+    load,
+    names,
+    override,
+    path,
+    read,
+    resolve,
+    runs_code,
+)
+from okdc.recipe.sections import LOADER, CohortSettings, DataSettings, ExportSettings, NetworkSettings, TrainSettings
+
+__all__ = [
+    "DEFAULT",
+    "LOADER",
+    "CohortSettings",
+    "DataSettings",
+    "ExportSettings",
+    "MethodSettings",
+    "NetworkSettings",
+    "Recipe",
+    "TrainSettings",
+    "apply_sets",
+    "flat_settings",
+    "load",
+    "names",
+    "override",
+    "path",
+    "read",
+    "resolve",
+    "runs_code",
+]

@@ -1,0 +1,194 @@
+"""What a run can be told: one dataclass per section of a recipe; the same fields are the flags of the command line."""
+# ruff: noqa: RUF009  (_setting returns a dataclass field, which makes a fresh list or dict each time)
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from okdc.recipe.strict import Limits
+
+
+def _setting(default: Any, help: str, *short: str, **rules: Any) -> Any:
+    """A recipe field that is also a command line flag: its help text, its other spellings and its Limits."""
+    metadata = {"help": help, "flags": short, "limits": Limits(**rules)}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """`network:` which network is to be deployed."""
+
+    model: str = _setting(
+        "resnet18", "timm name, torchvision/NAME, hf-hub:ID, local-dir:PATH or package.module:function"
+    )
+    pretrained: bool = _setting(False, "start from the pre-trained weights of that name")
+    checkpoint: str | None = _setting(None, "start from the weights in this file", "--initial-checkpoint")
+    num_classes: int | None = _setting(None, "number of classes; found from the data when not given", at_least=1)
+    img_size: int | None = _setting(
+        None, "side of the square input image, pixels; the network's own when not given", at_least=1
+    )
+    in_chans: int = _setting(3, "number of image channels", at_least=1)
+    small_input: bool = _setting(
+        False, "for small images on an ImageNet network: its first layers keep the images' size; needs --img-size"
+    )
+    drop: float | None = _setting(None, "dropout rate", at_least=0, at_most=1)
+    drop_path: float | None = _setting(None, "stochastic depth rate", at_least=0, at_most=1)
+    model_kwargs: dict[str, Any] = _setting({}, "further arguments of the network, key=value")
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """`cohort:` what is built around the network; what is None is the method's own default."""
+
+    members: int | None = _setting(None, "branches or peer networks, the target included", at_least=1)
+    extra_blocks: int | None = _setting(
+        None, "blocks that each branch has more than the one before it (AHBF's a)", at_least=0
+    )
+    private_stages: int | None = _setting(None, "number of last stages that each branch has for itself", at_least=1)
+    cut: str | None = _setting(
+        None, "module after which branches part (okdc inspect lists them); EARLY,LATE: in a tree, two ways at each"
+    )
+    share: str | None = _setting(
+        None, "trunk: branches share the layers before the cut; none: whole peer networks", choices=("trunk", "none")
+    )
+    peers: list[str] = _setting([], "networks that learn beside the target (comma separated names)")
+    teacher: str | None = _setting(None, "trained network to copy: its name, a run folder or a checkpoint (kd, sokd)")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`data:` images in, batches out; names and meanings are those of timm's train.py."""
+
+    data: str = _setting(
+        "digits", "folder with train/ and val/, digits, or torch/NAME, hfds/ID, wds/PATH", "--data-dir"
+    )
+    train_split: str = _setting("train", "name of the training split")
+    val_split: str = _setting("validation", "name of the validation split")
+    dataset_download: bool = _setting(False, "let torch/… and hfds/… download")
+    class_map: str = _setting("", "file that maps class names to indices")
+    workers: int = _setting(2, "data loading processes", "-j", at_least=0)
+    resident: str = _setting(
+        "auto", "keep images decoded, on the GPU if any; auto: small ones, if they fit", choices=("auto", "on", "off")
+    )
+    crop_padding: int | None = _setting(
+        None, "pad by this many pixels and crop at random (CIFAR) instead of a random resized crop", at_least=0
+    )
+    no_aug: bool = _setting(False, "no training augmentation: resize and centre crop only")
+    scale: list[float] = _setting([0.08, 1.0], "random resized crop: area range", above=0, length=2)
+    ratio: list[float] = _setting([3 / 4, 4 / 3], "random resized crop: aspect ratio range", above=0, length=2)
+    hflip: float = _setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    vflip: float = _setting(0.0, "probability of a vertical flip", at_least=0, at_most=1)
+    color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
+    aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
+    reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    mixup: float = _setting(0.0, "mixup alpha; 0 is off", at_least=0)
+    cutmix: float = _setting(0.0, "cutmix alpha; 0 is off", at_least=0)
+    smoothing: float = _setting(0.0, "label smoothing", at_least=0, at_most=1)
+    mean: list[float] | None = _setting(None, "channel means; the network's own when not given")
+    std: list[float] | None = _setting(None, "channel standard deviations; the network's own when not given", above=0)
+    interpolation: str | None = _setting(None, "bilinear, bicubic, …; the network's own when not given")
+    crop_pct: float | None = _setting(None, "share of the image kept by the evaluation crop", above=0)
+    max_bad_images: int = _setting(
+        100, "unreadable images tolerated (named, counted and skipped) before a run stops", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`train:` how long, how fast, on what; names and meanings are those of timm's train.py."""
+
+    epochs: int = _setting(100, "epochs to train", at_least=1)
+    batch_size: int = _setting(128, "images per step on each device", "-b", at_least=1)
+    validation_batch_size: int | None = _setting(None, "images per validation step on each device", "-vb", at_least=1)
+    opt: str = _setting("sgd", "optimizer, any of timm's")
+    lr: float | None = _setting(
+        None, "learning rate; lr-base times images per step of all devices / 256 if not given", above=0
+    )
+    lr_base: float = _setting(0.1, "learning rate per 256 images", above=0)
+    momentum: float = _setting(0.9, "momentum", at_least=0, at_most=1)
+    weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
+    opt_kwargs: dict[str, Any] = _setting({}, "further arguments of the optimizer, key=value")
+    clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
+    grad_accum_steps: int = _setting(1, "batches per optimizer step", at_least=1)
+    sched: str = _setting("cosine", "schedule, any of timm's")
+    warmup_epochs: int = _setting(0, "epochs of linear warm-up", at_least=0)
+    warmup_lr: float = _setting(1e-5, "learning rate at the start of warm-up", at_least=0)
+    min_lr: float = _setting(0.0, "learning rate at the end", at_least=0)
+    decay_milestones: list[int] = _setting([150, 225], "multistep: epochs at which the rate drops", at_least=1)
+    decay_epochs: float = _setting(90.0, "step: epochs between drops", above=0)
+    decay_rate: float = _setting(0.1, "step and multistep: factor of a drop", above=0)
+    sched_on_updates: bool = _setting(False, "move the schedule at every step rather than every epoch")
+    amp: bool | None = _setting(None, "mixed precision; on by default on CUDA")
+    amp_dtype: str | None = _setting(
+        None, "bfloat16 or float16; bfloat16 where the device has it", choices=("bfloat16", "float16")
+    )
+    channels_last: bool | None = _setting(None, "channels-last memory layout; on by default on CUDA and with bfloat16")
+    torchcompile: bool = _setting(False, "compile the training step")
+    torchcompile_mode: str | None = _setting(
+        None,
+        "how: reduce-overhead uses CUDA graphs, max-autotune compiles for long",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    model_ema: bool = _setting(False, "keep a moving average of the target and ship that (by-products ship without)")
+    model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
+    seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:1 …")
+    devices: int = _setting(1, "devices to train on, per node; each takes --batch-size images per step", at_least=1)
+    nodes: int = _setting(1, "machines to train on, that many devices each; start the command on every one", at_least=1)
+    sync_bn: bool = _setting(False, "batch norm over the images of all devices")
+    timeout: float = _setting(
+        600.0, "seconds without data, or without progress of a device, after which a run ends; 0: for ever", at_least=0
+    )
+    recovery_interval: int = _setting(
+        0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
+    )
+    checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
+    log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
+
+    @property
+    def images_per_step(self) -> int:
+        """As timm counts them: a batch on each device, as often as gradients are accumulated."""
+        return self.batch_size * self.devices * self.nodes * self.grad_accum_steps
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate that was given, or the base rate by the number of images per step."""
+        return self.lr_base * self.images_per_step / 256 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """`export:` what the student is written to after training, and how strictly that is verified."""
+
+    onnx: bool = _setting(True, "write model.onnx")
+    fp16: bool = _setting(False, "write model.fp16.onnx: half the size, fast on GPUs")
+    int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
+    torch: bool = _setting(False, "write model.pt2 (torch.export)")
+    trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
+    workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
+    triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
+    byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
+    opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
+    batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
+    threads: int = _setting(1, "CPU threads of the latency measurement", at_least=1)
+    images: int | None = _setting(
+        None, "validation images to verify with; all when not given", "--verify-images", at_least=1
+    )
+    calibration_images: int = _setting(
+        256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
+    )
+    max_drop: float | None = _setting(
+        None, "largest loss of top-1 that ships, percentage points; 0.5, and 1.0 for int8, when not given", at_least=0
+    )
+    min_agreement: float | None = _setting(
+        None, "smallest agreement with torch that ships, per cent; 99.9, 99.5 for fp16, 97 for int8 when not given",
+        at_least=0, at_most=100,
+    )  # fmt: skip
+    license: str | None = _setting(None, "licence of the weights for the model card, such as apache-2.0 or mit")
+
+
+LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python
