@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from okdc.calls import Call, alone, called_once, described, layout, positions, watch
+from okdc.calls import Call, called_once, layout, positions, watch
 from okdc.errors import NetworkError, nearest
 from okdc.stages import Stage, find_stages, widest
+from okdc.tasks.outputs import alone, described
 
 MAX_TAIL = 0.6  # networks whose last stage, with the head, is a larger share of the FLOPs part between its blocks
 MAX_CHOICE = 0.95  # cuts that share less than the rest are not offered

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.calls import at_rest, described, layout
+from okdc.calls import at_rest, layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
@@ -35,6 +35,7 @@ from okdc.sharing import (
     unchanged,
     ways_in_training,
 )
+from okdc.tasks.outputs import described
 
 
 @dataclass(frozen=True)

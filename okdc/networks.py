@@ -19,10 +19,10 @@ from timm.models import resolve_model_input_args
 from torch import Tensor, nn
 
 from okdc import _cifar, _stem, _torchvision, _weights  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
-from okdc.calls import alone, described
 from okdc.errors import NetworkError, nearest
 from okdc.recipe import NetworkSettings, runs_code
 from okdc.recipe import load as load_recipe
+from okdc.tasks.outputs import alone, described
 
 _TORCHVISION = _torchvision.PREFIX
 _DOWNLOADERS = ("huggingface_hub", "httpx", "requests", "urllib", "urllib3")

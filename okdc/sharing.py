@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.calls import described
 from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape
 from okdc.system.randomness import random_state, set_random_state
+from okdc.tasks.outputs import described
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them

@@ -24,9 +24,9 @@ from torch import nn
 from okdc import _latency
 from okdc._gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
 from okdc._schema import VERSION
-from okdc._tally import Tally
 from okdc.errors import DataError
 from okdc.system.wording import one_line, without_paths
+from okdc.tasks.tally import Tally
 
 TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
 ROUNDING = 1e-5  # the same, of one sum added up in another order

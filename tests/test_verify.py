@@ -18,10 +18,10 @@ from onnx import numpy_helper
 from PIL import Image
 
 from okdc import _latency, verify
-from okdc._tally import Tally
 from okdc.errors import DataError
 from okdc.system import shipped
 from okdc.system.wording import without_paths
+from okdc.tasks.tally import Tally
 from okdc.verify import Exported, Gates
 
 SIZE = (3, 32, 32)
