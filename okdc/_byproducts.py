@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import checkpoint, exporting
-from okdc.calls import at_rest
+from okdc.anatomy.modes import at_rest
 from okdc.data import Data
 from okdc.errors import OkdcError
 from okdc.methods import Method

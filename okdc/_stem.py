@@ -8,7 +8,8 @@ from typing import Any
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from okdc.calls import Call, watch
+from okdc.anatomy import Call
+from okdc.anatomy.calls import watch
 from okdc.errors import NetworkError
 
 Changes = dict[str, dict[str, Any] | None]  # module name: what a convolution gets; None: it becomes nn.Identity

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.calls import at_rest, layout
+from okdc.anatomy.modes import at_rest, unchanged
+from okdc.anatomy.shapes import layout
 from okdc.errors import CutError, NetworkError
 from okdc.growth import born, grow
 from okdc.narrowing import narrow
@@ -32,7 +33,6 @@ from okdc.sharing import (
     refuse_own_modules,
     stand_in,
     tie_unused,
-    unchanged,
     ways_in_training,
 )
 from okdc.tasks.outputs import described

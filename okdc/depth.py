@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy import Anatomy
-from okdc.calls import Call, at_rest, layout, positions, same_size
+from okdc.anatomy import Anatomy, Call, Stage
+from okdc.anatomy.modes import at_rest
+from okdc.anatomy.shapes import layout, positions, same_size
+from okdc.anatomy.stages import is_part, is_sequence, outermost, runs
 from okdc.refit import refit
-from okdc.stages import Stage, is_part, is_sequence, outermost, runs
 
 
 class Chain(nn.Module):

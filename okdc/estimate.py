@@ -11,13 +11,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import _teacher, assembly, methods, networks
-from okdc.calls import at_rest
+from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import Recipe
-from okdc.sharing import unchanged
 from okdc.system.randomness import own_randomness, seed_everything
 
 IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from okdc import networks
 from okdc.anatomy import Anatomy, inspect
+from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
 from okdc.depth import FALLBACKS
 from okdc.errors import CutError, OkdcError
 from okdc.recipe import NetworkSettings
 from okdc.replay import Replay
-from okdc.sharing import unchanged
 from okdc.system import shipped
 
 COLUMNS = (

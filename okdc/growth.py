@@ -8,9 +8,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy import Anatomy
+from okdc.anatomy import Anatomy, Stage
 from okdc.depth import deepen, shorten
-from okdc.stages import Stage
 
 PERTURBATION = 0.1  # noise of a pre-trained branch, as a share of each weight tensor's own spread
 

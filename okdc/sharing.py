@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any
 
@@ -14,30 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
+from okdc.anatomy.modes import unchanged
 from okdc.errors import CutError, NetworkError
 from okdc.replay import Proof, Record, Replay, Tap, Tape
-from okdc.system.randomness import random_state, set_random_state
+from okdc.system.randomness import random_state
 from okdc.tasks.outputs import described
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Run a module on trial: its buffers and modes, and the random numbers, are afterwards what they were."""
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    modes = [(m, m.training) for m in module.modules()]
-    state = random_state()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for part, mode in modes:
-            part.training = mode
-        set_random_state(state)
 
 
 def before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module]:

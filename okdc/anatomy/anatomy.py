@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from okdc.calls import Call, called_once, layout, positions, watch
+from okdc.anatomy.calls import Call, called_once, watch
+from okdc.anatomy.shapes import layout, positions
+from okdc.anatomy.stages import Stage, find_stages, widest
 from okdc.errors import NetworkError, nearest
-from okdc.stages import Stage, find_stages, widest
 from okdc.tasks.outputs import alone, described
 
 MAX_TAIL = 0.6  # networks whose last stage, with the head, is a larger share of the FLOPs part between its blocks

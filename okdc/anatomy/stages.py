@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from okdc.calls import Call, called_once, positions, same_size
+from okdc.anatomy.calls import Call, called_once
+from okdc.anatomy.shapes import positions, same_size
 from okdc.errors import NetworkError
 
 

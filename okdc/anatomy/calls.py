@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from okdc.anatomy.modes import at_rest
+from okdc.anatomy.shapes import positions
 from okdc.errors import NetworkError
 
 
@@ -121,48 +120,6 @@ def _shapes(values: object) -> tuple[tuple[int, ...], ...]:
 
 
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
-
-
-@contextmanager
-def at_rest(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter that requires a gradient: torch's FLOP counter trips over those."""
-    modes = {m: m.training for m in network.modules()}
-    trained = [p for p in network.parameters() if p.requires_grad]
-    fused_attention = torch.backends.mha.get_fastpath_enabled()  # which nobody counts
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        network.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused_attention)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-def positions(shape: tuple[int, ...] | None, aspect: float) -> int | None:
-    """Pixels or tokens of one output shape without its batch; None when it is neither map nor tokens."""
-    if shape is None or len(shape) not in (2, 3):
-        return None
-    if len(shape) == 2:
-        return shape[0]
-    return math.prod(shape[:2] if layout(shape, aspect) == "nhwc" else shape[1:])
-
-
-def same_size(one: int | None, other: int | None) -> bool:
-    """Whether two counts of positions are of one stage: equal but for class tokens or pixels lost at the border."""
-    return bool(one and other) and 2 * max(one, other) < 3 * min(one, other)  # type: ignore[operator,type-var]
-
-
-def layout(shape: tuple[int, ...], aspect: float) -> str:
-    """Where the channels are, judged by which two sides have the image's aspect ratio."""
-    if len(shape) == 2:
-        return "tokens"
-    c, h, w = shape
-    return "nhwc" if abs(h / w - aspect) > 0.2 and abs(c / h - aspect) <= 0.2 else "nchw"
 
 
 def called_once(calls: list[Call]) -> set[str]:

@@ -1,0 +1,48 @@
+"""Run a network on trial and leave it as it was: modes, buffers, gradients, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from okdc.system.randomness import random_state, set_random_state
+
+
+@contextmanager
+def at_rest(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter that requires a gradient: torch's FLOP counter trips over those."""
+    modes = {m: m.training for m in network.modules()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    fused_attention = torch.backends.mha.get_fastpath_enabled()  # which nobody counts
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        network.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Run a module on trial: its buffers and modes, and the random numbers, are afterwards what they were."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    modes = [(m, m.training) for m in module.modules()]
+    state = random_state()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for part, mode in modes:
+            part.training = mode
+        set_random_state(state)
