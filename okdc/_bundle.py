@@ -26,8 +26,8 @@ from timm.models._hub import save_config_for_hf  # its public caller refuses cha
 from torch import nn
 
 import okdc
-from okdc import _stem
 from okdc.errors import ExportError
+from okdc.networks import stem
 from okdc.system.wording import one_line, portable, without_paths
 from okdc.verify import torch_runner
 
@@ -113,7 +113,7 @@ def write_config(
         known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
         config = {"architecture": arch, "model_args": model_args or {}} | known
     own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"}
-    changes = _stem.changes(student)
+    changes = stem.changes(student)
     if changes:  # timm must not take the network for one that it can build by that name
         own |= {"base": config["architecture"], "changes": changes}
         config["architecture"] = f"{config['architecture']} (changed, see okdc.changes)"
@@ -174,7 +174,7 @@ def _library(architecture: str) -> str:
     """Who can build an architecture by its name: "timm", "torchvision", or nobody: "state_dict"."""
     if architecture.startswith("torchvision/"):
         return "torchvision"
-    from okdc import networks  # noqa: F401  (registers the CIFAR networks with timm)
+    from okdc.networks import cifar  # noqa: F401  (registers the CIFAR networks with timm)
 
     return "timm" if timm.is_model(architecture) else "state_dict"
 
@@ -189,7 +189,7 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
         network = timm.create_model(name, pretrained=False, **arguments)
     else:
         network = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    _stem.change(network, changes or {})
+    stem.change(network, changes or {})
     network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     return network
 

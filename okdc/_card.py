@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from okdc import _stem
 from okdc._bundle import CONFIG, WEIGHTS
 from okdc._gates import is_variant
+from okdc.networks import stem
 from okdc.system.wording import portable
 
 PROGRAM = "model.pt2"
@@ -52,7 +52,7 @@ def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
     size = "x".join(str(side) for side in config["pretrained_cfg"]["input_size"])
     changes = config["okdc"].get("changes")
     library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not changes else ""
-    changed = f" Its first layers are not the architecture's: {_stem.described(changes)}." if changes else ""
+    changed = f" Its first layers are not the architecture's: {stem.described(changes)}." if changes else ""
     return (
         f"---\n{yaml.safe_dump({'license': info.get('licence') or 'other'})}{library}"
         f"pipeline_tag: image-classification\ntags:\n- image-classification\n- okdc\n---\n\n"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import _stem, _teacher, methods, networks
+from okdc import _teacher, methods, networks
 from okdc._machine import choose_device
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
@@ -21,6 +21,7 @@ from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.methods import Method
 from okdc.needs import Needs
+from okdc.networks import stem
 from okdc.ranks import first, rank, world
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe, runs_code
 
@@ -100,7 +101,7 @@ def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
         )
     target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(classes))
     if wanted.network.small_input:
-        changed = _stem.described(_stem.changes(target)) or "nothing to change: it takes small images as it is"
+        changed = stem.described(stem.changes(target)) or "nothing to change: it takes small images as it is"
         log.warning("%s for small images: %s", wanted.network.model, changed)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")

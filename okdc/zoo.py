@@ -48,7 +48,7 @@ def choose(pattern: str | None = None, families: bool = False, sample: int | Non
     """
     known = smallest_of_families() if families else networks.names()
     if sample is not None:
-        others = set(timm.list_models()) - set(timm.list_models(module="_cifar")) - set(smallest_of_families())
+        others = set(timm.list_models()) - set(timm.list_models(module="cifar")) - set(smallest_of_families())
         shuffled = sorted(others)
         random.Random(SEED).shuffle(shuffled)
         known = shuffled[:sample]
@@ -71,7 +71,7 @@ def smallest_of_families() -> list[str]:
 
 
 def _families() -> list[str]:
-    return [module for module in timm.models.list_modules() if not module.startswith("_")]  # okdc registers _cifar
+    return [module for module in timm.models.list_modules() if module != "cifar"]  # which okdc registers
 
 
 def _size(name: str) -> float:

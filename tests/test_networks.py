@@ -15,8 +15,9 @@ from safetensors import safe_open
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from okdc import _cifar, _torchvision, _weights, networks
+from okdc import networks
 from okdc.errors import NetworkError
+from okdc.networks import cifar, from_torchvision, weights
 from okdc.recipe import NetworkSettings, Recipe
 
 # Parameters with 100 classes, and where that number is stated. "golden" are exact counts of the authors' own code.
@@ -78,7 +79,7 @@ def coloured(num_classes: int) -> nn.Module:
 
 
 def test_cifar_networks_have_the_parameters_that_the_papers_state() -> None:
-    assert set(CIFAR_PARAMETERS) == set(_cifar.default_cfgs)
+    assert set(CIFAR_PARAMETERS) == set(cifar.default_cfgs)
     with torch.device("meta"):
         assert {name: parameters(timm.create_model(name)) for name in CIFAR_PARAMETERS} == {
             name: count for name, (count, _) in CIFAR_PARAMETERS.items()
@@ -152,7 +153,7 @@ def test_torchvision_classifiers_get_the_datas_classes(name: str) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", _torchvision.names())
+@pytest.mark.parametrize("name", from_torchvision.names())
 def test_every_torchvision_classifier_gets_the_datas_classes(name: str) -> None:
     check_torchvision(name)
 
@@ -168,9 +169,9 @@ def check_torchvision(name: str) -> None:
 
 def test_the_torchvision_families_are_all_there() -> None:
     stems = {name.rstrip("0123456789").split("_")[0].rstrip("0123456789") for name in TORCHVISION_FAMILIES}
-    others = {name for name in _torchvision.names() if not name.startswith(tuple(stems))}
+    others = {name for name in from_torchvision.names() if not name.startswith(tuple(stems))}
     assert others == {"resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"}
-    assert len(_torchvision.names()) >= 80
+    assert len(from_torchvision.names()) >= 80
 
 
 def test_timm_networks_take_size_channels_rates_and_arguments() -> None:
@@ -262,12 +263,12 @@ def test_a_checkpoint_of_other_classes_keeps_all_but_the_classifier(tmp_path: Pa
     source = load(model, 10)
     torch.save(source.state_dict(), tmp_path / "ten.pth")
     network = load(model, 4, checkpoint=str(tmp_path / "ten.pth"))
-    (name,) = _weights.classifier_names(network)
-    assert _weights.num_classes(network) == 4
+    (name,) = weights.classifier_names(network)
+    assert weights.num_classes(network) == 4
     others = {key: value for key, value in source.state_dict().items() if not key.startswith(f"{name}.")}
     assert len(others) > 10
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in others.items())
-    assert _weights.num_classes(load(model, checkpoint=str(tmp_path / "ten.pth"))) == 10
+    assert weights.num_classes(load(model, checkpoint=str(tmp_path / "ten.pth"))) == 10
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:

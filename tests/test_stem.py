@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _bundle, _stem, exporting, networks
+from okdc import _bundle, exporting, networks
 from okdc.errors import NetworkError
+from okdc.networks import stem
 from okdc.recipe import ExportSettings, NetworkSettings
 from tests import networks as own
 
@@ -37,7 +38,7 @@ def images(channels: int = 3) -> torch.Tensor:
 @pytest.mark.parametrize("name", STEMS)
 def test_the_first_layers_keep_the_size_of_small_images(name: str) -> None:
     network = small(name)
-    assert sorted(_stem.changes(network)) == sorted(STEMS[name])
+    assert sorted(stem.changes(network)) == sorted(STEMS[name])
     sides = [c.output[-1] for c in okdc.inspect(network, images()).calls if len(c.output or ()) == 3]
     assert sides[0] >= 30
 
@@ -54,7 +55,7 @@ def test_trained_filters_keep_their_middle_and_their_strength() -> None:
     network = timm.create_model("resnet10t", num_classes=4)
     network.conv1[0] = nn.Conv2d(3, 24, 7, 2, 3, bias=False)
     before = network.conv1[0].weight.detach().clone()
-    _stem.make_small(network, (3, 32, 32))
+    stem.make_small(network, (3, 32, 32))
     after = network.conv1[0].weight.detach()
     torch.testing.assert_close(after.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
     ratio = after / before[:, :, 2:5, 2:5]
@@ -109,7 +110,7 @@ def test_a_bundle_knows_what_was_changed(tmp_path: Path, name: str, channels: in
     )  # fmt: skip
     folder, expected = tmp_path / "export", student(images(channels))
     config = json.loads((folder / "config.json").read_text())
-    assert config["okdc"]["base"] == name and config["okdc"]["changes"] == _stem.changes(student)
+    assert config["okdc"]["base"] == name and config["okdc"]["changes"] == stem.changes(student)
     with pytest.raises(RuntimeError, match="Unknown model"):  # rather than a network of other strides
         timm.create_model(f"local-dir:{folder}", pretrained=True)
     rebuilt = _bundle.load_student(folder)

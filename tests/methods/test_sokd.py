@@ -39,7 +39,7 @@ def steps(sokd: Sokd, count: int = 3) -> None:
 
 def wide(state: dict[str, Tensor], prefix: str) -> nn.Module:
     """WRN-10-1 of okdc's own blocks, with the authors' weights; a teacher's tail may come from its bridge."""
-    network = okdc._cifar._wide_resnet(10, 1, num_classes=5).double()
+    network = okdc.networks.cifar._wide_resnet(10, 1, num_classes=5).double()
     theirs = {"stem": "conv1", "norm": "bn1", "fc": "fc"}
     for i in range(3):
         for mine, name in {"norm1": "bn1", "norm2": "bn2", "conv1": "conv1", "conv2": "conv2"}.items():
@@ -86,8 +86,8 @@ def test_losses_and_gradients() -> None:
 def test_the_bridge_forward() -> None:
     """The re-grown tail of a Wide ResNet is the authors' module, running statistics included."""
     t, _ = load("sokd_kbm")
-    teacher = okdc._cifar._wide_resnet(10, 1, num_classes=5)
-    target = okdc._cifar._wide_resnet(10, 1, num_classes=5)
+    teacher = okdc.networks.cifar._wide_resnet(10, 1, num_classes=5)
+    target = okdc.networks.cifar._wide_resnet(10, 1, num_classes=5)
     bridge = method(teacher, target).double().bridge
     assert bridge.cut == "stages.1"
     tail = bridge.branches[0]

@@ -1,0 +1,11 @@
+"""A name, a function or a saved student becomes an `nn.Module` that takes the data's images.
+
+Importing this registers the 32x32 networks of the papers with timm. Imports `anatomy`, `recipe`, `tasks` and below.
+"""
+
+from __future__ import annotations
+
+from okdc.networks.build import arguments, load, names
+from okdc.networks.input import check_input, data_config
+
+__all__ = ["arguments", "check_input", "data_config", "load", "names"]

@@ -1,0 +1,90 @@
+"""The images that a network takes: their size and preprocessing, and whether it really takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from okdc.errors import NetworkError
+from okdc.networks import from_torchvision
+from okdc.networks.build import _TORCHVISION
+from okdc.recipe import NetworkSettings
+from okdc.tasks.outputs import alone, described
+
+
+def data_config(
+    network: nn.Module,
+    settings: NetworkSettings,
+    *,
+    image_size: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> dict[str, Any]:
+    """How images become the network's input: input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode.
+
+    The settings' img_size wins, then `image_size` (H, W), then the network's own; a network that states none gets
+    ImageNet's values. The other keywords override. Raises NetworkError for means that do not fit the channels.
+    """
+    own = from_torchvision.data_config(settings.model) or getattr(network, "pretrained_cfg", None) or {}
+    channels = settings.in_chans
+    _, *own_size = own.get("input_size") or (channels, 224, 224)
+    if settings.model.startswith(_TORCHVISION) and isinstance(getattr(network, "image_size", None), int):
+        own_size = [network.image_size] * 2  # type: ignore[list-item]  # not that of weights that were not asked for
+    side = settings.img_size
+    height, width = (side, side) if side else image_size or own_size
+    given = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) not in (1, channels):
+            raise NetworkError(f"data.{name} has {len(values)} values, but the network takes {channels} channels.")
+    config = timm.data.resolve_data_config({"input_size": (channels, height, width), **given}, pretrained_cfg=own)
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:  # a network for colours given grey or multispectral images
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
+def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """The logits, (1, classes), of one black image of `input_size` (C, H, W); raises NetworkError if there are none."""
+    channels, height, width = input_size
+    logits = _try_input(network, input_size)
+    if isinstance(logits, Tensor):
+        return logits
+    if not isinstance(logits, Exception):
+        raise NetworkError(
+            f"{name_of(network)} returns {described(logits)}, expected one tensor of logits (batch, classes). "
+            f"{alone(logits)}"
+        )
+    reason = str(logits).strip().splitlines()[0] if str(logits).strip() else type(logits).__name__
+    sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
+    takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)
+    if takes is None:
+        advice = "Is --in-chans right?"
+    elif takes > min(height, width):
+        advice = f"Images smaller than the network takes: --img-size {takes} works (smaller images are enlarged)."
+    else:
+        advice = f"The network was built for another size: --img-size {takes} works."
+    raise NetworkError(f"{name_of(network)} cannot take images of {channels}x{height}x{width}: {reason}. {advice}")
+
+
+def name_of(network: nn.Module) -> str:
+    return (getattr(network, "pretrained_cfg", None) or {}).get("architecture") or type(network).__name__
+
+
+@torch.no_grad()
+def _try_input(network: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    """The network's output for a black image in eval mode, or the exception raised; the network is left as it was."""
+    training = {module: module.training for module in network.modules()}
+    weight = next(network.parameters(), torch.zeros(()))
+    try:
+        return network.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
+    except Exception as error:  # whatever a stranger's forward raises is the answer
+        return error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
