@@ -21,10 +21,10 @@ from okdc import networks
 from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
-from okdc.depth import FALLBACKS
+from okdc.cohort.depth import FALLBACKS
+from okdc.cohort.replay import Replay
 from okdc.errors import CutError, OkdcError
 from okdc.recipe import NetworkSettings
-from okdc.replay import Replay
 from okdc.system import shipped
 
 COLUMNS = (

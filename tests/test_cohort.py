@@ -13,8 +13,8 @@ from torch import nn
 from okdc import assembly, methods, recipe
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
+from okdc.cohort.replay import Record, Replay
 from okdc.errors import CutError, NetworkError
-from okdc.replay import Record, Replay
 from tests import networks
 
 TRAPS = [

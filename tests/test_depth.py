@@ -9,8 +9,8 @@ from torch import nn
 
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
-from okdc.depth import ResidualAttention
-from okdc.refit import Reprojected, refit
+from okdc.cohort.depth import ResidualAttention
+from okdc.cohort.refit import Reprojected, refit
 from tests import networks
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from torch import nn
 
 import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.cohort import Branch, Cohort
+from okdc.cohort.replay import Record, Replay, Tap
 from okdc.errors import CutError, NetworkError
-from okdc.replay import Record, Replay, Tap
 from tests import networks
 
 KINDS = {  # network, side of its images, where it is cut

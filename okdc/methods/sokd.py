@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
+from okdc.cohort.birth import reborn
 from okdc.errors import RecipeError
-from okdc.growth import reborn
 from okdc.losses import attention_transfer, cross_entropy, feature_mse, kl, similarity
 from okdc.methods._base import Method
 from okdc.methods._parts import on_one_grid

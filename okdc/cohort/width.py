@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.depth import Chain
+from okdc.cohort.depth import Chain
 from okdc.errors import CutError, NetworkError
 
 

@@ -14,7 +14,7 @@ from okdc.anatomy import Anatomy, Call, Stage
 from okdc.anatomy.modes import at_rest
 from okdc.anatomy.shapes import layout, positions, same_size
 from okdc.anatomy.stages import is_part, is_sequence, outermost, runs
-from okdc.refit import refit
+from okdc.cohort.refit import refit
 
 
 class Chain(nn.Module):

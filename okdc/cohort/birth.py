@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, Stage
-from okdc.depth import deepen, shorten
+from okdc.cohort.depth import deepen, shorten
 
 PERTURBATION = 0.1  # noise of a pre-trained branch, as a share of each weight tensor's own spread
 

@@ -19,22 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.anatomy.shapes import layout
-from okdc.errors import CutError, NetworkError
-from okdc.growth import born, grow
-from okdc.narrowing import narrow
-from okdc.replay import Handling, Record, Tap, Tape, as_map
-from okdc.sharing import (
-    before,
-    on_its_own,
+from okdc.cohort.birth import born, grow
+from okdc.cohort.proof import (
     prove,
     refuse_by_chance,
     refuse_by_data,
     refuse_other_ways,
     refuse_own_modules,
-    stand_in,
-    tie_unused,
     ways_in_training,
 )
+from okdc.cohort.replay import Handling, Record, Tap, Tape, as_map
+from okdc.cohort.trunk import before, on_its_own, stand_in, tie_unused
+from okdc.cohort.width import narrow
+from okdc.errors import CutError, NetworkError
 from okdc.tasks.outputs import described
 
 
