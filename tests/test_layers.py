@@ -150,11 +150,11 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_methods_do_not_know_each_other() -> None:
-    files = [name for name in modules() if name.startswith("okdc.methods.") and "._" not in name]
+    files = [name for name in modules() if name.startswith("okdc.methods.") and ".shared" not in name]
     assert len(files) >= 16
     for name in files:
         others = {other for other in imports(name) if other.startswith("okdc.methods.")}
-        assert all(other.startswith("okdc.methods._") for other in others), name
+        assert all(other.startswith("okdc.methods.shared") for other in others), name
 
 
 def test_export_targets_know_nothing_of_okdc() -> None:

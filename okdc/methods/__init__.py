@@ -9,14 +9,14 @@ import sys
 from importlib import import_module
 
 from okdc.errors import RecipeError, nearest
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 
 __all__ = ["Method", "card", "get", "names", "settings"]
 
 
 def names() -> list[str]:
     """The methods that ship with okdc."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
 def get(name: str) -> type[Method]:

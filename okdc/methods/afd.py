@@ -22,8 +22,8 @@ from torch.nn.utils import parametrizations
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
-from okdc.methods._parts import on_one_grid
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import on_one_grid
 
 
 class Critic(nn.Module):

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, rampup
-from okdc.methods._base import Method
-from okdc.methods._parts import on_one_grid
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import on_one_grid
 
 Attention = Literal["none", "se", "cbam"]
 PRESETS = {

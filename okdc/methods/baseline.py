@@ -12,7 +12,7 @@ from torch import Tensor
 
 from okdc.cohort import CohortOutput
 from okdc.losses import cross_entropy
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 
 
 class Baseline(Method):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, soft_cross_entropy
-from okdc.methods._base import Method
-from okdc.methods._parts import ramp
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import ramp
 
 Variant = Literal["paper", "paper_t2", "half_kl", "ramped_kl"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 
 
 class Dml(Method):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
-from okdc.methods._parts import Ensemble, on_one_grid, ramp
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import Ensemble, on_one_grid, ramp
 
 
 class Fusion(nn.Module):

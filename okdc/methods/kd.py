@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort, CohortOutput, Cost
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 
 
 class Kd(Method):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 from okdc.needs import Needs
 from okdc.ranks import mean_
 

@@ -24,10 +24,10 @@ from torch.nn.utils import parameters_to_vector
 from okdc.cohort import Cohort, Cost
 from okdc.errors import NetworkError, RecipeError
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
-from okdc.methods._contrastive import Bank, mutual_contrast
-from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers
-from okdc.methods._lookahead import descend, hypergradient
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.contrast import Bank, mutual_contrast
+from okdc.methods.shared.lookahead import descend, hypergradient
+from okdc.methods.shared.towers import Aggregator, Matching, Taps, Towers
 from okdc.needs import Needs
 from okdc.system.randomness import random_state, set_random_state
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
-from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast
 from okdc.needs import Needs
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, memory_scores, nce
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 from okdc.needs import Needs
 from okdc.ranks import drawn_together, gather
 

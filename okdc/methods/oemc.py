@@ -26,8 +26,8 @@ from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
 from okdc.losses import cross_entropy, feature_mse, kl
-from okdc.methods._base import Method
-from okdc.methods._parts import on_one_grid
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import on_one_grid
 
 
 class Oemc(Method):

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from okdc.cohort import Cohort, CohortOutput
 from okdc.errors import RecipeError
 from okdc.losses import cross_entropy, kl, soft_cross_entropy
-from okdc.methods._base import Method
-from okdc.methods._parts import ramp
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import ramp
 
 
 class Attention(nn.Module):

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from okdc.cohort import Cohort, CohortOutput, Cost
 from okdc.losses import cross_entropy, kl
-from okdc.methods._base import Method
-from okdc.methods._parts import ramp
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import ramp
 from okdc.needs import Needs
 
 

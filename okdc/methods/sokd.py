@@ -24,8 +24,8 @@ from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.cohort.birth import reborn
 from okdc.errors import RecipeError
 from okdc.losses import attention_transfer, cross_entropy, feature_mse, kl, similarity
-from okdc.methods._base import Method
-from okdc.methods._parts import on_one_grid
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.parts import on_one_grid
 
 # What distances of feature maps are multiplied by, as is usual for each.
 _OF_MAPS = {"at": (attention_transfer, 1000.0), "fitnet": (feature_mse, 100.0), "sp": (similarity, 3000.0)}

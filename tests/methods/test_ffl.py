@@ -11,8 +11,8 @@ from torch import Tensor
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import rampup
-from okdc.methods._parts import on_one_grid
 from okdc.methods.ffl import Ffl, Fusion
+from okdc.methods.shared.parts import on_one_grid
 from okdc.system import shipped
 from tests.methods.golden import assert_same, load
 from tests.networks import Depthwise, Tiny, Tokens

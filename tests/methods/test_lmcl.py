@@ -16,10 +16,10 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data._pairs import images_per_class, paired_order
 from okdc.errors import CutError, DataError, NetworkError, RecipeError
-from okdc.methods._contrastive import Bank, EmbeddingHead, mutual_contrast
-from okdc.methods._layerwise import Aggregator, Matching, Taps, Towers, tap_places
-from okdc.methods._lookahead import Objective, descend, hypergradient
 from okdc.methods.lmcl import Lmcl
+from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast
+from okdc.methods.shared.lookahead import Objective, descend, hypergradient
+from okdc.methods.shared.towers import Aggregator, Matching, Taps, Towers, tap_places
 from okdc.needs import Needs
 from tests.methods.golden import assert_same, load
 from tests.networks import Depthwise, Tiny, Tokens

@@ -11,8 +11,8 @@ from torch import Tensor
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import DataError
-from okdc.methods._contrastive import Bank, EmbeddingHead, contrast, mutual_contrast
 from okdc.methods.mcl import Mcl
+from okdc.methods.shared.contrast import Bank, EmbeddingHead, contrast, mutual_contrast
 from okdc.needs import Needs
 from tests.methods.golden import assert_same, load
 from tests.networks import Tiny, Tokens

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.losses import rampup
-from okdc.methods._base import Method
+from okdc.methods.shared.base import Method
 
 
 class Ensemble(nn.Module):

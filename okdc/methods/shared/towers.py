@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy, Stage, inspect
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import CutError
-from okdc.methods._contrastive import EmbeddingHead
+from okdc.methods.shared.contrast import EmbeddingHead
 
 
 class Taps(NamedTuple):
