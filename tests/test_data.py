@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc.data import Data, load, open_source, wrap
-from okdc.data._streams import _read
+from okdc.data.streams import _read
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.waiting import Stuck, Waiting

@@ -28,7 +28,7 @@ from okdc._distributed import _end_with_launcher, _first_node, as_started, joine
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
-from okdc.data._loading import Part
+from okdc.data.samples import Part
 from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs

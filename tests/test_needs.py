@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
-from okdc.data._images import Images
-from okdc.data._pairs import images_per_class, paired_order
+from okdc.data.images import Images
+from okdc.data.pairs import images_per_class, paired_order
 from okdc.errors import DataError
 from okdc.needs import Needs
 from okdc.recipe import DataSettings

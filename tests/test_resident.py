@@ -17,9 +17,9 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from okdc.data import Data, _resident, load, open_source
-from okdc.data._batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
-from okdc.data._resident import ResidentTraining
+from okdc.data import Data, load, open_source, resident
+from okdc.data.batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
+from okdc.data.resident import ResidentTraining
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
@@ -186,7 +186,7 @@ def test_large_images_are_left_to_the_loader_unless_asked_for(folder: Path) -> N
 
 def test_worker_processes_that_are_not_forked_decode_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, before = data(data=str(folder)), multiprocessing.get_start_method()
-    monkeypatch.setattr(_resident, "FEW", 48)  # of the training images alone
+    monkeypatch.setattr(resident, "FEW", 48)  # of the training images alone
     multiprocessing.set_start_method("spawn", force=True)
     try:
         assert equal(alone, data(data=str(folder), workers=1))

@@ -6,9 +6,9 @@ of worker processes; that is what lets a run that was killed in the middle of an
 
 from __future__ import annotations
 
-from okdc.data._common import Data, Source, TrainBatches
-from okdc.data._loading import load
-from okdc.data._own import wrap
-from okdc.data._sources import open_source
+from okdc.data.loading import load
+from okdc.data.own_loader import wrap
+from okdc.data.sources import open_source
+from okdc.data.values import Data, Source, TrainBatches
 
 __all__ = ["Data", "Source", "TrainBatches", "load", "open_source", "wrap"]

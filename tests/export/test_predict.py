@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from okdc.data._transforms import convert
+from okdc.data.transforms import convert
 from okdc.system import shipped
 
 SCRIPT = shipped.folder("export") / "predict.py"

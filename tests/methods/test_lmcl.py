@@ -14,7 +14,7 @@ from torch.func import functional_call
 import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
-from okdc.data._pairs import images_per_class, paired_order
+from okdc.data.pairs import images_per_class, paired_order
 from okdc.errors import CutError, DataError, NetworkError, RecipeError
 from okdc.methods.lmcl import Lmcl
 from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast

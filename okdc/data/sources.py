@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from okdc.data._common import Source
-from okdc.data._folders import VALIDATION_NAMES, open_folder
-from okdc.data._images import Images, check, labels_of, names_by_index, split_in_two
-from okdc.data._streams import Stream, stream_classes
+from okdc.data.folders import VALIDATION_NAMES, open_folder
+from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
+from okdc.data.streams import Stream, stream_classes
+from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
@@ -30,7 +30,7 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
     `digits`, a folder, `torch/NAME` (files in ./data, or in ROOT with `torch/NAME:ROOT`) and `hfds/ID` are read image
-    by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data._streams for what that costs.
+    by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data.streams for what that costs.
     `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""

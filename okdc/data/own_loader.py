@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okdc.data._common import Batch, Data
+from okdc.data.values import Batch, Data
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.system.randomness import iterate_seeded

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from okdc.data._batchwise import Law
-from okdc.data._common import BadImage, BadImages, Batch, Data, Source, TrainBatch, as_loaded, log
-from okdc.data._images import Images, listed
-from okdc.data._pairs import images_per_class, paired_order
-from okdc.data._resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
-from okdc.data._streams import Stream, load_stream
-from okdc.data._transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing, read
+from okdc.data.batchwise import Law
+from okdc.data.images import Images, listed
+from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
+from okdc.data.samples import EpochPlaces, Order, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded
+from okdc.data.streams import Stream, load_stream
+from okdc.data.transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
+from okdc.data.values import BadImages, Batch, Data, Source, TrainBatch, log
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
-from okdc.system.randomness import borrowed_generators, derive_seed, reseed
 from okdc.system.signals import leave_signals
 
 HELD_OUT = 20  # each how-manieth image of a class is set aside where a method needs some
-
-Loaded = tuple[Tensor, Tensor, list[BadImage]]
 
 
 def load(
@@ -125,153 +119,6 @@ def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
             f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
             "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
         )
-
-
-def _collate(samples: list[tuple[Any, ...]], bad: list[BadImage]) -> Loaded:
-    """Samples of (views, label, ...) as images (V * B, C, H, W), view by view, and targets (B, ...) int64."""
-    if not samples:
-        return torch.empty(0), torch.empty(0, dtype=torch.int64), bad
-    views, *targets = zip(*samples)
-    return torch.stack([image for view in zip(*views) for image in view]), torch.tensor(targets).T, bad
-
-
-class Order:
-    """Which image stands where in an epoch: a permutation, or with `pairs_in` batches of so many a balanced draw."""
-
-    def __init__(self, labels: Tensor, seed: int, pairs_in: int | None):
-        self.labels, self.seed, self.pairs_in = labels, seed, pairs_in
-        self.per_class = images_per_class(labels, pairs_in) if pairs_in else 0
-
-    def of(self, epoch: int) -> Tensor:
-        """Positions of images, (N,); the first whole batches of them are the epoch."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        if self.pairs_in:
-            return paired_order(self.labels, self.pairs_in, self.per_class, generator)
-        return torch.randperm(len(self.labels), generator=generator)
-
-    def candidates(self, positions: Tensor, place: int) -> Iterator[int]:
-        """The image whose place it is, then those that may stand in for it: the next ones, or others of its class."""
-        own = int(positions[place])
-        yield own
-        if self.pairs_in:
-            first = place - place % self.pairs_in
-            present = set(positions[first : first + self.pairs_in].tolist())
-            alike = (self.labels == self.labels[own]).nonzero().flatten().roll(-own).tolist()
-            yield from (position for position in alike if position not in present)
-        for further in range(1, len(positions)):
-            yield int(positions[(place + further) % len(positions)])
-
-
-class TrainImages(Dataset):
-    """Loads whole batches by (epoch, position in the epoch's order), each image as `views` augmentations of it.
-
-    An unreadable image gives its place to another (`Order.candidates`); after `attempts` in a row its place stays
-    empty, which whoever counts the bad images turns into an error.
-    """
-
-    def __init__(
-        self, images: Images, order: Order, transform: Any, config: dict[str, Any], attempts: int, seed: int, views: int
-    ):
-        self.images, self.transform, self.mode = images, transform, MODES[config["input_size"][0]]
-        self.order, self.attempts, self.seed, self.views = order, attempts, seed, views
-        self.epoch, self.positions = -1, torch.empty(0)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, places: list[tuple[int, int]]) -> Loaded:
-        bad: list[BadImage] = []
-        with borrowed_generators(self.seed):
-            samples = [self._sample(epoch, position, bad) for epoch, position in places]
-        return _collate([sample for sample in samples if sample is not None], bad)
-
-    def _sample(self, epoch: int, place: int, bad: list[BadImage]) -> tuple[list[Tensor], int, int] | None:
-        if epoch != self.epoch:
-            self.epoch, self.positions = epoch, self.order.of(epoch)
-        for position in islice(self.order.candidates(self.positions, place), self.attempts):
-            if sample := read(self.images, position, self.mode, bad):
-                image, label = sample
-                return [self._view(image, epoch, place, view) for view in range(self.views)], label, position
-        return None
-
-    def _view(self, image: Image.Image, epoch: int, place: int, view: int) -> Tensor:
-        # The place's own image seeds, so that a stand-in is not cropped as it is in its own place. In a balanced order
-        # an image may come twice in an epoch: then the place seeds too.
-        twice = place if self.order.pairs_in else 0
-        reseed(self.seed, epoch, int(self.positions[place]), 2, view, twice)
-        return self.transform(image)
-
-
-class ValidationImages(Dataset):
-    """Loads whole batches by position; an unreadable image is left out."""
-
-    def __init__(self, images: Images, transform: Any, config: dict[str, Any]):
-        self.images, self.transform, self.mode = images, transform, MODES[config["input_size"][0]]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, positions: list[int]) -> Loaded:
-        bad: list[BadImage] = []
-        samples = [read(self.images, position, self.mode, bad) for position in positions]
-        images, targets, bad = _collate([([self.transform(s[0])], s[1]) for s in samples if s], bad)
-        return images, targets.flatten(), bad
-
-
-@dataclass(frozen=True)
-class Part:
-    """The `size` images that one rank has of a batch which `world` ranks share.
-
-    They stand side by side; `mirrored`, half of them does at the front and half at the back, because mixup mixes an
-    image with the one as far from the other end, which is then the same rank's (but for the odd one of an odd `size`).
-    """
-
-    size: int
-    rank: int = 0
-    world: int = 1
-    mirrored: bool = False
-
-    @property
-    def whole(self) -> int:
-        return self.size * self.world
-
-    def places(self) -> list[int]:
-        """Where the images stand in the whole batch."""
-        if not self.mirrored:
-            return list(range(self.rank * self.size, (self.rank + 1) * self.size))
-        front, back = self.size - self.size // 2, self.size // 2
-        end = self.whole - self.rank * back
-        return [*range(self.rank * front, (self.rank + 1) * front), *range(end - back, end)]
-
-
-class EpochPlaces(Sampler):
-    """Batches of (epoch, place), from batch `start` of the epoch on: what is skipped is never read."""
-
-    def __init__(self, num_images: int, part: Part):
-        self.whole, self.places, self.steps = part.whole, part.places(), num_images // part.whole
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.steps):
-            yield [(self.epoch, step * self.whole + place) for place in self.places]
-
-
-class OrderedPlaces(Sampler):
-    """Batches of positions in order: each `every`-th of them, from the `first` on."""
-
-    def __init__(self, num_images: int, batch_size: int):
-        starts = range(0, num_images, batch_size)
-        self.batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
-        self.first, self.every = 0, 1
-
-    def __len__(self) -> int:
-        return len(self.batches[self.first :: self.every])
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches[self.first :: self.every])
 
 
 class CountedBatches:

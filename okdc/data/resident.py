@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from okdc.data._batchwise import FILTERS, Law, mix
-from okdc.data._common import BadImages, Batch, as_loaded, log
-from okdc.data._images import Images
-from okdc.data._transforms import MODES, image_transform, read
+from okdc.data.batchwise import FILTERS, Law, mix
+from okdc.data.images import Images
+from okdc.data.samples import as_loaded
+from okdc.data.transforms import MODES, image_transform, read
+from okdc.data.values import BadImages, Batch, log
 from okdc.errors import DataError
 from okdc.ranks import rank
 from okdc.recipe import DataSettings
@@ -31,7 +32,7 @@ from okdc.system.signals import leave_signals
 from okdc.system.waiting import limited
 
 if TYPE_CHECKING:
-    from okdc.data._loading import TrainImages
+    from okdc.data.samples import TrainImages
 
 FITS = 2**30  # bytes, decoded
 SMALL = 128  # pixels a side: larger ones are decoded and cropped by the loader's processes, beside the training

@@ -17,9 +17,9 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.class_map import load_class_map
 
-from okdc.data._common import Batch, Data, Source
-from okdc.data._images import names_by_index
-from okdc.data._transforms import MODES, BatchAugmentation, image_transform
+from okdc.data.images import names_by_index
+from okdc.data.transforms import MODES, BatchAugmentation, image_transform
+from okdc.data.values import Batch, Data, Source
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.randomness import iterate_seeded

@@ -16,8 +16,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from okdc.data._common import BadImage, Batch
-from okdc.data._images import Images
+from okdc.data.images import Images
+from okdc.data.values import BadImage, Batch
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.randomness import borrowed_generators, reseed

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from okdc.data._common import Source, log
+from okdc.data.values import Source, log
 from okdc.errors import DataError
 
 

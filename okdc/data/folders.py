@@ -10,8 +10,8 @@ from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-from okdc.data._common import Source
-from okdc.data._images import Images, labels_of, listed, names_by_index, split_in_two
+from okdc.data.images import Images, labels_of, listed, names_by_index, split_in_two
+from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 

@@ -94,8 +94,3 @@ class BadImages:
                 f"{len(self.reasons)} images cannot be read, and at most {self.limit} may be skipped. Some of them: "
                 f"{some}. Mend or delete them, or allow more with --max-bad-images N."
             )
-
-
-def as_loaded(batch: Any) -> Any:
-    """The collate_fn of data sets that load whole batches; a function of the module's, as workers may be sent it."""
-    return batch
