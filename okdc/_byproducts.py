@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import checkpoint, exporting
+from okdc import exporting
 from okdc.anatomy.modes import at_rest
 from okdc.data import Data
 from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.recipe import ExportSettings
+from okdc.training import checkpoint
 
 FOLDER = "byproducts"
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from okdc import checkpoint, networks
+from okdc import networks
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
 from okdc.system.waiting import limited
+from okdc.training import checkpoint
 
 ENOUGH = 2000  # validation images to see whether a teacher knows anything
 

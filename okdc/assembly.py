@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from okdc import _teacher, methods, networks
-from okdc._machine import choose_device
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -24,6 +23,7 @@ from okdc.needs import Needs
 from okdc.networks import stem
 from okdc.ranks import first, rank, world
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe, runs_code
+from okdc.training.machine import choose_device
 
 log = logging.getLogger("okdc")
 

@@ -19,12 +19,12 @@ import torch
 
 from okdc import _bundle, _targets, exporting, networks, pipeline, verify
 from okdc._gates import GPU_ROWS
-from okdc._machine import choose_device
 from okdc.data import wrap
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system import shipped
 from okdc.system.wording import without_paths
+from okdc.training.machine import choose_device
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 

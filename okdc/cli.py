@@ -102,15 +102,16 @@ def compress(
     """
     typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import _distributed, methods, pipeline, runs
+    from okdc import methods, pipeline, runs
+    from okdc.training import launch
 
     recipe_name = recipe_name or runs.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
-    if resolved.train.devices * resolved.train.nodes > 1 and _distributed.place(resolved.train) is None:
+    if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
         command = [sys.executable, "-m", "okdc", *sys.argv[1:]]
-        raise SystemExit(_distributed.launch(command, resolved.train, rendezvous))
+        raise SystemExit(launch.launch(command, resolved.train, rendezvous))
     result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
-    here = _distributed.place(resolved.train)
+    here = launch.place(resolved.train)
     if here is not None and here[0] > 0:
         return  # the first of several processes speaks
 

@@ -17,20 +17,7 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import (
-    _byproducts,
-    _distributed,
-    _hub,
-    _teacher,
-    assembly,
-    checkpoint,
-    exporting,
-    methods,
-    networks,
-    report,
-    runs,
-    train,
-)
+from okdc import _byproducts, _hub, _teacher, assembly, exporting, methods, networks, report, runs, training
 from okdc.data import Data, load, open_source
 from okdc.errors import NetworkError
 from okdc.methods import Method
@@ -38,6 +25,8 @@ from okdc.ranks import first, rank
 from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override, resolve
 from okdc.recipe import load as load_recipe
 from okdc.system.randomness import own_randomness, seed_everything
+from okdc.training import checkpoint, launch
+from okdc.training.machine import choose_device
 
 
 @dataclass
@@ -82,12 +71,12 @@ def compress(
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
     wanted = _recipe(model, loader, recipe or runs.recipe_of(resume), method, settings)
-    wanted = replace(wanted, train=_distributed.as_started(wanted.train))
+    wanted = replace(wanted, train=launch.as_started(wanted.train))
     chosen = wanted.method["name"]
     _teacher.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
     arch = wanted.network.model
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
-        with _distributed.joined(wanted.train), own_randomness():
+        with launch.joined(wanted.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: runs.choose(Path(output), wanted, experiment, resume))
             seed_everything(wanted.train.seed)
@@ -101,7 +90,7 @@ def compress(
                 if leads:
                     print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
                 try:
-                    state = train.fit(
+                    state = training.fit(
                         learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
                         begin=lambda: runs.begin(folder, wanted, facts, held),
                     )  # fmt: skip
@@ -252,7 +241,7 @@ def _opening(learner: Method, data: Data, wanted: Recipe, folder: Path) -> str:
 
 
 def _device(wanted: Recipe) -> str:
-    device, settings = train.choose_device(wanted.train.device), wanted.train
+    device, settings = choose_device(wanted.train.device), wanted.train
     if (count := settings.devices * settings.nodes) == 1:
         return str(device)
     return f"{count} processes on {device.type}, {settings.images_per_step:,} images per step"
@@ -336,7 +325,7 @@ def _command() -> str:
 
 
 def _environment(wanted: Recipe) -> dict[str, Any]:
-    settings, device = wanted.train, train.choose_device(wanted.train.device)
+    settings, device = wanted.train, choose_device(wanted.train.device)
     return {
         "okdc": okdc.__version__,
         "python": platform.python_version(),

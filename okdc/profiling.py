@@ -19,16 +19,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import assembly, estimate, methods
-from okdc._machine import Machine
 from okdc._memory import rise
-from okdc._state import Run, TrainState, build
 from okdc.cohort import Cohort
 from okdc.data import Data
 from okdc.methods import Method
 from okdc.recipe import Recipe, TrainSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.signals import StopSignal
-from okdc.train import stepper
+from okdc.training import TrainState
+from okdc.training.loop import stepper
+from okdc.training.machine import Machine
+from okdc.training.state import Run, build
 
 BURST = 0.05  # seconds: steps that are shorter are measured several at a time
 WARM_UP = 2  # steps before anything is measured

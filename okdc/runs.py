@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from okdc import checkpoint
 from okdc.errors import RunError
 from okdc.recipe import Recipe
 from okdc.system import files
+from okdc.training import checkpoint
 
 RECIPE = "recipe.yaml"
 STUDENT = "student.json"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc import _byproducts, _summary, checkpoint, pipeline
+from okdc import _byproducts, _summary, pipeline
 from okdc.data import wrap
 from okdc.recipe import ExportSettings
+from okdc.training import checkpoint
 from tests.networks import Tiny
 from tests.test_teacher import DataLoaders
 

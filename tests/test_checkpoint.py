@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 
-from okdc import checkpoint
 from okdc.errors import RunError
 from okdc.system import files
+from okdc.training import checkpoint
 
 resource = pytest.importorskip("resource", reason="limits on the size of a file need POSIX")
 

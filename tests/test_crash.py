@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from okdc import checkpoint, exporting
+from okdc import exporting
+from okdc.training import checkpoint
 from tests.crashing import Accident, Server
 
 CLASSES, PER_CLASS, BATCH = 4, 12, 8

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from okdc import methods, runs
-from okdc._distributed import _end_with_launcher, _first_node, as_started, joined, launch, place, synchronised
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -34,7 +33,9 @@ from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.ranks import _Sum, local_rank, rank, world
 from okdc.recipe import DataSettings, Recipe, TrainSettings
-from okdc.train import fit
+from okdc.training import fit
+from okdc.training.launch import _end_with_launcher, _first_node, as_started, joined, launch, place
+from okdc.training.parallel import synchronised
 from tests.networks import Tiny
 
 PRECISION = torch.float64  # in which nothing but a mistake makes a difference: rounding grows with every step
@@ -558,7 +559,7 @@ def test_each_process_of_a_node_has_a_device_of_its_own(monkeypatch):
 
 
 def test_batch_norm_is_synchronised_and_given_back_but_for_the_users_own(monkeypatch):
-    monkeypatch.setattr("okdc._distributed.world", lambda: 2)
+    monkeypatch.setattr("okdc.training.parallel.world", lambda: 2)
     norms = nn.Sequential(nn.BatchNorm2d(4), BatchNormAct2d(4), nn.SyncBatchNorm(4), SyncBatchNormAct(4))
     kinds = [type(norm) for norm in norms]
     with synchronised(norms, True):

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
 import okdc.networks
-from okdc import checkpoint, methods, pipeline, runs
+from okdc import methods, pipeline, runs
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.recipe import Recipe, override, resolve
 from okdc.system import shipped
+from okdc.training import checkpoint
 from tests.networks import Tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from okdc import checkpoint
 from okdc.errors import RunError
 from okdc.pipeline import _metrics
 from okdc.system.signals import StopSignal
-from okdc.train import TrainState
+from okdc.training import checkpoint
+from okdc.training import TrainState
 from tests.training import (
     SETTINGS,
     STEPS,

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc import _state, checkpoint
-from okdc._machine import Machine, choose_device
-from okdc._progress import Display, faster_data
 from okdc.cohort import Branch, Cohort
 from okdc.data import wrap
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.methods.ahbf import Ahbf
+from okdc.training import checkpoint
+from okdc.training.machine import Machine, choose_device
+from okdc.training.progress import Display, faster_data
+from okdc.training.state import save
 from tests.training import (
     BATCH,
     CLASSES,
@@ -323,7 +324,7 @@ def test_the_time_left_is_right_at_half_of_the_steps(tmp_path, monkeypatch, resu
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr("okdc.train.Display", Noting)
+    monkeypatch.setattr("okdc.training.loop.Display", Noting)
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     settings, middle = replace(SETTINGS, epochs=4, recovery_interval=1), (2, 1)
@@ -418,10 +419,10 @@ def test_an_alarm_that_rings_late_does_not_disturb_the_saving(tmp_path, monkeypa
 
     def slowly(state, run):
         time.sleep(0.3)
-        _state.save(state, run)
+        save(state, run)
 
     method.after_step = late
-    monkeypatch.setattr("okdc._stalls.save", slowly)
+    monkeypatch.setattr("okdc.training.lost_data.save", slowly)
     with pytest.raises(TrainingError, match="no data came for 60 seconds"):
         run(tmp_path, replace(SETTINGS, timeout=60.0), method=method)
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL

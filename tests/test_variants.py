@@ -19,12 +19,13 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, checkpoint, cli, exporting, pipeline
+from okdc import _bundle, _calibration, _schema, cli, exporting, pipeline
 from okdc.data import Data, wrap
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
+from okdc.training import checkpoint
 from okdc.verify import torch_runner
 from tests.export import fake_tensorrt
 

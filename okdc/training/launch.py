@@ -1,40 +1,30 @@
-"""Several processes, one per device: started, joined, wrapped around a method, and watched so that none hangs."""
+"""Several processes: how they are started, what place each has, and how they end together."""
 
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import json
 import logging
-import math
 import os
 import re
 import signal
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.distributed_c10d import _get_default_store
-from torch.nn.parallel import DistributedDataParallel
 
 from okdc.errors import RecipeError, TrainingError
 from okdc.ranks import local_rank, rank, world
 from okdc.recipe import TrainSettings
 from okdc.system.signals import heeded
+from okdc.training.watch import FOR_EVER
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
-FOR_EVER = 1e8  # seconds
-PHASES = ("images set aside", "training", "validation")  # of an epoch, in their order
 
 
 def place(settings: TrainSettings) -> tuple[int, int, int] | None:
@@ -167,125 +157,3 @@ def _exit_code(failures: dict[int, Any]) -> int:
         )
     by_time = sorted((each for each in failures.values() if each.exitcode > 0), key=lambda each: each.timestamp)
     return by_time[0].exitcode if by_time else 1
-
-
-def wrapped(module: Any, device: torch.device) -> Any:
-    """`module` so that its gradients are averaged over the ranks; itself where there is one rank alone."""
-    if world() == 1:
-        return module
-    # The graph is the same in each step, so that a parameter no step uses, which has no gradient, costs no search.
-    learner = DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, static_graph=True)
-    learner.broadcast_buffers = False  # the loop averages batch norm's; the rest is the same on all ranks as it is
-    return learner
-
-
-@contextmanager
-def synchronised(method: nn.Module, wanted: bool) -> Iterator[None]:
-    """Batch norm over the batches of all ranks; afterwards each is what it was, as the target is the user's own."""
-    from timm.layers import BatchNormAct2d, SyncBatchNormAct
-
-    norms: list[Any] = [
-        module
-        for module in method.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-    ]
-    kinds = [type(norm) for norm in norms if wanted and world() > 1]
-    for norm, kind in zip(norms, kinds):  # changed in place, because hooks stand on them
-        norm.process_group = None
-        norm.__class__ = SyncBatchNormAct if issubclass(kind, BatchNormAct2d) else nn.SyncBatchNorm
-    try:
-        yield
-    finally:
-        for norm, kind in zip(norms, kinds):
-            norm.__class__ = kind
-            del norm.process_group
-
-
-class Watch:
-    """Ends a run in which no rank comes forward for `timeout` seconds, saying which one is behind, and where.
-
-    Every rank tells the others four times a second how far it is. A context manager; alone it does nothing.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout or FOR_EVER
-        self.place: tuple[float, ...] = ()  # epoch, phase, batch, has it come: of two ranks the lesser is behind
-        self.where, self.since = "the start", time.monotonic()
-        self.over_and_done = threading.Event()
-        self.store: Any = None
-
-    def __enter__(self) -> Watch:
-        if world() > 1:
-            self.store = _get_default_store().clone()
-            self.rank, self.world = rank(), world()
-            self._tell()
-            threading.Thread(target=self._observe, daemon=True).start()
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
-        self.over_and_done.set()
-        if "static_graph" in str(error):
-            raise TrainingError(
-                f"the network did not use the same parameters in each step, as one that skips layers at random (rank "
-                f"{self.rank}, {self.where}), and only such gradients are averaged over several devices. Use --devices "
-                "1, or a network without that (layer drop of 0)."
-            ) from error
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        if self.store is not None and lost:
-            raise TrainingError(f"rank {self.rank} lost the others ({self.where}). {self._behind()}{ADVICE}") from error
-
-    def over(self, batches: Iterable[Any], where: str, state: Any) -> Iterator[Any]:
-        """The batches, while noting where this rank is: `where` (one of PHASES), batch, and epoch of `state`.
-
-        Not how many batches it has had, of which the ranks' shares of the validation have not the same number.
-        """
-        iterator, phase = iter(batches), PHASES.index(where)
-        for i in count():
-            step = f"step {state.step + 1}" if where == "training" else f"batch {i + 1}"
-            self._at(f"waiting for data of {where}, {step}", state, phase, i, False)
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                self._at(f"done with {where}", state, phase, math.inf, False)
-                return
-            self._at(f"{where}, {step}", state, phase, i, True)
-            yield batch
-
-    def _at(self, where: str, state: Any, *place: float) -> None:
-        self.place, self.where = (state.epoch, *place), f"{where} of epoch {state.epoch + 1}"
-        self.since = time.monotonic()
-
-    def _tell(self) -> None:
-        self.store.set(f"okdc/{self.rank}", json.dumps([self.place, self.where]))
-
-    def _behind(self) -> str:
-        """The rank or ranks that have come least far, in words."""
-        try:
-            self._tell()
-            told = [json.loads(each) for each in self.store.multi_get([f"okdc/{i}" for i in range(self.world)])]
-        except RuntimeError:
-            return "Rank 0 is gone, and what it knew of the others with it."
-        least = min(place for place, _ in told)
-        late = [f"rank {i} ({where})" for i, (place, where) in enumerate(told) if place == least]
-        return f"Furthest behind: {', '.join(late)}."
-
-    def _observe(self) -> None:
-        while not self.over_and_done.wait(min(0.25, self.timeout / 4)):
-            with suppress(RuntimeError):  # of a store that is gone with the first rank, as collectives will show
-                self._tell()
-            if time.monotonic() - self.since > self.timeout:
-                self._give_up()
-
-    def _give_up(self) -> None:
-        behind, first, gone = self._behind(), False, True
-        with suppress(RuntimeError):  # the store is gone with a first rank that has said it
-            first = self.store.add("okdc/given up", 1) == 1
-            gone = False
-        if first:  # one message is enough
-            print(f"okdc: error: nothing has happened for {self.timeout:g} s. {behind}{ADVICE}", file=sys.stderr)
-        if f"rank {self.rank} (" in behind or gone:
-            faulthandler.dump_traceback()  # where it hangs
-        os._exit(1)
-
-
-ADVICE = " The last saved state is kept: continue with --resume auto, or wait longer with --timeout SECONDS."

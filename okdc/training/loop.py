@@ -15,24 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from okdc import checkpoint
-from okdc._distributed import Watch, synchronised, wrapped
-from okdc._machine import Machine, choose_device
-from okdc._progress import Display, Events, Row, faster_data, write_summary
-from okdc._stalls import data_that_stops
-from okdc._state import Run, TrainState, build, restore, save
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.ranks import barrier, first, rank, share, world
 from okdc.recipe import TrainSettings
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.system.signals import StopSignal
 from okdc.system.waiting import Waiting
+from okdc.training import checkpoint
+from okdc.training.lost_data import data_that_stops
+from okdc.training.machine import Machine
+from okdc.training.parallel import synchronised, wrapped
+from okdc.training.progress import Display, Events, Row, faster_data, write_summary
+from okdc.training.state import Run, TrainState, build, restore, save
+from okdc.training.watch import Watch
 
 if TYPE_CHECKING:
     from okdc.data import Data
     from okdc.methods import Method
-
-__all__ = ["TrainState", "choose_device", "fit"]
 
 # Skipped steps in a row after which a run stops; fp16 may need a good many of them to find its scale.
 PATIENCE, PATIENCE_FP16 = 5, 25

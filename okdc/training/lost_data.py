@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from okdc._state import Run, TrainState, save
 from okdc.errors import TrainingError
 from okdc.system.waiting import Stuck, worker_died
+from okdc.training.state import Run, TrainState, save
 
 
 @contextlib.contextmanager

@@ -6,19 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm.optim
-import timm.scheduler
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from okdc import checkpoint
-from okdc._machine import Machine
-from okdc._progress import Row
-from okdc.errors import RecipeError, RunError, nearest
+from okdc.errors import RecipeError, RunError
 from okdc.ranks import world
 from okdc.recipe import TrainSettings
 from okdc.system import files
+from okdc.training import checkpoint
+from okdc.training.machine import Machine
+from okdc.training.optimizer import lay_out, make_optimizer, make_schedule
+from okdc.training.progress import Row
 
 if TYPE_CHECKING:
     from okdc.methods import Method
@@ -88,89 +87,14 @@ def build(method: Method, run: Run) -> TrainState:
     settings, machine = run.settings, run.machine
     method.to(machine.device).to(memory_format=machine.memory_format)
     method.epochs.fill_(settings.epochs)
-    optimizer = _optimizer(method, settings)
-    schedule = _schedule(optimizer, settings, run.steps)
+    optimizer = make_optimizer(method, settings)
+    schedule = make_schedule(optimizer, settings, run.steps)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
     # The decay warms up, else the average of a short run would be its initial weights.
     if settings.model_ema and method.student is not method.cohort.target:
         raise RecipeError(f"{type(method).__name__} ships a moving average of its own: leave out --model-ema.")
     ema = ModelEmaV3(method.cohort.target, settings.model_ema_decay, use_warmup=True) if settings.model_ema else None
     return TrainState(method, optimizer, schedule, scaler, ema)
-
-
-def _optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer:
-    lr = settings.peak_lr
-    groups, extra = method.param_groups(lr), dict(settings.opt_kwargs)
-    if extra.pop("filter_bias_and_bn", False):
-        groups = [part for group in groups for part in _spare_biases_and_norms(group)]
-    # adahessian differentiates twice and keeps random numbers of its own, so it would not resume exactly.
-    known = [str(name) for name in timm.optim.list_optimizers() if name != "adahessian"]
-    if settings.opt.lower().removeprefix("lookahead_") not in known:
-        raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
-    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
-    if not {"fused", "foreach", "differentiable"} & extra.keys():
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        options |= _fused(settings.opt, options) if all(map(_is_dense, parameters)) else {}
-    try:
-        optimizer = timm.optim.create_optimizer_v2(groups, settings.opt, lr=lr, **options)
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise RecipeError(f"--opt {settings.opt} cannot be made with {options}: {error}") from error
-    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-    if isinstance(inner, torch.optim.SGD):
-        inner.register_step_pre_hook(_start_momentum)
-    return optimizer
-
-
-def _fused(name: str, options: dict[str, Any]) -> dict[str, bool]:
-    """The option that makes a step one pass over the weights, eight times as fast on a CPU, where there is one."""
-    kind = timm.optim.get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
-    known = kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-    return {"fused": True} if known and not options.get("dampening") else {}
-
-
-def _is_dense(parameter: torch.Tensor) -> bool:
-    """Whether its numbers are all of a piece of memory, which fused optimizers take for granted."""
-    return parameter.is_contiguous() or (
-        parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Momentum from zero for parameters that get their first gradient in this step.
-
-    Without dampening that is torch's own first step; its fused SGD fails where only some parameters have momentum.
-    """
-    for group in optimizer.param_groups:
-        if group["fused"] and group["momentum"] and not group["dampening"]:
-            for parameter in group["params"]:
-                if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-def _spare_biases_and_norms(group: dict) -> list[dict]:
-    """The group in two, the one-dimensional parameters without weight decay."""
-    parameters = list(group["params"])
-    decayed, spared = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    parts = [{**group, "params": decayed}, {**group, "params": spared, "weight_decay": 0.0}]
-    return [part for part in parts if part["params"]]
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, steps: int) -> Any:
-    known = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
-    if settings.sched not in known:  # not timm's plateau: it cannot be resumed exactly and is about to leave timm
-        raise RecipeError(f"--sched {settings.sched}: expected one of {', '.join(known)}.")
-    names = ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_milestones", "decay_epochs", "decay_rate")
-    try:
-        schedule, _ = timm.scheduler.create_scheduler_v2(
-            optimizer,
-            num_epochs=settings.epochs,
-            step_on_epochs=not settings.sched_on_updates,
-            updates_per_epoch=steps,
-            **{name: getattr(settings, name) for name in names},
-        )
-    except (AssertionError, ValueError) as error:
-        raise RecipeError(f"--sched {settings.sched} cannot be made for {settings.epochs} epochs: {error}") from error
-    return schedule
 
 
 def _facts(state: TrainState, run: Run) -> dict[str, Any]:
@@ -241,7 +165,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.optimizer.load_state_dict(payload["optimizer"])
     except (KeyError, ValueError) as error:
         raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
-    _lay_out(state.optimizer)
+    lay_out(state.optimizer)
     state.method.load_state_dict(saved["method"])
     if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
         state.scaler.load_state_dict(payload["amp_scaler"])
@@ -267,18 +191,6 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
     return lost + (_changed(saved, state, run) if moved else "")
-
-
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Put what the optimizer remembers in the memory layout that its parameters have in this run.
-
-    Fused optimizers walk through memory whatever the strides, and another --amp or device brings another layout.
-    """
-    inner = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-    for parameter, remembered in inner.state.items():
-        for name, value in remembered.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _lost_best(run: Run) -> str:
