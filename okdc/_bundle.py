@@ -29,7 +29,7 @@ import okdc
 from okdc.errors import ExportError
 from okdc.networks import stem
 from okdc.system.wording import one_line, portable, without_paths
-from okdc.verify import torch_runner
+from okdc.verification import torch_runner
 
 SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"
 CACHE = "__pycache__"  # what Python leaves where predict.py was imported

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from okdc._bundle import CONFIG, WEIGHTS
-from okdc._gates import is_variant
 from okdc.networks import stem
 from okdc.system.wording import portable
+from okdc.verification.gates import is_variant
 
 PROGRAM = "model.pt2"
 

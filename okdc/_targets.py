@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _triton, verify
-from okdc._gates import GPU_ROWS
+from okdc import _bundle, _triton
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import one_line, without_paths
+from okdc.verification import Exported, Gates
+from okdc.verification.gates import GPU_ROWS
 
 # The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
 # from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
@@ -49,16 +50,16 @@ def write(
     info: Mapping[str, Any],
     calibration: np.ndarray | None,
     without: str,
-) -> tuple[dict[str, verify.Exported], list[dict[str, str]], dict[str, Any]]:
+) -> tuple[dict[str, Exported], list[dict[str, str]], dict[str, Any]]:
     """Every file that is asked for, in `part`: the files, what is not available here, and each writer's notes.
 
     without: why there is no int8 where there is no `calibration`.
     """
-    enough = min(100.0, verify.Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
+    enough = min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
     metadata = _bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
-    targets: dict[str, verify.Exported] = {}
+    targets: dict[str, Exported] = {}
     skipped, notes = [], {}
     for name in shipped.targets():
         if not _wanted(name, settings):
@@ -79,7 +80,7 @@ def write(
             notes[name] = module.write(student, example, part / module.FILE, **options)
         except Exception as error:  # an exporter may raise anything; the other files are still written
             problem = f"it could not be written: {one_line(error)}"
-        targets[row_name(name)] = verify.Exported(part / module.FILE, module, problem)
+        targets[row_name(name)] = Exported(part / module.FILE, module, problem)
     if any(name.startswith("onnx") for name in targets):
         shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
         (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
@@ -90,7 +91,7 @@ def write(
     return targets, skipped, notes
 
 
-def further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported]:
+def further(targets: Mapping[str, Exported]) -> dict[str, Exported]:
     """onnxruntime's providers for GPUs, where there is one: further runners of the same model.onnx."""
     onnx = targets.get("onnx")
     if onnx is None or onnx.problem or not torch.cuda.is_available():
@@ -99,7 +100,7 @@ def further(targets: Mapping[str, verify.Exported]) -> dict[str, verify.Exported
     return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
 
 
-def existing(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, str]]]:
+def existing(folder: Path) -> tuple[dict[str, Exported], list[dict[str, str]]]:
     """The files that a bundle has, and why some of them cannot be run here."""
     targets, skipped = {}, []
     for name in shipped.targets():
@@ -107,7 +108,7 @@ def existing(folder: Path) -> tuple[dict[str, verify.Exported], list[dict[str, s
         if (folder / module.FILE).is_file():
             reason = module.available()
             if reason is None:
-                targets[row_name(name)] = verify.Exported(folder / module.FILE, module)
+                targets[row_name(name)] = Exported(folder / module.FILE, module)
             else:
                 skipped.append({"target": name, "reason": without_paths(reason)})
     return targets, skipped

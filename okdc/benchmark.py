@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from okdc import _bundle, _targets, exporting, networks, pipeline, verify
-from okdc._gates import GPU_ROWS
+from okdc import _bundle, _targets, exporting, networks, pipeline
 from okdc.data import wrap
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
+from okdc.verification import comparison
+from okdc.verification.gates import GPU_ROWS
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
@@ -148,7 +149,7 @@ def _torch(
     shape = max(sizes, default=1), *exporting.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
-        latency = verify.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
+        latency = comparison.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
     except RuntimeError as error:
         return [eager, _absent("torch compiled", without_paths(str(error)))]
     return [eager, eager | {"format": "torch compiled", "latency": latency}]

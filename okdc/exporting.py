@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _calibration, _targets, verify
+from okdc import _bundle, _calibration, _targets
 from okdc._bundle import check_sums, environment
 from okdc._card import write_card
-from okdc._gates import GPU_ROWS, for_cpu, is_variant
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
+from okdc.verification import Exported, Gates, Pipeline, compare, failed_row, torch_runner
+from okdc.verification.gates import GPU_ROWS, for_cpu, is_variant
 
 __all__ = [
     "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
@@ -82,7 +83,7 @@ def export_bundle(
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
-        verification = verify.compare(
+        verification = compare(
             student,
             targets | _targets.further(targets),
             data,
@@ -91,7 +92,7 @@ def export_bundle(
             images=settings.images,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
-            gates=verify.Gates(settings.max_drop, settings.min_agreement, top1, known_from),
+            gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
             golden=_bundle.read_golden(part),
             bundle=part if _bundle.can_load(part) else None,
@@ -126,7 +127,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     targets, skipped = _targets.existing(folder)
     same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
-    verification = verify.compare(
+    verification = compare(
         student,
         targets | _targets.further(targets),
         data,
@@ -135,7 +136,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         images=settings.images,
         batch_sizes=settings.batch_sizes,
         threads=settings.threads,
-        gates=verify.Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
+        gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=_bundle.read_golden(folder),
         bundle=folder if _bundle.can_load(folder) else None,
@@ -177,7 +178,7 @@ def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: S
         raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
     size = tuple(preprocess["input_size"])
     with torch.inference_mode():
-        shape = tuple(verify.torch_runner(student)(np.zeros((2, *size), dtype=np.float32)).shape)
+        shape = tuple(torch_runner(student)(np.zeros((2, *size), dtype=np.float32)).shape)
     if shape != (2, len(classes)):
         raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
 
@@ -207,7 +208,7 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return None, None, str(error)
 
 
-def _pipelines(folder: Path) -> dict[str, verify.Pipeline]:
+def _pipelines(folder: Path) -> dict[str, Pipeline]:
     """predict.py as a runner of raw images, where the bundle has it and a file that it runs: float32 if it is there.
 
     That shows its preprocessing to the last prediction; the other files are compared without it.
@@ -244,7 +245,7 @@ def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[s
     _bundle.write_sums(part)
 
 
-def _leave_out(part: Path, targets: Mapping[str, verify.Exported], verification: Mapping[str, Any]) -> None:
+def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Mapping[str, Any]) -> None:
     """Delete the variants that failed from a bundle that ships without them; their rows stay."""
     if verification["verdict"] != "fail":
         for row in verification["rows"]:
@@ -263,7 +264,7 @@ def _data_facts(data: Any | None) -> dict[str, Any]:
 def _add_failure(verification: dict[str, Any], file: str, reason: str | None) -> None:
     """A failed row for a file in which `reason` is wrong, if anything is."""
     if reason:
-        verification["rows"].append(verify.failed_row(file, reason))
+        verification["rows"].append(failed_row(file, reason))
         verification["verdict"] = "fail"
 
 

@@ -12,10 +12,10 @@ import timm
 from click.testing import CliRunner, Result
 
 from okdc import _targets, benchmark, exporting
-from okdc._gates import GPU_ROWS
 from okdc.cli import main
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
+from okdc.verification.gates import GPU_ROWS
 
 NO_GPU = shipped.target("tensorrt").available() is not None
 

@@ -24,7 +24,7 @@ from okdc import _bundle, exporting, networks
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings, NetworkSettings
 from okdc.system import shipped
-from okdc.verify import torch_runner
+from okdc.verification import torch_runner
 
 PREPROCESS = {
     "input_size": (3, 32, 32),

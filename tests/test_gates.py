@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from okdc._gates import DEFAULTS, NO_WISHES, Gates, chance, for_cpu, is_variant, judge, milliseconds, verdict, weigh
+from okdc.verification import Gates
+from okdc.verification.gates import (
+    DEFAULTS,
+    NO_WISHES,
+    chance,
+    for_cpu,
+    is_variant,
+    judge,
+    milliseconds,
+    verdict,
+    weigh,
+)
 
 
 def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: Any) -> dict[str, Any]:

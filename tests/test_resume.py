@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from okdc.errors import RunError
 from okdc.pipeline import _metrics
 from okdc.system.signals import StopSignal
-from okdc.training import checkpoint
-from okdc.training import TrainState
+from okdc.training import TrainState, checkpoint
 from tests.training import (
     SETTINGS,
     STEPS,

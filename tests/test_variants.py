@@ -19,14 +19,14 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, _schema, cli, exporting, pipeline
+from okdc import _bundle, _calibration, cli, exporting, pipeline
 from okdc.data import Data, wrap
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.training import checkpoint
-from okdc.verify import torch_runner
+from okdc.verification import schema, torch_runner
 from tests.export import fake_tensorrt
 
 QUICK = ExportSettings(batch_sizes=[])
@@ -210,13 +210,13 @@ def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
 
 def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result) -> None:
     written = json.loads((bundle / "verification.json").read_text())
-    assert written["schema_version"] == _schema.VERSION == 2
-    assert conforms(written, _schema.Verification) == []
+    assert written["schema_version"] == schema.VERSION == 2
+    assert conforms(written, schema.Verification) == []
     again = exporting.verify_bundle(bundle, result.data, ExportSettings(batch_sizes=[2]))
-    assert again["verdict"] == "pass" and conforms(again, _schema.Verification) == []
-    assert conforms(written | {"images": "many", "extra": 1}, _schema.Verification)
+    assert again["verdict"] == "pass" and conforms(again, schema.Verification) == []
+    assert conforms(written | {"images": "many", "extra": 1}, schema.Verification)
     del written["rows"][0]["ties"]
-    assert conforms(written, _schema.Verification) == ["verification.rows[0].ties is missing"]
+    assert conforms(written, schema.Verification) == ["verification.rows[0].ties is missing"]
 
 
 def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:

@@ -17,12 +17,14 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from okdc import _latency, verify
+from okdc import verification
 from okdc.errors import DataError
 from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.tasks.tally import Tally
-from okdc.verify import Exported, Gates
+from okdc.verification import Exported
+from okdc.verification.comparison import Gates
+from okdc.verification.latency import measure, measure_alone
 
 SIZE = (3, 32, 32)
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.3, 0.25])
@@ -94,14 +96,14 @@ def target(folder: Path, body: str) -> Any:
 
 def compare(student: Any, exported: Exported, data: Any, **settings: Any) -> dict[str, dict[str, Any]]:
     """The rows of a comparison by name, and the verdict."""
-    result = verify.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), **settings)
+    result = verification.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), **settings)
     return {row["name"]: row for row in result["rows"]} | {"verdict": result["verdict"]}
 
 
 def test_a_faithful_export_passes(student: torch.nn.Module, exported: Exported, data: Images) -> None:
     student.train()
     before = {key: value.clone() for key, value in student.state_dict().items()}
-    result = verify.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(1, 8))
+    result = verification.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(1, 8))
     assert student.training and all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     assert result["verdict"] == "pass" and result["images"] == 40
     reference, row = result["rows"]
@@ -174,7 +176,7 @@ def test_without_validation_images_only_parity_is_claimed(student: torch.nn.Modu
 
 
 def test_images_can_be_limited(student: torch.nn.Module, exported: Exported, data: Images) -> None:
-    result = verify.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), images=20)
+    result = verification.compare(student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), images=20)
     assert result["images"] == 20
 
 
@@ -249,7 +251,7 @@ def test_without_the_network_the_known_outputs_and_the_known_accuracy_judge(
     student: torch.nn.Module, exported: Exported, data: Images, tmp_path: Path
 ) -> None:
     inputs = np.random.default_rng(1).standard_normal((2, *SIZE), dtype=np.float32)
-    golden = inputs, verify.torch_runner(student)(inputs)
+    golden = inputs, verification.torch_runner(student)(inputs)
     good = compare(None, exported, data, golden=golden, gates=Gates(expected_top1=100.0, max_drop=5.0))
     assert good["verdict"] == "pass" and good["onnx"]["agreement"] is None and good["onnx"]["rel"] < 1e-5
     scaled = Exported(exported.path, target(tmp_path, "return run(x) * np.float32(1.01)"))
@@ -262,7 +264,7 @@ def test_a_file_for_a_device_that_is_not_here_is_skipped_with_the_reason(
     student: torch.nn.Module, exported: Exported, data: Images
 ) -> None:
     targets = {"onnx": exported, "onnx elsewhere": replace(exported, device="elsewhere")}
-    result = verify.compare(student, targets, data, input_size=SIZE, batch_sizes=())
+    result = verification.compare(student, targets, data, input_size=SIZE, batch_sizes=())
     assert [row["name"] for row in result["rows"]] == ["torch", "onnx"] and result["verdict"] == "pass"
     (skipped,) = result["skipped"]
     assert skipped["target"] == "onnx elsewhere" and "cannot run on 'elsewhere'" in skipped["reason"]
@@ -294,11 +296,11 @@ def test_a_backend_is_timed_in_a_process_of_its_own_without_torch(exported: Expo
     body = "assert 'torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1'; return run(x)"
     images = np.zeros((2, *SIZE), dtype=np.float32)
     module = Path(target(tmp_path, body).__file__)
-    (row,) = _latency.measure_alone(module, exported.path, "cpu", images, [2], 1)
+    (row,) = measure_alone(module, exported.path, "cpu", images, [2], 1)
     assert row["batch"] == 2 and row["samples"] >= 30
     with pytest.raises(RuntimeError, match="IndexError"):
         module = Path(target(tmp_path, "raise IndexError('no')").__file__)
-        _latency.measure_alone(module, exported.path, "cpu", images, [1], 1)
+        measure_alone(module, exported.path, "cpu", images, [1], 1)
 
 
 def test_waiting_for_others_is_told_and_the_collector_is_off_meanwhile() -> None:
@@ -310,7 +312,7 @@ def test_waiting_for_others_is_told_and_the_collector_is_off_meanwhile() -> None
         collecting.append(gc.isenabled())
         time.sleep(0.002)
 
-    (row,) = _latency.measure(run, np.zeros((1, 3, 4, 4)), [1], threads=1)
+    (row,) = measure(run, np.zeros((1, 3, 4, 4)), [1], threads=1)
     assert row["contended"] is True and row["p50_ms"] >= 2
     assert gc.isenabled() and not any(collecting[-row["samples"] :])
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.methods import Method
 from okdc.recipe import TrainSettings
-from okdc.training import fit
-from okdc.training import TrainState
+from okdc.training import TrainState, fit
 
 CLASSES, BATCH, STEPS = 3, 8, 6
 SETTINGS = TrainSettings(epochs=3, batch_size=BATCH, lr=0.05, device="cpu", log_interval=100)

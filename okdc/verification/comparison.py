@@ -7,26 +7,25 @@ Shapes: B batch, C classes or channels, H, W pixels.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from okdc import _latency
-from okdc._gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
-from okdc._schema import VERSION
 from okdc.errors import DataError
 from okdc.system.wording import one_line, without_paths
 from okdc.tasks.tally import Tally
+from okdc.verification import latency
+from okdc.verification.gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
+from okdc.verification.runners import Exported, Pipeline, Run, logits_of, start, torch_runner
+from okdc.verification.schema import VERSION
 
 TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
 ROUNDING = 1e-5  # the same, of one sum added up in another order
@@ -34,36 +33,7 @@ PIPELINE_TOLERANCE = 1e-2  # the same for a whole pipeline, whose decoding and r
 RANDOM_IMAGES = 64  # how many stand in for validation images that are not there
 PROBED_BATCHES = (1, 3, 32)  # run besides the batches of the data: proves that the batch size is free
 
-Run = Callable[[np.ndarray], np.ndarray]  # (B, C, H, W) float32, normalised -> (B, C) logits
-Pipeline = Callable[[Sequence[Any]], np.ndarray]  # B raw PIL images -> (B, C) logits
 Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, H, W), labels (B,), B raw PIL images
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A file that was exported, the export target's module that can run it, and why it could not be written, if so.
-
-    device: the one it is for, whatever the others run on; where that is not to be had, the file is skipped.
-    tolerance: that of its logits, where it is not the module's TOLERANCE.
-    """
-
-    path: Path
-    module: ModuleType
-    problem: str | None = None
-    device: str | None = None
-    tolerance: float | None = None
-
-
-def torch_runner(student: nn.Module, device: str = "cpu") -> Run:
-    """A runner of the student itself: a copy in eval mode and fp32 on the device; the student is left as it is."""
-    network = copy.deepcopy(student).eval().float().to(device)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        # TF32 would cost the reference three digits.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return network(torch.from_numpy(images).to(device)).cpu().numpy()
-
-    return run
 
 
 def compare(
@@ -132,7 +102,7 @@ class _Session:
             if name in self.problems:
                 continue
             with self._blame(name, "it cannot be loaded"):
-                self.runners[name], self.devices[name] = _start(exported, device)
+                self.runners[name], self.devices[name] = start(exported, device)
                 self.providers[name] = str(getattr(self.runners[name], "provider", ""))
                 self.layers[name] = getattr(self.runners[name], "precisions", {})
             if exported.device and name in self.problems:
@@ -175,7 +145,7 @@ class _Session:
     ) -> None:
         if name not in self.problems:
             with self._blame(name, "it does not run"):
-                self._count(name, _logits(run, images, reference), labels, reference)
+                self._count(name, logits_of(run, images, reference), labels, reference)
 
     def _count(self, name: str, out: np.ndarray, labels: np.ndarray | None, reference: np.ndarray | None) -> None:
         tally = self.tallies[name]
@@ -195,7 +165,7 @@ class _Session:
             for batch, expected in [*known, golden] if golden and self._precision(name) == "fp32" else known:
                 if name not in self.problems:
                     with self._blame(name, f"it does not run {len(batch)} images at once"):
-                        out = _logits(run, batch, expected)
+                        out = logits_of(run, batch, expected)
                         if expected is not None:
                             self.tallies[name].difference(out, expected)
 
@@ -261,7 +231,7 @@ class _Session:
                 if name in self.targets and name not in self.problems and row["worth_shipping"] is not None:
                     exported = self.targets[name]
                     module, where = Path(str(exported.module.__file__)), self.devices[name]
-                    row["latency"] = _latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
+                    row["latency"] = latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
                 elif name == "torch" and bundle is not None:
                     row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
                 elif name == "torch" and self.reference is not None:  # nobody else can build the network
@@ -275,7 +245,7 @@ class _Session:
         torch.set_num_threads(threads)
         try:
             on_cpu = threads if torch.device(self.device).type == "cpu" else None
-            return _latency.measure(self.reference, images, batch_sizes, on_cpu)
+            return latency.measure(self.reference, images, batch_sizes, on_cpu)
         finally:
             torch.set_num_threads(before)
 
@@ -284,31 +254,8 @@ def time_torch(
     bundle: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int, compiled: bool = False
 ) -> list[dict[str, Any]]:
     """The latency of a bundle's student in torch, in a process of its own; RuntimeError where it cannot be built."""
-    module = Path(__file__).with_name("_torch_runner.py")
-    return _latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
-
-
-def _logits(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarray | None) -> np.ndarray:
-    """What the runner gives, (B, C); raises ValueError if its shape is not the reference's."""
-    out = run(images)
-    if reference is not None and out.shape != reference.shape:
-        raise ValueError(f"its output has the shape {out.shape}, torch's has {reference.shape}")
-    return out
-
-
-def _start(exported: Exported, device: str) -> tuple[Run, str]:
-    """A runner on its own device, else on `device`, or on the CPU where that backend has none; its provider tells."""
-    if exported.device:
-        return exported.module.runner(exported.path, device=exported.device), exported.device
-    if getattr(exported.module, "MADE_FOR", None) == "cpu":
-        device = "cpu"
-    try:
-        run = exported.module.runner(exported.path, device=device)
-        return run, getattr(run, "device", device)  # an engine has its own, whatever is asked for
-    except Exception:
-        if device == "cpu":
-            raise
-        return exported.module.runner(exported.path, device="cpu"), "cpu"
+    module = Path(__file__).parents[1] / "_torch_runner.py"
+    return latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
 
 
 def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw: bool) -> Iterator[Batch]:

@@ -1,0 +1,12 @@
+"""Every exported file on the same images as torch: compared, timed, judged; never names an export target.
+
+Imports `tasks`, `system` and `errors`.
+"""
+
+from __future__ import annotations
+
+from okdc.verification.comparison import compare, failed_row
+from okdc.verification.gates import Gates
+from okdc.verification.runners import Exported, Pipeline, torch_runner
+
+__all__ = ["Exported", "Gates", "Pipeline", "compare", "failed_row", "torch_runner"]
