@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import exporting
+from okdc import deploy
 from okdc.anatomy.modes import at_rest
 from okdc.data import Data
 from okdc.errors import OkdcError
@@ -57,11 +57,11 @@ def export(
     for name, network in networks.items():
         row = {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None}
         try:
-            verification = exporting.export_bundle(
+            verification = deploy.export_bundle(
                 network, data, settings, folder / FOLDER / name, arch=_arch(network),
                 info={**info, "title": f"{info['title']} · {name}", "metrics": {}},
             )  # fmt: skip
-        except exporting.UnfitError as error:
+        except deploy.UnfitError as error:
             verification, row["reason"] = error.verification, str(error)
         except OkdcError as error:
             verification, row["reason"] = None, str(error)

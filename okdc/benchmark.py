@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from okdc import _bundle, _targets, exporting, networks, pipeline
+from okdc import deploy, networks, pipeline
 from okdc.data import wrap
+from okdc.deploy import bundle, targets
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system import shipped
@@ -105,7 +106,7 @@ def title(report: dict[str, Any]) -> str:
 def _find(path: Path) -> Path | None:
     """The bundle at `path` or of the run there; None for what is not a path."""
     for folder in (path, path / "export"):
-        if (folder / _bundle.CONFIG).is_file():
+        if (folder / bundle.CONFIG).is_file():
             return folder
     if path.exists():
         raise ExportError(f"{path} holds no exported bundle. Write one first: okdc export {path} --onnx")
@@ -123,11 +124,11 @@ def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     noise = torch.randn(_CALIBRATION, *config["input_size"], generator=torch.Generator().manual_seed(0))
     data = wrap([(noise, torch.arange(_CALIBRATION) % classes)], num_classes=classes, preprocess=config, name="noise")
     try:
-        verification = exporting.export_bundle(
+        verification = deploy.export_bundle(
             network, data, settings, folder, arch=name, model_args=networks.arguments(wanted.network)
         )
-    except exporting.UnfitError as error:
-        verification, folder = error.verification, exporting.failed_folder(folder)
+    except deploy.UnfitError as error:
+        verification, folder = error.verification, deploy.failed_folder(folder)
     reasons = {
         each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in shipped.targets()
     }
@@ -146,7 +147,7 @@ def _torch(
     if not compiled:
         return [eager]
     sizes, threads = settings.batch_sizes, verification["threads"]
-    shape = max(sizes, default=1), *exporting.read(folder)["preprocess"]["input_size"]
+    shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
         latency = comparison.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
@@ -159,15 +160,15 @@ def _missing(folder: Path) -> dict[str, str]:
     """The formats that are not in a bundle, and why, or how to get them."""
     gpu = torch.cuda.is_available()
     missing = {} if gpu else dict.fromkeys(GPU_ROWS, "torch sees no CUDA device here")
-    exported = _bundle.read_json(folder / "verification.json")["rows"]
+    exported = bundle.read_json(folder / "verification.json")["rows"]
     failed = {row["name"]: f"not in the bundle: {row['reason']}" for row in exported if not row["pass"]}
     # An export replaces the bundle, so what is in it is asked for again.
     files = {name: folder / shipped.load(path).FILE for name, path in shipped.targets().items()}
-    there = [flag for name, file in files.items() if file.is_file() for flag in _targets.flags(name)]
+    there = [flag for name, file in files.items() if file.is_file() for flag in targets.flags(name)]
     for name, path in shipped.targets().items():
-        module, row = shipped.load(path), _targets.row_name(name)
+        module, row = shipped.load(path), targets.row_name(name)
         if not (folder / module.FILE).is_file():
-            typed = " ".join(f"--{flag}" for flag in dict.fromkeys([*there, *_targets.flags(name)]))
+            typed = " ".join(f"--{flag}" for flag in dict.fromkeys([*there, *targets.flags(name)]))
             missing[row] = module.available() or failed.get(row) or f"not in the bundle: okdc export RUN {typed}"
     return {name: without_paths(reason) for name, reason in missing.items()}
 

@@ -162,12 +162,12 @@ def verify(bundle: str, **_: Any) -> None:
     \b
     okdc verify runs/NAME/export --data /imagenet
     """
-    from okdc import _summary, exporting, pipeline
+    from okdc import _summary, deploy, pipeline
 
     verification = pipeline.verify(Path(bundle), **_flags.given())
     _summary.show_verification(verification)
     if verification["verdict"] == "fail":
-        raise GateError(exporting.failures(verification))
+        raise GateError(deploy.failures(verification))
 
 
 @main.command(cls=_flags.GroupedCommand, short_help="Time every format of a network in one fair table.")

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _byproducts, _hub, _teacher, assembly, exporting, methods, networks, report, runs, training
+from okdc import _byproducts, _teacher, assembly, deploy, methods, networks, report, runs, training
 from okdc.data import Data, load, open_source
+from okdc.deploy import hub
 from okdc.errors import NetworkError
 from okdc.methods import Method
 from okdc.ranks import first, rank
@@ -116,7 +117,7 @@ def _deliver(result: Result, learner: Method, history: list[dict[str, Any]], los
             if (result.byproducts or lost) and formats.byproducts:
                 further = [_byproducts.student_row(result.arch, result.student, data, result.verification)]
                 further += _byproducts.export(result.byproducts, lost, data, formats, folder, _info(wanted, result))
-    except exporting.UnfitError as error:
+    except deploy.UnfitError as error:
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
@@ -139,7 +140,7 @@ def export(
     run's own when not given).
     """
     if push_to_hub:
-        _hub.check(push_to_hub)
+        hub.check(push_to_hub)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     known = None if isinstance(source, nn.Module) else runs.read_student(Path(source))
     trained = load_recipe(Path(name) / runs.RECIPE, typed=None) if known else Recipe()
@@ -166,7 +167,7 @@ def export(
         metrics = runs.read_metrics(Path(name)) if same else {}
         info |= {"recipe": wanted.to_dict(), "title": Path(name).name, "metrics": metrics}
     with runs.alone(folder.parent):
-        verification = exporting.export_bundle(
+        verification = deploy.export_bundle(
             student,
             data,
             wanted.export,
@@ -178,7 +179,7 @@ def export(
             classes=classes,
         )
     if push_to_hub:
-        print(f"Pushed to {_hub.push(folder, push_to_hub)}", file=sys.stderr)
+        print(f"Pushed to {hub.push(folder, push_to_hub)}", file=sys.stderr)
     return verification
 
 
@@ -187,11 +188,11 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> dict[
     folder = Path(bundle)
     run = folder if (folder / runs.STUDENT).is_file() else folder.parent
     folder = folder / "export" if run == folder else folder
-    facts = exporting.read(folder)
+    facts = deploy.read(folder)
     has_recipe = (run / runs.RECIPE).is_file()
     wanted = override(load_recipe(run / runs.RECIPE, typed=None) if has_recipe else Recipe(), settings)
     data = _images(wanted, facts["preprocess"]) if has_recipe or "data" in settings else None
-    return exporting.verify_bundle(folder, data, wanted.export, device=device)
+    return deploy.verify_bundle(folder, data, wanted.export, device=device)
 
 
 def _recipe(
@@ -224,7 +225,7 @@ def _images(wanted: Recipe, config: dict[str, Any]) -> Data | None:
 
 
 def _export(student: nn.Module, data: Data, wanted: Recipe, folder: Path, result: Result) -> dict[str, Any]:
-    return exporting.export_bundle(
+    return deploy.export_bundle(
         student, data, wanted.export, folder / "export", arch=result.arch,
         model_args=networks.arguments(wanted.network), info=_info(wanted, result),
     )  # fmt: skip

@@ -11,8 +11,9 @@ import pytest
 import timm
 from click.testing import CliRunner, Result
 
-from okdc import _targets, benchmark, exporting
+from okdc import benchmark, deploy
 from okdc.cli import main
+from okdc.deploy import targets
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.verification.gates import GPU_ROWS
@@ -39,7 +40,7 @@ def test_every_format_that_is_here_is_measured_and_the_others_say_why(measured: 
     report = json.loads((folder / "speed.json").read_text())
     rows = {row["format"]: row for row in report["rows"]}
     assert len(rows) == len(report["rows"])
-    named = {_targets.row_name(name) for name in shipped.targets()} | set(GPU_ROWS)
+    named = {targets.row_name(name) for name in shipped.targets()} | set(GPU_ROWS)
     assert set(rows) == named | {"torch eager"}, "every format there could be has a row"
     for name in ("torch eager", "onnx", "onnx_fp16", "onnx_int8"):
         assert rows[name]["status"].partition(";")[0] == "ok" and rows[name]["top1"] is None
@@ -74,7 +75,7 @@ def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypat
     bundle, settings = tmp_path / "export", ExportSettings(onnx=False, torch=True, batch_sizes=[])
     facts = {"preprocess": timm.data.resolve_data_config({"input_size": (3, 32, 32)}), "classes": tuple("abcd")}
     network = timm.create_model("test_vit", num_classes=4, **built)
-    exporting.export_bundle(network, None, settings, bundle, arch="test_vit", model_args=built, **facts)
+    deploy.export_bundle(network, None, settings, bundle, arch="test_vit", model_args=built, **facts)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if compiler == "is missing":

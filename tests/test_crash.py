@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from okdc import exporting
+from okdc import deploy
 from okdc.training import checkpoint
 from tests.crashing import Accident, Server
 
@@ -251,7 +251,7 @@ def test_a_run_that_is_killed_while_it_exports_does_that_again_and_leaves_nothin
     )
     assert code == -9, output
     run = tmp_path / "runs" / "run"
-    assert compared(whole, run) == ["export"] and exporting.check_sums(run / "export") == []
+    assert compared(whole, run) == ["export"] and deploy.check_sums(run / "export") == []
 
 
 @LONG

@@ -20,7 +20,8 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file
 
-from okdc import _bundle, exporting, networks
+from okdc import deploy, networks
+from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings, NetworkSettings
 from okdc.system import shipped
@@ -73,7 +74,7 @@ def student() -> torch.nn.Module:
 
 def export(student: torch.nn.Module, data: Any, folder: Path, settings: ExportSettings = QUICK, **more: Any) -> dict:
     info = {"command": f"okdc compress --data {folder}", "recipe": {"data": {"data": str(folder)}}, "metrics": {}}
-    return exporting.export_bundle(student, data, settings, folder, **{"arch": "test_resnet", "info": info} | more)
+    return deploy.export_bundle(student, data, settings, folder, **{"arch": "test_resnet", "info": info} | more)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +89,12 @@ def copy(bundle: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of the bundle that a test may spoil; the bundle itself must stay as it is."""
     shutil.copytree(bundle, tmp_path / "export")
     yield tmp_path / "export"
-    assert exporting.check_sums(bundle) == []
+    assert deploy.check_sums(bundle) == []
 
 
 def test_the_bundle_is_whole(bundle: Path, student: torch.nn.Module) -> None:
     assert {path.name for path in bundle.iterdir()} == FILES
-    assert exporting.check_sums(bundle) == []
+    assert deploy.check_sums(bundle) == []
     assert [path.name for path in bundle.parent.iterdir()] == ["export"]
     verification = json.loads((bundle / "verification.json").read_text())
     assert [row["name"] for row in verification["rows"]] == ["torch", "onnx", "predict.py"]
@@ -103,7 +104,7 @@ def test_the_bundle_is_whole(bundle: Path, student: torch.nn.Module) -> None:
     assert (
         all(f"`{name}`" in card for name in FILES - {"README.md"}) and "license: apache-2.0\n" in card.split("---")[1]
     )
-    assert exporting.read(bundle)["classes"] == CLASSES
+    assert deploy.read(bundle)["classes"] == CLASSES
     assert set(load_file(bundle / "model.safetensors")) == set(student.state_dict())
 
 
@@ -146,7 +147,7 @@ def test_exporting_again_replaces_the_bundle_with_the_same_bytes(
 
 def test_what_python_leaves_behind_is_no_other_thing(student: torch.nn.Module, data: Images, copy: Path) -> None:
     subprocess.run([sys.executable, "-c", "import predict"], cwd=copy, env={"PYTHONDONTWRITEBYTECODE": ""}, check=True)
-    assert list((copy / "__pycache__").iterdir()) and exporting.check_sums(copy) == []
+    assert list((copy / "__pycache__").iterdir()) and deploy.check_sums(copy) == []
     export(student, data, copy, WEIGHTS_ONLY)
     assert not (copy / "__pycache__").exists()
 
@@ -164,12 +165,12 @@ def test_a_failed_gate_keeps_both_the_files_and_the_earlier_bundle(
     sums = (copy / "SHA256SUMS").read_bytes()
     shifted = replace(data, validation=[(images, (labels + 1) % 4) for images, labels in data.validation])
     shifted = replace(shifted, validation_images=None)
-    with pytest.raises(exporting.UnfitError, match=r"torch: its top-1 is .*export-failed") as caught:
+    with pytest.raises(deploy.UnfitError, match=r"torch: its top-1 is .*export-failed") as caught:
         export(student, shifted, copy, WEIGHTS_ONLY, info={"metrics": {"top1": 100.0}})
     assert caught.value.exit_code == 3 and caught.value.verification["verdict"] == "fail"
-    assert (copy / "SHA256SUMS").read_bytes() == sums and exporting.check_sums(copy) == []
-    failed = exporting.failed_folder(copy)
-    assert exporting.check_sums(failed) == []
+    assert (copy / "SHA256SUMS").read_bytes() == sums and deploy.check_sums(copy) == []
+    failed = deploy.failed_folder(copy)
+    assert deploy.check_sums(failed) == []
     assert json.loads((failed / "verification.json").read_text())["verdict"] == "fail"
     assert set(load_file(failed / "model.safetensors")) == set(student.state_dict())
     assert "**fail**" in (failed / "README.md").read_text()
@@ -193,7 +194,7 @@ def test_a_crash_leaves_the_earlier_bundle_and_no_litter(student: torch.nn.Modul
     (copy.parent / ".export.123").mkdir()  # an export that was killed could not do so itself
     with pytest.raises(OSError, match="disk"):
         export(student, replace(data, validation=Broken()), copy, WEIGHTS_ONLY)
-    assert [path.name for path in copy.parent.iterdir()] == ["export"] and exporting.check_sums(copy) == []
+    assert [path.name for path in copy.parent.iterdir()] == ["export"] and deploy.check_sums(copy) == []
 
 
 def test_wrong_classes_or_sizes_are_told_before_anything_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
@@ -238,22 +239,22 @@ def test_a_network_that_timm_does_not_know(data: Images, tmp_path: Path) -> None
     own.load_state_dict(load_file(folder / "model.safetensors"))
     card = (folder / "README.md").read_text()
     assert "load_file" in card and "my_package.networks:build" in card and "local-dir" not in card
-    assert _bundle.load_student(folder) is None
-    again = exporting.verify_bundle(folder, data, QUICK)
+    assert load_student(folder) is None
+    again = deploy.verify_bundle(folder, data, QUICK)
     assert again["verdict"] == "pass"
     assert [row["name"] for row in again["rows"]] == ["onnx", "torch.export", "predict.py"]
     perturb(folder)
-    assert "logits differ" in exporting.verify_bundle(folder, data, QUICK)["rows"][0]["reason"]
+    assert "logits differ" in deploy.verify_bundle(folder, data, QUICK)["rows"][0]["reason"]
 
 
 def test_an_export_that_was_killed_between_two_renames_costs_no_bundle(tmp_path: Path) -> None:
     folder, moved = tmp_path / "export", tmp_path / ".export.old-1"
     moved.mkdir()
     (moved / "model.onnx").write_bytes(b"good")
-    _bundle.recover(folder)
+    recover(folder)
     assert (folder / "model.onnx").read_bytes() == b"good" and not moved.exists()
     moved.mkdir()
-    _bundle.recover(folder)
+    recover(folder)
     assert (folder / "model.onnx").read_bytes() == b"good" and not moved.exists()
 
 
@@ -267,9 +268,9 @@ def test_torchvision_rebuilds_its_own(arch: str, tmp_path: Path) -> None:
     lines = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     scope: dict[str, Any] = {}
     exec(lines.replace('"model.safetensors"', repr(str(folder / "model.safetensors"))), scope)
-    inputs, logits = _bundle.read_golden(folder)
+    inputs, logits = read_golden(folder)
     assert np.array_equal(torch_runner(scope["network"])(inputs), logits)
-    rebuilt = _bundle.load_student(folder)
+    rebuilt = load_student(folder)
     assert rebuilt is not None and np.array_equal(torch_runner(rebuilt)(inputs), logits)
 
 
@@ -279,13 +280,13 @@ def test_a_network_that_timm_cannot_rebuild_says_so(student: torch.nn.Module, tm
     verification = export(changed, None, tmp_path / "export", WEIGHTS_ONLY, preprocess=PREPROCESS, classes=CLASSES)
     (skipped,) = verification["skipped"]
     assert skipped["target"] == "model.safetensors" and "timm cannot rebuild" in skipped["reason"]
-    assert _bundle.load_student(tmp_path / "export") is None
+    assert load_student(tmp_path / "export") is None
 
 
 def test_a_bundle_cannot_name_code_to_be_run(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"architecture": "os:getcwd"}))
-    assert _bundle.load_student(copy) is None
+    assert load_student(copy) is None
 
 
 def perturb(folder: Path) -> None:
@@ -296,42 +297,42 @@ def perturb(folder: Path) -> None:
         if values.dtype == np.float32:
             tensor.CopyFrom(numpy_helper.from_array(values * np.float32(1.01), tensor.name))
     onnx.save(model, folder / "model.onnx")
-    _bundle.write_sums(folder)
+    write_sums(folder)
 
 
 def test_verifying_again_passes_and_changes_nothing(copy: Path, data: Images) -> None:
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    again = exporting.verify_bundle(copy, data, QUICK)
+    again = deploy.verify_bundle(copy, data, QUICK)
     assert again["verdict"] == "pass" and [row["name"] for row in again["rows"]] == ["torch", "onnx", "predict.py"]
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
-    assert exporting.verify_bundle(copy, None, QUICK)["verdict"] == "parity_only"
+    assert deploy.verify_bundle(copy, None, QUICK)["verdict"] == "parity_only"
 
 
 def test_changed_and_missing_files_are_named(copy: Path, data: Images) -> None:
     (copy / "labels.txt").write_text("green\nred\nblue\ngrey\n")
     (copy / "preprocess.json").unlink()
-    assert exporting.check_sums(copy) == ["preprocess.json missing", "labels.txt changed"]
+    assert deploy.check_sums(copy) == ["preprocess.json missing", "labels.txt changed"]
     with pytest.raises(GateError, match=r"preprocess.json missing, labels.txt changed"):
-        exporting.verify_bundle(copy, data, QUICK)
+        deploy.verify_bundle(copy, data, QUICK)
     (copy / "SHA256SUMS").unlink()
-    assert exporting.check_sums(copy) == ["SHA256SUMS missing"]
+    assert deploy.check_sums(copy) == ["SHA256SUMS missing"]
 
 
 def edit_preprocess(folder: Path, **changes: Any) -> None:
     path = folder / "preprocess.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    _bundle.write_sums(folder)
+    write_sums(folder)
 
 
 def shift_labels(folder: Path) -> None:
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES[1:] + CLASSES[:1]))
-    _bundle.write_sums(folder)
+    write_sums(folder)
 
 
 def truncate(folder: Path) -> None:
     content = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(content[: len(content) // 2])
-    _bundle.write_sums(folder)
+    write_sums(folder)
 
 
 @pytest.mark.parametrize(
@@ -347,10 +348,10 @@ def truncate(folder: Path) -> None:
 )
 def test_planted_faults_fail_their_row(copy: Path, data: Images, spoil: Any, row: str) -> None:
     spoil(copy)
-    verification = exporting.verify_bundle(copy, data, QUICK)
+    verification = deploy.verify_bundle(copy, data, QUICK)
     assert verification["verdict"] == "fail"
     assert row in {each["name"] for each in verification["rows"] if not each["pass"]}
-    assert row in exporting.failures(verification)
+    assert row in deploy.failures(verification)
 
 
 def test_labels_of_the_data_shifted_by_one_fail(copy: Path, data: Images, student: torch.nn.Module) -> None:
@@ -359,21 +360,21 @@ def test_labels_of_the_data_shifted_by_one_fail(copy: Path, data: Images, studen
     right = replace(data, validation=[(images, best)], validation_images=None, sizes=(0, 8))
     export(student, right, copy, WEIGHTS_ONLY)
     wrong = replace(right, validation=[(images, (best + 1) % 4)])
-    assert exporting.verify_bundle(copy, right, QUICK)["rows"][0]["top1"] == 100
-    assert "torch: its top-1 is 0.00%" in exporting.failures(exporting.verify_bundle(copy, wrong, QUICK))
+    assert deploy.verify_bundle(copy, right, QUICK)["rows"][0]["top1"] == 100
+    assert "torch: its top-1 is 0.00%" in deploy.failures(deploy.verify_bundle(copy, wrong, QUICK))
 
 
 def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (copy / "predict.py").write_text(f"open({str(marker)!r}, 'w')\n")
     (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    _bundle.write_sums(copy)
-    exporting.verify_bundle(copy, data, QUICK)
+    write_sums(copy)
+    deploy.verify_bundle(copy, data, QUICK)
     assert not marker.exists()
     objects = np.empty(1, dtype=object)
     np.savez(copy / "golden.npz", inputs=objects, logits=objects)
     with pytest.raises(ValueError, match="allow_pickle"):
-        _bundle.read_golden(copy)
+        read_golden(copy)
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:

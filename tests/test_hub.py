@@ -15,8 +15,9 @@ import pytest
 import timm
 from click.testing import CliRunner, Result
 
-from okdc import _hub, exporting
+from okdc import deploy
 from okdc.cli import main
+from okdc.deploy.hub import push
 from okdc.recipe import ExportSettings
 
 
@@ -91,7 +92,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings, classes = ExportSettings(onnx=False, batch_sizes=[]), ("a", "b", "c", "d")
     preprocess = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
     network = timm.create_model("test_resnet", num_classes=4)
-    exporting.export_bundle(network, None, settings, folder, arch="test_resnet", preprocess=preprocess, classes=classes)
+    deploy.export_bundle(network, None, settings, folder, arch="test_resnet", preprocess=preprocess, classes=classes)
     return folder
 
 
@@ -123,7 +124,7 @@ def test_the_whole_bundle_is_pushed_and_timm_pushes_the_network(
     assert whole == {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*")}
     (bundle / "__pycache__").mkdir()
     (bundle / "__pycache__" / "predict.pyc").write_bytes(b"of this machine")
-    _hub.push(bundle, "me/net")
+    push(bundle, "me/net")
     assert hub.commits[-1] == whole
 
 

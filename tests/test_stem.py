@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import okdc
-from okdc import _bundle, exporting, networks
+from okdc import deploy, networks
+from okdc.deploy import bundle
 from okdc.errors import NetworkError
 from okdc.networks import stem
 from okdc.recipe import ExportSettings, NetworkSettings
@@ -104,7 +105,7 @@ def test_what_small_input_needs() -> None:
 def test_a_bundle_knows_what_was_changed(tmp_path: Path, name: str, channels: int, small_input: bool) -> None:
     settings = NetworkSettings(model=name, small_input=small_input, img_size=32, in_chans=channels)
     student = networks.load(settings, 4).eval()
-    exporting.export_bundle(
+    deploy.export_bundle(
         student, None, ExportSettings(batch_sizes=[]), tmp_path / "export", arch=name,
         preprocess=networks.data_config(student, settings), classes="abcd",
     )  # fmt: skip
@@ -113,7 +114,7 @@ def test_a_bundle_knows_what_was_changed(tmp_path: Path, name: str, channels: in
     assert config["okdc"]["base"] == name and config["okdc"]["changes"] == stem.changes(student)
     with pytest.raises(RuntimeError, match="Unknown model"):  # rather than a network of other strides
         timm.create_model(f"local-dir:{folder}", pretrained=True)
-    rebuilt = _bundle.load_student(folder)
+    rebuilt = bundle.load_student(folder)
     assert rebuilt is not None and torch.equal(rebuilt(images(channels)), expected)
     card = (folder / "README.md").read_text()
     assert "Its first layers are not the architecture's" in card and "library_name: timm" not in card
@@ -121,7 +122,7 @@ def test_a_bundle_knows_what_was_changed(tmp_path: Path, name: str, channels: in
     scope: dict = {}
     exec(code, scope)
     assert torch.equal(scope["network"](images(channels)), expected)
-    assert exporting.verify_bundle(folder, None, ExportSettings(batch_sizes=[]))["verdict"] == "parity_only"
+    assert deploy.verify_bundle(folder, None, ExportSettings(batch_sizes=[]))["verdict"] == "parity_only"
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])

@@ -11,7 +11,8 @@ import pytest
 import timm
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from okdc import _triton, exporting
+from okdc import deploy
+from okdc.deploy import triton
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 
@@ -61,7 +62,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preprocess = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
     network = timm.create_model("test_resnet", num_classes=4)
     arch = "my_package.networks:build"
-    exporting.export_bundle(network, None, settings, folder, arch=arch, preprocess=preprocess, classes=CLASSES)
+    deploy.export_bundle(network, None, settings, folder, arch=arch, preprocess=preprocess, classes=CLASSES)
     return folder
 
 
@@ -83,14 +84,14 @@ def test_the_configuration_is_that_of_the_graph(bundle: Path) -> None:
     assert run(images).shape == (read.max_batch_size, 4)
     labels = (folder / read.output[0].label_filename).read_text().splitlines()
     assert tuple(labels) == CLASSES
-    assert exporting.check_sums(bundle) == []
+    assert deploy.check_sums(bundle) == []
     assert (folder / "1" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
     assert "tritonserver --model-repository" in (bundle / "README.md").read_text()
 
 
 def test_an_engine_is_a_model_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "model.engine").write_bytes(b"plan")
-    _triton.write(tmp_path, "resnet18", (3, 224, 224), CLASSES, 64)
+    triton.write(tmp_path, "resnet18", (3, 224, 224), CLASSES, 64)
     folder = tmp_path / "triton" / "resnet18_tensorrt"
     read = config(folder)
     assert (read.name, read.platform, read.max_batch_size) == ("resnet18_tensorrt", "tensorrt_plan", 64)

@@ -19,8 +19,10 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import _bundle, _calibration, cli, exporting, pipeline
+from okdc import cli, deploy, pipeline
 from okdc.data import Data, wrap
+from okdc.deploy import calibration
+from okdc.deploy.bundle import recommend, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
@@ -77,12 +79,12 @@ def test_every_precision_is_exported_verified_and_as_accurate(result: Result, bu
         and "calibrated on 64 training images" in card
         and "`model.int8.onnx`" in card
     )
-    assert exporting.check_sums(bundle) == []
+    assert deploy.check_sums(bundle) == []
 
 
 def test_calibrated_on_training_images_as_they_are_for_evaluation(result: Result) -> None:
     data: Data = result.data
-    drawn, facts = _calibration.draw(data, 64)
+    drawn, facts = calibration.draw(data, 64)
     assert (result.verification or {})["calibration"] == facts
     assert facts["images"] == 64 and facts["also_validated"] == 0 and not facts["augmented"]
     validation = torch.cat([images for images, _ in data.validation or ()]).numpy()
@@ -90,7 +92,7 @@ def test_calibrated_on_training_images_as_they_are_for_evaluation(result: Result
     distances = np.abs(drawn[:, None, 0, ::4, ::4] - validation[None, :, 0, ::4, ::4]).max((2, 3))
     assert distances.min() > 1e-3
     assert abs(drawn.mean() - validation.mean()) < 0.1 and abs(drawn.std() - validation.std()) < 0.1  # not augmented
-    same, _ = _calibration.draw(data, 64)
+    same, _ = calibration.draw(data, 64)
     assert np.array_equal(same, drawn)
 
 
@@ -104,16 +106,16 @@ class Pictures:
 
 
 def test_images_that_are_validated_on_are_left_out(result: Result) -> None:
-    images, facts = _calibration.draw(Pictures(result.data, 3), 10)
+    images, facts = calibration.draw(Pictures(result.data, 3), 10)
     assert len(images) == facts["images"] == 3 and facts["also_validated"] == 3
     with pytest.raises(ExportError, match="pictures has 1 that are not"):
-        _calibration.draw(Pictures(result.data, 5), 10)
+        calibration.draw(Pictures(result.data, 5), 10)
 
 
 def test_without_data_int8_is_skipped_with_the_flag_to_type(tmp_path: Path, result: Result) -> None:
     settings = ExportSettings(int8=True, fp16=True, batch_sizes=[])
     known = {"preprocess": result.data.preprocess, "classes": result.data.classes}
-    verification = exporting.export_bundle(result.student, None, settings, tmp_path / "x", arch="test_resnet", **known)
+    verification = deploy.export_bundle(result.student, None, settings, tmp_path / "x", arch="test_resnet", **known)
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert "--data" in skipped["onnx_int8"] and "--data" in skipped["onnx_int8_trt"]
     assert verification["verdict"] == "parity_only" and rows(verification)["onnx_fp16"]["pass"]
@@ -124,7 +126,7 @@ def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, 
     known = {"num_classes": 10, "preprocess": result.data.preprocess, "name": "one"}
     data = replace(wrap([(images, labels)], [(images, labels)], **known), training_images=[])
     settings = ExportSettings(int8=True, batch_sizes=[])
-    verification = exporting.export_bundle(result.student, data, settings, tmp_path / "x", arch="test_resnet")
+    verification = deploy.export_bundle(result.student, data, settings, tmp_path / "x", arch="test_resnet")
     assert verification["verdict"] == "pass" and list(rows(verification)) == ["torch", "onnx"]
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     for target in ("onnx_int8", "onnx_int8_trt"):
@@ -150,7 +152,7 @@ def test_overflow_of_fp16_is_looked_for_on_training_images(tmp_path: Path) -> No
     config = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1 / 255,) * 3}
     data = wrap([(images, labels)], [(images, labels)], num_classes=4, preprocess=config, name="bright")
     settings = ExportSettings(fp16=True, batch_sizes=[], max_drop=100, min_agreement=0)
-    verification = exporting.export_bundle(Bright(), data, settings, tmp_path / "x", arch="Bright")
+    verification = deploy.export_bundle(Bright(), data, settings, tmp_path / "x", arch="Bright")
     assert verification["exports"]["onnx_fp16"]["kept_in_float"] and verification["calibration"] is None
 
 
@@ -174,13 +176,13 @@ def test_every_engine_on_the_whole_road_with_a_fake_tensorrt(
     assert [path.suffix for path in (tmp_path / "cache" / "okdc").iterdir()] == [".timing"]
     plans = [path.read_bytes() for path in (bundle / "triton").rglob("model.plan")]
     assert plans == [(bundle / "model.engine").read_bytes()]
-    assert exporting.check_sums(bundle) == []
+    assert deploy.check_sums(bundle) == []
     card = (bundle / "README.md").read_text()
     assert all(f"- `{path.name}`: " in card for path in bundle.iterdir() if path.name != "README.md")
     for end in ("", ".json"):  # the float32 engine sold as float16
         shutil.copyfile(bundle / f"model.engine{end}", bundle / f"model.fp16.engine{end}")
-    _bundle.write_sums(bundle)
-    again = exporting.verify_bundle(bundle, result.data, QUICK)
+    write_sums(bundle)
+    again = deploy.verify_bundle(bundle, result.data, QUICK)
     (failed,) = [row for row in again["rows"] if not row["pass"]]
     assert again["verdict"] == "fail" and failed["name"] == "tensorrt_fp16"
     assert "no layer in the precision of its name, only fp32" in failed["reason"]
@@ -212,7 +214,7 @@ def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result) -
     written = json.loads((bundle / "verification.json").read_text())
     assert written["schema_version"] == schema.VERSION == 2
     assert conforms(written, schema.Verification) == []
-    again = exporting.verify_bundle(bundle, result.data, ExportSettings(batch_sizes=[2]))
+    again = deploy.verify_bundle(bundle, result.data, ExportSettings(batch_sizes=[2]))
     assert again["verdict"] == "pass" and conforms(again, schema.Verification) == []
     assert conforms(written | {"images": "many", "extra": 1}, schema.Verification)
     del written["rows"][0]["ties"]
@@ -229,7 +231,7 @@ def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:
     exact = predict.load(copy, model="model.onnx").logits(originals)
     assert np.array_equal(exact.argmax(1), expected.argmax(1))
     for file in ("model.int8.onnx", "model.fp16.onnx"):
-        _bundle.recommend(copy, file)
+        recommend(copy, file)
         predictor = predict.load(copy)
         given = predictor.logits(originals)
         assert predictor.file == file and (given.argmax(1) == expected.argmax(1)).mean() >= 0.97
@@ -243,7 +245,7 @@ def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:
 
 def test_a_variant_alone_is_a_bundle(result: Result, tmp_path: Path) -> None:
     settings = ExportSettings(onnx=False, int8=True, calibration_images=64, batch_sizes=[])
-    verification = exporting.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")
+    verification = deploy.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")
     assert list(rows(verification)) == ["torch", "onnx_int8", "onnx_int8_trt", "predict.py"]
     assert verification["recommended"]["file"] == "model.int8.onnx" and not (tmp_path / "x" / "model.onnx").exists()
 
@@ -256,23 +258,23 @@ def test_a_variant_that_fails_is_left_out_unless_it_is_all_there_is(result: Resu
         untrained.get_classifier().bias -= untrained(images).mean(0)
     kwargs = {"arch": "test_resnet"}
     settings = ExportSettings(int8=True, calibration_images=16, batch_sizes=[], min_agreement=99.9)
-    verification = exporting.export_bundle(untrained, result.data, settings, tmp_path / "a", **kwargs)
+    verification = deploy.export_bundle(untrained, result.data, settings, tmp_path / "a", **kwargs)
     found = rows(verification)["onnx_int8"]
     assert verification["verdict"] == "pass" and verification["recommended"]["file"] == "model.onnx"
     assert not found["pass"] and found["worth_shipping"] is False and "agrees with torch" in found["reason"]
     assert (tmp_path / "a" / "model.onnx").exists() and not (tmp_path / "a" / "model.int8.onnx").exists()
     assert "it is not in this folder" in (tmp_path / "a" / "README.md").read_text()
-    assert exporting.verify_bundle(tmp_path / "a", result.data, QUICK)["verdict"] == "pass"
+    assert deploy.verify_bundle(tmp_path / "a", result.data, QUICK)["verdict"] == "pass"
     alone = ExportSettings(onnx=False, int8=True, calibration_images=16, batch_sizes=[], min_agreement=99.9)
     with pytest.raises(GateError, match="onnx_int8: it agrees"):
-        exporting.export_bundle(untrained, result.data, alone, tmp_path / "b", **kwargs)
+        deploy.export_bundle(untrained, result.data, alone, tmp_path / "b", **kwargs)
     assert not (tmp_path / "b").exists() and (tmp_path / "b-failed" / "model.int8.onnx").exists()
 
 
 def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path, result: Result) -> None:
     batches = [(images, (labels + 1) % 10) for images, labels in result.data.validation or ()]
     shifted = replace(result.data, validation=batches, validation_images=None)
-    verification = exporting.verify_bundle(bundle, shifted, QUICK)
+    verification = deploy.verify_bundle(bundle, shifted, QUICK)
     assert verification["verdict"] == "fail" and "when last measured" in rows(verification)["torch"]["reason"]
 
 
@@ -318,7 +320,7 @@ def test_a_run_that_is_exported_again_is_held_to_its_report_and_its_data(
         assert pipeline.export(run, **settings)["verdict"] == "pass"
         return
     spoil(run)
-    with pytest.raises(exporting.UnfitError, match=reason):
+    with pytest.raises(deploy.UnfitError, match=reason):
         pipeline.export(run, **settings)
     assert not (run / "export").exists()
 
@@ -397,8 +399,8 @@ def test_planted_faults_fail_their_row_and_only_theirs(
     copy: Path, result: Result, spoil: Callable[[Path], None], row: str, reason: str
 ) -> None:
     spoil(copy)
-    _bundle.write_sums(copy)
-    verification = exporting.verify_bundle(copy, result.data, QUICK)
+    write_sums(copy)
+    verification = deploy.verify_bundle(copy, result.data, QUICK)
     failed = {name: each["reason"] for name, each in rows(verification).items() if not each["pass"]}
     assert verification["verdict"] == "fail" and reason in failed.pop(row)
     also = {"onnx": {"predict.py"}, "predict.py": {"preprocess.json"}, "preprocess.json": {"predict.py"}}
@@ -418,7 +420,7 @@ def test_a_fault_in_the_bundles_own_preprocessing_is_caught(
     if agreeing:  # the one who made the mistake made it everywhere
         edit("config.json", pretrained_cfg=wrong)(run / "export")
         (run / "export" / "model.onnx").unlink()
-    _bundle.write_sums(run / "export")
+    write_sums(run / "export")
     if settings is None:
         (run / "recipe.yaml").unlink()  # a bundle that was copied alone
     verification = pipeline.verify(run, batch_sizes=[], **settings or {})

@@ -254,7 +254,7 @@ def time_torch(
     bundle: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int, compiled: bool = False
 ) -> list[dict[str, Any]]:
     """The latency of a bundle's student in torch, in a process of its own; RuntimeError where it cannot be built."""
-    module = Path(__file__).parents[1] / "_torch_runner.py"
+    module = Path(__file__).parents[1] / "deploy/torch_runner.py"
     return latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
 
 

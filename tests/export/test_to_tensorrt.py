@@ -19,7 +19,7 @@ import onnx
 import pytest
 import torch
 
-from okdc import _bundle
+from okdc.deploy.bundle import check_sums, listed, refuse_foreign, write_sums
 from okdc.system import shipped
 from tests.export import fake_tensorrt
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
@@ -285,16 +285,16 @@ def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_fi
     served = bundle / "triton" / "tiny_tensorrt" / "1" / "model.plan"
     served.parent.mkdir(parents=True)
     served.write_bytes(b"an engine of another machine")
-    _bundle.write_sums(bundle)
+    write_sums(bundle)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
     promised = 32
     for _ in range(2):  # built, and built again for another machine
         runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
         built = {"model.engine", "model.engine.json", "triton/tiny_tensorrt/1/model.plan"}
-        assert set(_bundle.listed(bundle)) == {"model.onnx", "to_tensorrt.py", *built}
-        assert _bundle.check_sums(bundle) == [] and served.read_bytes() == (bundle / "model.engine").read_bytes()
-        _bundle.refuse_foreign(bundle)
+        assert set(listed(bundle)) == {"model.onnx", "to_tensorrt.py", *built}
+        assert check_sums(bundle) == [] and served.read_bytes() == (bundle / "model.engine").read_bytes()
+        refuse_foreign(bundle)
         sidecar = json.loads((bundle / "model.engine.json").read_text())
         ((smallest, usual, largest),) = sidecar["profile"].values()
         assert [smallest[0], usual[0], largest[0]] == [1, 8, promised]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from okdc._bundle import CONFIG, WEIGHTS
+from okdc.deploy.bundle import CONFIG, WEIGHTS
 from okdc.networks import stem
 from okdc.system.wording import portable
 from okdc.verification.gates import is_variant

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from okdc import _bundle
+from okdc.deploy.bundle import CACHE, load_student, loader
 from okdc.errors import ExportError
 from okdc.system.wording import one_line
 
@@ -39,13 +39,13 @@ def push(bundle: Path, repository: str) -> str:
     follow in one commit. Raises ExportError with the command that repeats the upload.
     """
     try:
-        network = _bundle.load_student(bundle)
-        if network is not None and _bundle.loader(bundle) == "timm":
+        network = load_student(bundle)
+        if network is not None and loader(bundle) == "timm":
             timm.models.push_to_hf_hub(network, repository, commit_message=_MESSAGE, safe_serialization=True)
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id, folder_path=bundle, commit_message=_MESSAGE, ignore_patterns=f"*{_bundle.CACHE}/*"
+            repo_id=address.repo_id, folder_path=bundle, commit_message=_MESSAGE, ignore_patterns=f"*{CACHE}/*"
         )
     except Exception as error:  # whatever the network does
         raise ExportError(

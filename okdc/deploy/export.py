@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _calibration, _targets
-from okdc._bundle import check_sums, environment
-from okdc._card import write_card
+from okdc.deploy import bundle
+from okdc.deploy.bundle import check_sums, environment
+from okdc.deploy.calibration import draw
+from okdc.deploy.card import write_card
+from okdc.deploy.targets import existing, further, write
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
@@ -66,10 +68,10 @@ def export_bundle(
     info = {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
-    _bundle.recover(folder)
-    _bundle.refuse_foreign(folder)
+    bundle.recover(folder)
+    bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
-    _bundle.refuse_foreign(failed)
+    bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
@@ -78,14 +80,14 @@ def export_bundle(
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
         calibration, drawn, without = _draw(data, settings)
-        targets, unavailable, notes = _targets.write(
+        targets, unavailable, notes = write(
             part, student, arch, settings, classes, preprocess, info, calibration, without
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            targets | _targets.further(targets),
+            targets | further(targets),
             data,
             input_size=preprocess["input_size"],
             device=device or _device(student),
@@ -94,8 +96,8 @@ def export_bundle(
             threads=settings.threads,
             gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
-            golden=_bundle.read_golden(part),
-            bundle=part if _bundle.can_load(part) else None,
+            golden=bundle.read_golden(part),
+            bundle=part if bundle.can_load(part) else None,
         )
         _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
@@ -103,7 +105,7 @@ def export_bundle(
         verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
         _leave_out(part, targets, verification)
         _finish(part, arch, verification, info)
-        _bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
+        bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if verification["verdict"] == "fail":
@@ -122,14 +124,14 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
     facts = read(folder)
-    recorded = _bundle.read_json(folder / "verification.json")
-    student = _bundle.load_student(folder)
-    targets, skipped = _targets.existing(folder)
+    recorded = bundle.read_json(folder / "verification.json")
+    student = bundle.load_student(folder)
+    targets, skipped = existing(folder)
     same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
-        targets | _targets.further(targets),
+        targets | further(targets),
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -138,10 +140,10 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         threads=settings.threads,
         gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
-        golden=_bundle.read_golden(folder),
-        bundle=folder if _bundle.can_load(folder) else None,
+        golden=bundle.read_golden(folder),
+        bundle=folder if bundle.can_load(folder) else None,
     )
-    odd = _bundle.contradictions(folder)
+    odd = bundle.contradictions(folder)
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
     for file, reason in odd.items():
         _add_failure(verification, file, reason)
@@ -153,11 +155,11 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
 
 def read(folder: Path) -> dict[str, Any]:
     """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
-    if not (folder / _bundle.CONFIG).is_file():
-        raise ExportError(f"{folder} is not an exported bundle (no {_bundle.CONFIG}): give a run's export folder.")
-    config = _bundle.read_json(folder / _bundle.CONFIG)
+    if not (folder / bundle.CONFIG).is_file():
+        raise ExportError(f"{folder} is not an exported bundle (no {bundle.CONFIG}): give a run's export folder.")
+    config = bundle.read_json(folder / bundle.CONFIG)
     labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
-    preprocess = _bundle.read_json(folder / "preprocess.json")
+    preprocess = bundle.read_json(folder / "preprocess.json")
     return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
 
 
@@ -187,13 +189,13 @@ def _write_student(
     part: Path, student: nn.Module, arch: str, model_args: dict | None, classes: Sequence[str], preprocess: dict
 ) -> list[dict[str, str]]:
     """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
-    _bundle.write_weights(student, part / _bundle.WEIGHTS)
-    _bundle.write_golden(student, preprocess["input_size"], part / _bundle.GOLDEN)
-    _bundle.write_config(student, part / _bundle.CONFIG, arch, classes, preprocess, model_args)
-    _bundle.write_json(part / "preprocess.json", preprocess)
+    bundle.write_weights(student, part / bundle.WEIGHTS)
+    bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
+    bundle.write_config(student, part / bundle.CONFIG, arch, classes, preprocess, model_args)
+    bundle.write_json(part / "preprocess.json", preprocess)
     (part / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
-    reason = _bundle.settle_loader(part)
-    return [{"target": _bundle.WEIGHTS, "reason": reason}] if reason else []
+    reason = bundle.settle_loader(part)
+    return [{"target": bundle.WEIGHTS, "reason": reason}] if reason else []
 
 
 def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
@@ -202,8 +204,8 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return None, None, _NO_IMAGES
     try:
         if settings.int8:
-            return *_calibration.draw(data, settings.calibration_images, settings.images), ""
-        return _calibration.draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
+            return *draw(data, settings.calibration_images, settings.images), ""
+        return draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
 
@@ -239,10 +241,10 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
 def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment()
-    _bundle.recommend(part, for_cpu(verification["rows"]))
-    _bundle.write_json(part / "verification.json", verification)
-    write_card(part, arch, _bundle.read_json(part / _bundle.CONFIG), verification, info)
-    _bundle.write_sums(part)
+    bundle.recommend(part, for_cpu(verification["rows"]))
+    bundle.write_json(part / "verification.json", verification)
+    write_card(part, arch, bundle.read_json(part / bundle.CONFIG), verification, info)
+    bundle.write_sums(part)
 
 
 def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Mapping[str, Any]) -> None:

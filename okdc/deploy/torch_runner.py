@@ -20,9 +20,9 @@ def runner(
     """
     import torch
 
-    from okdc import _bundle
+    from okdc.deploy import bundle
 
-    network = _bundle.load_student(Path(path))
+    network = bundle.load_student(Path(path))
     if network is None:
         raise RuntimeError("neither timm nor torchvision can build this network from the bundle")
     network = network.to(device)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import _bundle, _triton
+from okdc.deploy import bundle, triton
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import one_line, without_paths
@@ -56,7 +56,7 @@ def write(
     without: why there is no int8 where there is no `calibration`.
     """
     enough = min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
-    metadata = _bundle.metadata(arch, classes, preprocess, info)
+    metadata = bundle.metadata(arch, classes, preprocess, info)
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     targets: dict[str, Exported] = {}
@@ -87,7 +87,7 @@ def write(
     if settings.trt:  # it builds the engine where it cannot be built here
         shutil.copyfile(shipped.targets()["tensorrt"], part / "to_tensorrt.py")
     if settings.triton:
-        _triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
+        triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return targets, skipped, notes
 
 
