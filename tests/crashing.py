@@ -78,9 +78,10 @@ def serve() -> None:
     import tensorboard.summary.writer.event_file_writer
     import torch.utils.tensorboard
 
-    from okdc import _plots, _summary, cli, methods, pipeline
+    from okdc import _summary, cli, methods, pipeline
+    from okdc.report import plots
 
-    assert all((jinja2, sklearn.datasets, tensorboard, torch.utils.tensorboard, _plots, _summary, pipeline))
+    assert all((jinja2, sklearn.datasets, tensorboard, torch.utils.tensorboard, plots, _summary, pipeline))
     for name in methods.names():
         methods.get(name)
     for line in sys.stdin:

@@ -15,7 +15,6 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 ALLOWED = {
     "okdc": "",
     "_memory": "",
-    "_plots": "",
     "errors": "",
     "needs": "",
     "ranks": "",
@@ -24,7 +23,7 @@ ALLOWED = {
     "system": "errors ranks",
     "anatomy": "errors system tasks",
     "recipe": "errors system",
-    "report": "_plots system",
+    "report": "system",
     "verification": "errors system tasks",
     "_flags": "errors recipe",
     "cohort": "anatomy errors system tasks",

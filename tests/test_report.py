@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from okdc import report
-from okdc._plots import apart, line_chart, ticks_for
+from okdc.report.plots import apart, line_chart, ticks_for
+from okdc.report.report import cell, digits, duration, si
 
 VOID = {"meta"}  # the only tag of the page that html does not close
 
@@ -303,18 +304,18 @@ def test_members_that_report_only_what_they_add_are_added_up(tmp_path: Path) -> 
 
 
 def test_numbers_read_well() -> None:
-    assert [report.digits(v) for v in (0.81234, 6.1, 12.34, 148.2, 1480.0, 0, None)] == [
+    assert [digits(v) for v in (0.81234, 6.1, 12.34, 148.2, 1480.0, 0, None)] == [
         "0.812", "6.10", "12.3", "148", "1,480", "0", "–",
     ]  # fmt: skip
-    assert [report.si(v) for v in (640, 11.18e6, 1.82e9, 89.29, None)] == [
+    assert [si(v) for v in (640, 11.18e6, 1.82e9, 89.29, None)] == [
         "640",
         "11.2\u00a0M",
         "1.82\u00a0G",
         "89.3",
         "–",
     ]
-    assert [report.duration(v) for v in (2.14, 59.7, 73.4, 7300)] == ["2.1 s", "1 min 0 s", "1 min 13 s", "2 h 1 min"]
-    assert report.cell("a|b\n<c>") == r"a\|b \<c>"
+    assert [duration(v) for v in (2.14, 59.7, 73.4, 7300)] == ["2.1 s", "1 min 0 s", "1 min 13 s", "2 h 1 min"]
+    assert cell("a|b\n<c>") == r"a\|b \<c>"
 
 
 def test_ticks_are_round_and_hold_the_curve() -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from okdc._plots import Points, line_chart, placer, spaced, ticks_for
+from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
 from okdc.system import files
 
 DASH = "–"  # what is not known
