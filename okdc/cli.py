@@ -102,10 +102,11 @@ def compress(
     """
     typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import methods, pipeline, runs
+    from okdc import methods, pipeline
+    from okdc.pipeline import run_folder
     from okdc.training import launch
 
-    recipe_name = recipe_name or runs.recipe_of(resume)
+    recipe_name = recipe_name or run_folder.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
     if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
         command = [sys.executable, "-m", "okdc", *sys.argv[1:]]

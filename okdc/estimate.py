@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import _teacher, assembly, methods, networks
+from okdc import methods, networks
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
+from okdc.pipeline import assemble_cohort, teachers
 from okdc.recipe import Recipe
 from okdc.system.randomness import own_randomness, seed_everything
 
@@ -54,7 +55,7 @@ def estimate(wanted: Recipe) -> Estimate:
     """
     with own_randomness():
         learner, stands_in = built(wanted)
-        return measure(learner, assembly.needs(wanted)[0], stands_in)
+        return measure(learner, assemble_cohort.needs(wanted)[0], stands_in)
 
 
 def refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
@@ -70,7 +71,7 @@ def built(wanted: Recipe) -> tuple[Method, bool]:
     """The recipe's network and method on the CPU, as training would build them, and whether its teacher stands in."""
     kind, name = methods.get(wanted.method["name"]), wanted.method["name"]
     stands_in = kind.needs_teacher and wanted.cohort.teacher is None
-    _teacher.check(wanted.cohort, name, needed=kind.needs_teacher and not stands_in)
+    teachers.check(wanted.cohort, name, needed=kind.needs_teacher and not stands_in)
     seed_everything(wanted.train.seed)
     target = networks.load(wanted.network)
     input_size = networks.data_config(target, wanted.network)["input_size"]
@@ -82,11 +83,11 @@ def built(wanted: Recipe) -> tuple[Method, bool]:
         known = Path(named).exists()
         alike = replace(like, model=named, img_size=None, small_input=False, num_classes=None, model_kwargs={})
         teacher = (
-            _teacher.load(named, input_size, classes, wanted.network.model) if known else networks.load(alike, classes)
+            teachers.load(named, input_size, classes, wanted.network.model) if known else networks.load(alike, classes)
         )
     # What is remembered of the training images is not counted: how many there are is not known here.
     labels = torch.arange(max(IMAGES * classes, wanted.train.batch_size)) % classes
-    learner = assembly.method(
+    learner = assemble_cohort.method(
         target, wanted, input_size, classes, named=True, teacher=teacher, train_labels=labels
     )  # fmt: skip
     return learner, stands_in

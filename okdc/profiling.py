@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import assembly, estimate, methods
+from okdc import estimate, methods
 from okdc._memory import rise
 from okdc.cohort import Cohort
 from okdc.data import Data
 from okdc.methods import Method
+from okdc.pipeline import assemble, assemble_cohort
 from okdc.recipe import Recipe, TrainSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.signals import StopSignal
@@ -109,11 +110,11 @@ def profile(wanted: Recipe, *, rounds: int = 7, with_data: bool = False) -> Prof
     OkdcError where the method cannot serve the network or the data cannot be read.
     """
     with own_randomness():
-        data = assembly.network_and_data(None, None, None, wanted)[1] if with_data else None
+        data = assemble.network_and_data(None, None, None, wanted)[1] if with_data else None
         if data:
             wanted = replace(wanted, network=replace(wanted.network, num_classes=len(data.classes)))
         learner, _ = estimate.built(wanted)
-        batch = estimate.batch_of(learner, assembly.needs(wanted)[0], wanted.train.batch_size)
+        batch = estimate.batch_of(learner, assemble_cohort.needs(wanted)[0], wanted.train.batch_size)
         subjects = {layout: _Subjects(learner, wanted, layout) for layout in (False, True)}
         flops = subjects[False].flops(batch)
         rows = _rows(subjects, wanted.train, batch, rounds, flops[1] / flops[0])

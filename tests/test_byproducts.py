@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc import _byproducts, _summary, pipeline
+from okdc import _summary, pipeline
 from okdc.data import wrap
+from okdc.pipeline import byproducts
 from okdc.recipe import ExportSettings
 from okdc.training import checkpoint
 from tests.networks import Tiny
@@ -31,7 +32,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> okdc.Result:
 
 
 def test_it_is_exported_and_verified_beside_the_student(result: okdc.Result) -> None:
-    bundle = result.path / _byproducts.FOLDER / "fused"
+    bundle = result.path / byproducts.FOLDER / "fused"
     assert set(result.byproducts) == {"fused"} and pipeline.verify(bundle)["verdict"] != "fail"
     facts = json.loads((result.path / "report.json").read_text())
     student, fused = facts["byproducts"]
@@ -70,7 +71,7 @@ def test_one_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
     loaders = DataLoaders()
     data = wrap(loaders.train, loaders.validation, num_classes=4)
     networks: dict[str, nn.Module] = {"broken": Unexportable().eval(), "whole": Tiny().eval(), "other": Tiny(3).eval()}
-    rows = _byproducts.export(networks, None, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"})
+    rows = byproducts.export(networks, None, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"})
     found = {row["name"]: row for row in rows}
     assert [row["name"] for row in rows] == list(networks)
     assert found["whole"]["verdict"] != "fail" and (tmp_path / "byproducts" / "whole" / "model.onnx").is_file()

@@ -23,7 +23,7 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from okdc import methods, runs
+from okdc import methods
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.data import Data, load, open_source, wrap
@@ -31,6 +31,7 @@ from okdc.data.samples import Part
 from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingError
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
+from okdc.pipeline import run_folder
 from okdc.ranks import _Sum, local_rank, rank, world
 from okdc.recipe import DataSettings, Recipe, TrainSettings
 from okdc.training import fit
@@ -422,11 +423,11 @@ def test_a_folder_is_trained_by_one_run_at_a_time(tmp_path):
     assert holder.stdout and holder.stdout.readline() == "locked\n"
     with ExitStack() as held:
         with pytest.raises(RunError, match="is in use by process 7 on node"):
-            runs.begin(tmp_path, Recipe(), {}, held)
+            run_folder.begin(tmp_path, Recipe(), {}, held)
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".last.pth.tar.7.tmp"}
         holder.kill()
         holder.communicate()
-        runs.begin(tmp_path, Recipe(), {}, held)
+        run_folder.begin(tmp_path, Recipe(), {}, held)
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.yaml", "student.json"}
 
@@ -435,7 +436,7 @@ def test_where_there_are_no_locks_what_a_killed_run_left_is_removed_too(tmp_path
     (tmp_path / ".last.pth.tar.7.tmp").touch()
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with ExitStack() as held:
-        runs.begin(tmp_path, Recipe(), {}, held)
+        run_folder.begin(tmp_path, Recipe(), {}, held)
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "student.json"}
 
 

@@ -31,22 +31,17 @@ ALLOWED = {
     "networks": "anatomy errors recipe tasks",
     "settings": "recipe",
     "training": "errors ranks recipe system",
-    "_teacher": "data errors networks recipe system training",
     "deploy": "errors networks okdc recipe system verification",
     "examine": "anatomy cohort errors networks recipe system",
     "methods": "anatomy cohort errors losses needs ranks system",
-    "runs": "errors recipe system training",
-    "_byproducts": "anatomy data deploy errors methods recipe training",
-    "assembly": "_teacher anatomy cohort data errors methods needs networks ranks recipe training",
+    "pipeline": "anatomy cohort data deploy errors methods needs networks okdc ranks recipe report system training",
     "zoo": "errors examine networks",
-    "estimate": "_teacher anatomy assembly cohort errors methods needs networks recipe system",
-    "pipeline": "_byproducts _teacher assembly data deploy errors methods networks okdc ranks recipe report runs "
-    "system training",
     "benchmark": "data deploy errors networks pipeline recipe system training verification",
-    "profiling": "_memory assembly cohort data estimate methods recipe system training",
+    "estimate": "anatomy cohort errors methods needs networks pipeline recipe system",
     "_summary": "benchmark methods",
+    "profiling": "_memory cohort data estimate methods pipeline recipe system training",
     "cli": "_flags _summary anatomy benchmark deploy errors estimate methods networks okdc pipeline profiling "
-    "recipe runs training zoo",
+    "recipe training zoo",
     "__main__": "cli",
 }
 

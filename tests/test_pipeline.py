@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import okdc
 import okdc.networks
-from okdc import methods, pipeline, runs
+from okdc import deploy, methods, pipeline
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
+from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
 from okdc.system import shipped
 from okdc.training import checkpoint
@@ -187,8 +188,8 @@ def test_a_run_folder_is_ones_own_until_all_is_written(tmp_path: Path, monkeypat
         taken.append(said == "")
         return {}
 
-    monkeypatch.setattr(pipeline.exporting, "export_bundle", probe)
-    monkeypatch.setattr(pipeline.report, "write", probe)
+    monkeypatch.setattr(deploy, "export_bundle", probe)
+    monkeypatch.setattr(compression.report, "write", probe)
     result = okdc.compress(Tiny(), [(images, labels)], method="baseline", epochs=1, output=tmp_path, experiment="run")
     result.export()
     okdc.export(Tiny(), output=result.path / "export")
@@ -334,29 +335,31 @@ def test_a_path_alone_is_enough_to_go_on(run: tuple[Path, subprocess.CompletedPr
 
 def test_folders_are_never_written_over(tmp_path: Path) -> None:
     wanted = override(Recipe(), {"model": "torchvision/resnet18", "data": "/data/cats"})
-    first, last = runs.choose(tmp_path, wanted, None, None)
+    first, last = run_folder.choose(tmp_path, wanted, None, None)
     assert (first.name, last) == ("resnet18-ahbf-cats", None)
     with ExitStack() as held:
-        runs.begin(first, wanted, {"arch": "x"}, held)
-    assert runs.choose(tmp_path, wanted, None, None) == (first, None), "nothing was trained in it"
-    assert runs.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
+        run_folder.begin(first, wanted, {"arch": "x"}, held)
+    assert run_folder.choose(tmp_path, wanted, None, None) == (first, None), "nothing was trained in it"
+    assert run_folder.choose(tmp_path, wanted, None, "auto") == (first, None), "killed before its first checkpoint"
     (first / "last.pth.tar").write_text("weights")
     with pytest.raises(RunError, match=r"unfinished run.*--resume auto.*--experiment NAME"):
-        runs.choose(tmp_path, wanted, None, None)
-    assert runs.choose(tmp_path, wanted, None, "auto") == (first, first / "last.pth.tar")
+        run_folder.choose(tmp_path, wanted, None, None)
+    assert run_folder.choose(tmp_path, wanted, None, "auto") == (first, first / "last.pth.tar")
     (first / "report.json").write_text("{}")
-    second, _ = runs.choose(tmp_path, wanted, None, None)
+    second, _ = run_folder.choose(tmp_path, wanted, None, None)
     assert second.name == "resnet18-ahbf-cats-2"
-    assert runs.choose(tmp_path, wanted, None, "auto")[0] == first, "the newest that there is"
+    assert run_folder.choose(tmp_path, wanted, None, "auto")[0] == first, "the newest that there is"
     with pytest.raises(RunError, match="holds a finished run"):
-        runs.choose(tmp_path, wanted, first.name, None)
+        run_folder.choose(tmp_path, wanted, first.name, None)
     (first / "last.pth.tar").rename(first / "last.1.pth.tar")
-    assert runs.choose(tmp_path, wanted, None, "auto")[1] == first / "last.pth.tar", "the one kept before it will do"
+    assert run_folder.choose(tmp_path, wanted, None, "auto")[1] == first / "last.pth.tar", (
+        "the one kept before it will do"
+    )
     (first / "last.1.pth.tar").rename(first / "model_best.pth.tar")
     with pytest.raises(RunError, match=r"holds files but no last\.pth\.tar"):
-        runs.choose(tmp_path, wanted, None, "auto")
+        run_folder.choose(tmp_path, wanted, None, "auto")
     with pytest.raises(RunError, match=r"there is no .*last\.pth\.tar"):
-        runs.choose(tmp_path, wanted, None, str(tmp_path / "elsewhere"))
+        run_folder.choose(tmp_path, wanted, None, str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "own_network", "own_method", "own_data"])

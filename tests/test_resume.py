@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.errors import RunError
-from okdc.pipeline import _metrics
+from okdc.pipeline.facts import metrics_of
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState, checkpoint
 from tests.training import (
@@ -159,7 +159,7 @@ def test_a_best_checkpoint_that_is_damaged_is_made_anew_or_told_of(tmp_path, cap
     state = run(tmp_path, replace(SETTINGS, lr=1e-12), resume=last)
     assert f"{checkpoint.BEST} is damaged, so the next epoch is kept" in capsys.readouterr().err
     assert state.best_epoch == 2 and checkpoint.load(best)["epoch"] == 2
-    assert _metrics(state.history, state.best_epoch, 3)["top1"] == state.best == state.history[2]["eval_top1"]
+    assert metrics_of(state.history, state.best_epoch, 3)["top1"] == state.best == state.history[2]["eval_top1"]
 
 
 @pytest.mark.parametrize(

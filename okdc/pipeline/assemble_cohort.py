@@ -1,0 +1,140 @@
+"""The cohort that the method wants, built around the target: settings checked, peers built, branches proved."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okdc import methods, networks
+from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort
+from okdc.data import Data
+from okdc.errors import RecipeError
+from okdc.methods import Method
+from okdc.needs import Needs
+from okdc.pipeline import teachers
+from okdc.recipe import CohortSettings, NetworkSettings, Recipe
+from okdc.training.machine import choose_device
+
+
+def teacher(wanted: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
+    """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
+    name = wanted.cohort.teacher
+    if name is None:
+        return None
+    network = teachers.load(name, data.preprocess["input_size"], len(data.classes), wanted.network.model)
+    if not proved:
+        teachers.prove(network, name, data, choose_device(wanted.train.device), wanted.train.timeout)
+    return network
+
+
+def method(
+    target: nn.Module,
+    wanted: Recipe,
+    input_size: tuple[int, int, int],
+    classes: int,
+    named: bool,
+    teacher: nn.Module | None = None,
+    train_labels: Tensor | None = None,
+) -> Method:
+    """The cohort that the method wants, built around the target and proved, with the method that owns it.
+
+    `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
+    branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
+    are those of the training images, where they are known.
+    """
+    kind = methods.get(wanted.method["name"])
+    cohort, network = wanted.cohort, wanted.network
+    first = next(target.parameters())
+    example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
+    _refuse_contradictions(cohort, kind)
+    given: dict[str, Any] = {}
+    if teacher is not None:
+        given["teacher"] = teacher.to(first.device)
+    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
+        given["train_labels"] = train_labels
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
+    apart = kind.members == 1 or bool(cohort.peers) or (cohort.share or kind.share) == "none"
+    anatomy = inspect(target, example, logits_only=apart and not kind.taps)
+    plan = kind.plan(
+        anatomy, members=cohort.members, extra_blocks=cohort.extra_blocks,
+        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
+        peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+        **{key: value for key, value in _settings(wanted).items() if key in planned},
+    )  # fmt: skip
+    maker = replace(network, pretrained=False, checkpoint=None)
+    fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
+    started = network.pretrained or network.checkpoint is not None
+    _refuse_ignored(cohort, plan)
+    built = Cohort(
+        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
+    )
+    try:
+        return kind(built, **given, **_settings(wanted)).to(first.device)
+    except BaseException:
+        built.strip()
+        raise
+
+
+def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
+    """RecipeError where a setting of branches is given to members that share nothing, or to a target alone."""
+    names = [name for name in ("members", "peers", "cut", "private_stages", "extra_blocks") if getattr(cohort, name)]
+    if kind.members == 1 and names and (cohort.members, names) != (1, ["members"]):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise RecipeError(
+            f"{kind.__name__.lower()} trains the network without other members: leave out {flags}, or choose a method "
+            "that has some (okdc methods)."
+        )
+    if cohort.peers and cohort.members not in (None, 1 + len(cohort.peers)):
+        raise RecipeError(
+            f"--members {cohort.members} and {len(cohort.peers)} --peers do not agree: with the target these are "
+            f"{1 + len(cohort.peers)}. Leave out --members."
+        )
+    apart = "--peers" if cohort.peers else "--share none" if cohort.share == "none" else None
+    names = ["cut", "private_stages", *(["extra_blocks"] if cohort.peers else [])]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(cohort, name) is not None]
+    if apart and given:
+        words = " and ".join(given)
+        raise RecipeError(f"{words} cannot apply with {apart}, whose networks share nothing: leave it out.")
+
+
+def _refuse_ignored(cohort: CohortSettings, plan: list[Branch]) -> None:
+    """RecipeError where the method planned its branches without a setting that was given."""
+    ignored = []
+    if not any(branch.cut for branch in plan):
+        ignored += [name for name in ("cut", "private_stages") if getattr(cohort, name)]
+    if cohort.extra_blocks and not any(any(branch.extra_blocks) for branch in plan):
+        ignored.append("extra_blocks")
+    if ignored:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        why = "are all as deep as the target" if ignored == ["extra_blocks"] else "share nothing with the target"
+        raise RecipeError(f"{flags} has no effect here: the members of this method {why}. Leave it out.")
+
+
+def _settings(wanted: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in wanted.method.items() if key != "name"}
+
+
+def needs(wanted: Recipe) -> tuple[Needs, int]:
+    """What the method needs of the data, and how many views of each image."""
+    kind = methods.get(wanted.method["name"])
+    asked = kind.needs(**_settings(wanted))
+    members = 1 + len(wanted.cohort.peers) if wanted.cohort.peers else wanted.cohort.members or kind.members
+    return asked, members if asked.views else 1
+
+
+def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:
+    alike = NetworkSettings(
+        model=name, in_chans=network.in_chans, img_size=network.img_size, small_input=network.small_input
+    )
+    peer = networks.load(alike, classes)
+    logits: Tensor = networks.check_input(peer, input_size)  # type: ignore[arg-type]
+    if logits.shape[1] != classes:
+        raise RecipeError(
+            f"the peer {name} has {logits.shape[1]} outputs, the data {classes} classes: they must agree."
+        )
+    return peer

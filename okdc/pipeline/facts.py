@@ -1,0 +1,103 @@
+"""What the report and the bundle say of a run, as plain values."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+
+import okdc
+from okdc import methods
+from okdc.methods import Method
+from okdc.pipeline import run_folder
+from okdc.recipe import Recipe
+from okdc.training.machine import choose_device
+
+if TYPE_CHECKING:
+    from okdc.pipeline.result import Result
+
+
+def metrics_of(history: list[dict[str, Any]], best_epoch: int | None, members: int) -> dict[str, Any]:
+    """The student's figures at the epoch whose weights ship (the last one if none was kept), and of the whole run."""
+    best = history[-1 if best_epoch is None else best_epoch]
+    return {
+        "top1": _number(best.get("eval_top1")),
+        "top5": _number(best.get("eval_top5")),
+        "ensemble_top1": _number(best.get("top1/ensemble")) if members > 1 else None,
+        "best_epoch": best["epoch"],
+        "epochs": len(history),
+        "train_loss": _number(history[-1].get("train_loss")),
+        "seconds": sum(row.get("seconds") or 0 for row in history),
+        "skipped_steps": sum(row.get("skipped_steps") or 0 for row in history),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the report shows, as plain values."""
+    cohort, wanted = learner.cohort, result.recipe
+    shared = {id(p) for p in cohort.target.parameters()}
+    members = [
+        {
+            "name": cost.name,
+            "role": "ships" if i == 0 else cost.grown or "the target's own tail again",
+            "params": cost.params,
+            "own_params": cost.own_params,
+            "shared_params": sum(p.numel() for p in member.parameters() if id(p) in shared) if i else 0,
+            "flops": cost.flops,
+        }
+        for i, (cost, member) in enumerate(zip(cohort.costs, cohort.members, strict=True))
+    ]
+    name = wanted.method["name"]
+    return {
+        "title": f"{result.arch} · {name} · {result.data.name}",
+        "network": {
+            "name": result.arch, "params": cohort.costs[0].params, "flops": cohort.costs[0].flops,
+            "input_size": list(result.data.preprocess["input_size"]), "cut": cohort.cut,
+        },
+        "method": {
+            "name": name, "summary": methods.card(name).splitlines()[0],
+            "settings": {k: v for k, v in wanted.method.items() if k != "name"},
+        },
+        "members": members,
+        "trained_params": sum(p.numel() for p in learner.parameters() if p.requires_grad),
+        "data": {
+            "name": result.data.name, "classes": len(result.data.classes),
+            "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
+        },
+        "history": history, "metrics": result.metrics, "verification": result.verification,
+        "baseline": run_folder.find_baseline(result.path, wanted), "command": command(), "recipe": wanted.to_dict(),
+        "environment": _environment(wanted), "okdc": okdc.__version__,
+    }  # fmt: skip
+
+
+def command() -> str:
+    """The command that was typed, where there was one."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
+
+
+def _environment(wanted: Recipe) -> dict[str, Any]:
+    settings, device = wanted.train, choose_device(wanted.train.device)
+    return {
+        "okdc": okdc.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "processes": f"{settings.devices} per node, {settings.nodes} node{'s' * (settings.nodes > 1)}",
+        "images per step": settings.images_per_step,
+        "learning rate": f"{settings.peak_lr:.4g}",
+    }
