@@ -17,9 +17,9 @@ from okdc import methods
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
     from okdc.cohort import Cost
-    from okdc.estimate import Estimate
+    from okdc.measure.estimate import Estimate
+    from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
-    from okdc.profiling import Profile
     from okdc.recipe import Recipe
 
 
@@ -93,7 +93,7 @@ def _ships(row: dict[str, Any]) -> str:
 
 def show_benchmark(report: dict[str, Any]) -> None:
     """One line per format and batch size; what is not available is listed below, with the reason."""
-    from okdc import benchmark
+    from okdc.measure import benchmark
 
     table = _table(*(column for column in benchmark.COLUMNS if column != "status"))
     for name, status, *cells in benchmark.lines(report):

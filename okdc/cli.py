@@ -190,7 +190,7 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     okdc benchmark resnet18 --threads 2 --no-compile
     """
     from okdc import _summary
-    from okdc import benchmark as benchmarks
+    from okdc.measure import benchmark as benchmarks
 
     paths = [Path(each) for each in output]
     benchmarks.check_output(paths)
@@ -253,7 +253,8 @@ def inspect(
         _examine_all(**options)
         return
     assert model is not None
-    from okdc import _summary, anatomy, estimate, methods, networks
+    from okdc import _summary, anatomy, methods, networks
+    from okdc.measure import estimate
 
     typed = _flags.given() | {"model": model}
     if method:
@@ -305,7 +306,8 @@ def _examine_all(
     **_: Any,
 ) -> None:
     """Examine many networks and say what came of it; what the csv file has already is not done again."""
-    from okdc import _summary, zoo
+    from okdc import _summary
+    from okdc.measure import zoo
 
     names = zoo.choose(pattern, families, sample)
     limits = zoo.Limits(limit_seconds, limit_gb)
@@ -358,11 +360,12 @@ def profile(
     """
     typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import _summary, methods, profiling
+    from okdc import _summary, methods
+    from okdc.measure import step_cost
 
     start = recipe.load(recipe_name) if recipe_name else recipe.Recipe()
     wanted = recipe.override(start, typed, methods.settings, source="command line")
-    found = profiling.profile(wanted, rounds=rounds, with_data="data" in typed)
+    found = step_cost.profile(wanted, rounds=rounds, with_data="data" in typed)
     _summary.show_profile(found, as_json)
 
 

@@ -11,9 +11,10 @@ import pytest
 import timm
 from click.testing import CliRunner, Result
 
-from okdc import benchmark, deploy
+from okdc import deploy
 from okdc.cli import main
 from okdc.deploy import targets
+from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.verification.gates import GPU_ROWS

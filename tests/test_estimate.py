@@ -12,7 +12,7 @@ import torch
 from okdc import methods, recipe
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, OkdcError, RecipeError
-from okdc.estimate import Estimate, estimate, measure
+from okdc.measure.estimate import Estimate, estimate, measure
 from okdc.methods.baseline import Baseline
 from okdc.methods.ffl import Ffl
 from okdc.methods.kd import Kd

@@ -14,7 +14,6 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 # "okdc" is the package itself: its version.
 ALLOWED = {
     "okdc": "",
-    "_memory": "",
     "errors": "",
     "needs": "",
     "ranks": "",
@@ -32,16 +31,11 @@ ALLOWED = {
     "settings": "recipe",
     "training": "errors ranks recipe system",
     "deploy": "errors networks okdc recipe system verification",
-    "examine": "anatomy cohort errors networks recipe system",
     "methods": "anatomy cohort errors losses needs ranks system",
     "pipeline": "anatomy cohort data deploy errors methods needs networks okdc ranks recipe report system training",
-    "zoo": "errors examine networks",
-    "benchmark": "data deploy errors networks pipeline recipe system training verification",
-    "estimate": "anatomy cohort errors methods needs networks pipeline recipe system",
-    "_summary": "benchmark methods",
-    "profiling": "_memory cohort data estimate methods pipeline recipe system training",
-    "cli": "_flags _summary anatomy benchmark deploy errors estimate methods networks okdc pipeline profiling "
-    "recipe training zoo",
+    "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",
+    "_summary": "measure methods",
+    "cli": "_flags _summary anatomy deploy errors measure methods networks okdc pipeline recipe training",
     "__main__": "cli",
 }
 

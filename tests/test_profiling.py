@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from okdc import _summary, methods, profiling, recipe
-from okdc._memory import rise
+from okdc import _summary, methods, recipe
 from okdc.anatomy import inspect
 from okdc.cli import main
 from okdc.cohort import Branch, Cohort
-from okdc.profiling import Profile, profile
+from okdc.measure import step_cost
+from okdc.measure.memory import rise
+from okdc.measure.step_cost import Profile, profile
 from okdc.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def test_flops_are_counted_forward_and_backward(method: str, at_least: float) ->
 
 def test_both_steps_train(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(profiling, "_rows", lambda subjects, *_: seen.append(subjects) or ())
+    monkeypatch.setattr(step_cost, "_rows", lambda subjects, *_: seen.append(subjects) or ())
     profiled(method="ahbf", members=2, extra_blocks=1)
     for subject in seen[0].values():
         for state in (subject.plain, subject.cohort):  # one pass over the weights
@@ -94,16 +95,16 @@ def test_each_further_member_takes_the_memory_of_its_tail_alone() -> None:
 def test_the_command_prints_json_or_a_table_and_measures_the_images(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(profiling, "DATA_BATCHES", 5)
+    monkeypatch.setattr(step_cost, "DATA_BATCHES", 5)
     words = "profile --model resnet20_cifar --method one --device cpu -b 16 --rounds 1 --data digits --workers 0 --json"
     told = CliRunner().invoke(main, words.split(), catch_exceptions=False)
     found = json.loads(told.stdout)
     assert found["flops_ratio"] > 1 and len(found["rows"]) == 4 and found["rows"][0]["ratio"]["median"] > 0
     assert found["data"]["name"] == "digits" and found["data"]["images_per_second"] > 0
     assert 0 <= found["data"]["waiting"] < 1
-    flat = profiling.Spread(2.0, 1.5, 2.5)
-    row = profiling.Row("fp32", flat, flat, flat, flat, flat, 0.876, 1.0, 2**20, 5 * 2**20)
-    data = profiling.Pipeline("digits", 31000.0, 0.25)
+    flat = step_cost.Spread(2.0, 1.5, 2.5)
+    row = step_cost.Row("fp32", flat, flat, flat, flat, flat, 0.876, 1.0, 2**20, 5 * 2**20)
+    data = step_cost.Pipeline("digits", 31000.0, 0.25)
     _summary.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
     shown = capsys.readouterr().out
     assert "Measured where asked for: compiled steps, --torchcompile." in shown

@@ -11,9 +11,10 @@ import timm
 import torchvision
 from click.testing import CliRunner
 
-from okdc import examine, networks, zoo
+from okdc import networks
 from okdc.cli import main
 from okdc.errors import NetworkError, RunError
+from okdc.measure import trial, zoo
 from okdc.recipe import NetworkSettings
 
 TABLES = Path(__file__).parent / "zoo"
@@ -40,29 +41,29 @@ FAST = {  # name: default cut and what is appended, on images of 64 x 64
 
 @pytest.mark.parametrize("name", FAST)
 def test_networks_of_every_kind(name: str) -> None:
-    row = examine.examine(name, img_size=64)
+    row = trial.examine(name, img_size=64)
     assert (row["outcome"], row["reason"]) == ("ok", "")
     assert (row["shared"], row["trains"], row["strip"], row["own_blocks"]) == ("exact", "yes", "exact", "yes")
     assert (row["cut"], row["grown"]) == FAST[name]
     assert row["narrowed"], "it is narrower, or the reason is said"
-    assert row["tail_flops"] >= 0.05 and set(row) <= set(examine.COLUMNS)
+    assert row["tail_flops"] >= 0.05 and set(row) <= set(trial.COLUMNS)
 
 
 def test_a_handler_that_is_not_pythons_is_given_up_after_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     handlers: list[Any] = []
     monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(handler))  # returns None, as then
-    with examine._limited(60):
+    with trial._limited(60):
         assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
     assert handlers[1:] == [signal.SIG_DFL] and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_compile_and_onnx_columns() -> None:
-    row = examine.examine("test_resnet", img_size=32, compiles=True, onnx=True)
+    row = trial.examine("test_resnet", img_size=32, compiles=True, onnx=True)
     assert row["compile_breaks"] == 0 and row["onnx_difference"] < 1e-5
 
 
 def test_a_network_that_does_not_take_the_size_is_given_its_own() -> None:
-    assert examine.examine("torchvision/alexnet", img_size=8)["input"] == "3x224x224"
+    assert trial.examine("torchvision/alexnet", img_size=8)["input"] == "3x224x224"
 
 
 def test_a_network_of_torchvision_says_what_size_it_was_built_for() -> None:
@@ -121,9 +122,9 @@ def test_a_network_that_is_too_large_is_not_even_made(tmp_path: Path) -> None:
     rows = zoo.sweep(["vit_giant_patch14_clip_224"], tmp_path / "zoo.csv", limits=zoo.Limits(gigabytes=3.0))
     assert rows[0]["outcome"] == "memory"
     assert rows[0]["reason"].startswith("too large for the limit: 3 copies of its weights take 12 GB")
-    assert examine.least_gigabytes("resnet18") == pytest.approx(3 * 4 * 11.689512e6 / 1e9)
-    assert examine.least_gigabytes("torchvision/resnet18") == examine.least_gigabytes("resnet18")
-    assert examine.least_gigabytes("resnet18_that_is_not") == 0
+    assert trial.least_gigabytes("resnet18") == pytest.approx(3 * 4 * 11.689512e6 / 1e9)
+    assert trial.least_gigabytes("torchvision/resnet18") == trial.least_gigabytes("resnet18")
+    assert trial.least_gigabytes("resnet18_that_is_not") == 0
 
 
 def test_a_sample_is_always_the_same_and_leaves_the_families_out() -> None:
@@ -135,7 +136,7 @@ def test_a_sample_is_always_the_same_and_leaves_the_families_out() -> None:
 
 def test_names() -> None:
     families = zoo.choose(families=True)
-    assert [examine.family(name) for name in families] == [m for m in timm.list_modules() if m != "cifar"], (
+    assert [trial.family(name) for name in families] == [m for m in timm.list_modules() if m != "cifar"], (
         "one network of every family"
     )
     assert zoo.choose("torchvision/resnet1*") == [f"torchvision/resnet{n}" for n in (101, 152, 18)]

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import estimate, methods
-from okdc._memory import rise
+from okdc import methods
 from okdc.cohort import Cohort
 from okdc.data import Data
+from okdc.measure import estimate
+from okdc.measure.memory import rise
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort
 from okdc.recipe import Recipe, TrainSettings

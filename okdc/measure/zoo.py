@@ -19,8 +19,9 @@ from typing import Any
 import timm
 import torch
 
-from okdc import examine, networks
+from okdc import networks
 from okdc.errors import NetworkError, RunError, nearest
+from okdc.measure import trial
 
 SEED = 0  # of the sample
 
@@ -103,7 +104,7 @@ def sweep(
         its, ours = (f"--img-size {size}" if size else "no --img-size" for size in (other, asked))
         raise RunError(f"{output} was made with {its}, this sweep has {ours}: give another --output.")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["okdc.examine"])  # every network's process starts with the imports done
+    context.set_forkserver_preload(["okdc.measure.trial"])  # every network's process starts with the imports done
     waiting = [name for name in names if name not in rows or _is_open(rows[name], limits, options)]
     running: list[_Job] = []
     try:
@@ -124,7 +125,7 @@ def sweep(
     whole = output.with_name(f".{output.name}.tmp")
     _write(whole, rows.values(), "w")
     whole.replace(output)  # without the rows that were made again
-    table = [{column: str(rows[name].get(column, "")) for column in examine.COLUMNS} for name in names]
+    table = [{column: str(rows[name].get(column, "")) for column in trial.COLUMNS} for name in names]
     output.with_suffix(".md").write_text(in_words(table), encoding="utf-8")
     return table
 
@@ -147,7 +148,7 @@ def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    if tuple(reader.fieldnames or ()) != examine.COLUMNS:
+    if tuple(reader.fieldnames or ()) != trial.COLUMNS:
         raise RunError(f"{path} is no table of okdc inspect --all, or of another version: give another --output.")
     return rows
 
@@ -219,12 +220,12 @@ def _start(context: Any, name: str, limits: Limits, options: dict[str, Any]) -> 
 def _examine(name: str, limits: Limits, options: dict[str, Any], answer: Connection) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     torch.set_num_threads(1)
-    started, least = time.monotonic(), examine.least_gigabytes(name)
+    started, least = time.monotonic(), trial.least_gigabytes(name)
     if least > limits.gigabytes:
-        reason = f"too large for the limit: {examine.COPIES} copies of its weights take {least:.0f} GB, more than "
+        reason = f"too large for the limit: {trial.COPIES} copies of its weights take {least:.0f} GB, more than "
         answer.send(_ended(name, "memory", f"{reason}{limits.gigabytes:g} GB", time.monotonic() - started))
     else:
-        answer.send(examine.examine(name, **options))
+        answer.send(trial.examine(name, **options))
 
 
 def _end_with_the_sweep() -> None:
@@ -262,7 +263,7 @@ def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
 
 def _ended(name: str, outcome: str, reason: str, seconds: float) -> dict[str, Any]:
     """The row of a network that was not examined to the end."""
-    basics = {"network": name, "family": examine.family(name), "versions": examine.VERSIONS}
+    basics = {"network": name, "family": trial.family(name), "versions": trial.VERSIONS}
     return basics | {"outcome": outcome, "reason": reason, "seconds": round(seconds, 1)}
 
 
@@ -278,7 +279,7 @@ def _gigabytes(pid: int) -> float:
 def _write(path: Path, rows: Iterable[dict[str, Any]], mode: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open(mode, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, examine.COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, trial.COLUMNS, restval="", lineterminator="\n")
         if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
