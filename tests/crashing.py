@@ -78,11 +78,12 @@ def serve() -> None:
     import tensorboard.summary.writer.event_file_writer
     import torch.utils.tensorboard
 
-    from okdc import _summary, cli, methods
+    from okdc import cli, methods
+    from okdc.cli import tables
     from okdc.pipeline import compression
     from okdc.report import plots
 
-    assert all((jinja2, sklearn.datasets, tensorboard, torch.utils.tensorboard, plots, _summary, compression))
+    assert all((jinja2, sklearn.datasets, tensorboard, torch.utils.tensorboard, plots, tables, compression))
     for name in methods.names():
         methods.get(name)
     for line in sys.stdin:

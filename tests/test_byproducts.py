@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc import _summary, pipeline
+from okdc import pipeline
+from okdc.cli import tables
 from okdc.data import wrap
 from okdc.pipeline import byproducts
 from okdc.recipe import ExportSettings
@@ -46,7 +47,7 @@ def test_the_report_and_the_terminal_name_it(result: okdc.Result, capsys: pytest
     for page in ("report.md", "report.html"):
         text = (result.path / page).read_text()
         assert "Also trained" in text and "byproducts/fused" in text
-    _summary.show_result(result)
+    tables.show_result(result)
     said = " ".join(capsys.readouterr().out.split())
     assert "Also trained: fused" in said and "fused" in said.partition("Also trained: fused")[2]
 

@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from okdc import _flags, recipe
-from okdc.cli import main
+from okdc import recipe
+from okdc.cli import flags, main
 from okdc.errors import GateError, OkdcError, TrainingError
 from okdc.recipe import Recipe, flat_settings
 
@@ -28,9 +28,9 @@ def typed(*words: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     @click.command()
-    @_flags.settings("network", "cohort", "data", "train", "export")
+    @flags.settings("network", "cohort", "data", "train", "export")
     def command(**_: Any) -> None:
-        found.update(_flags.given())
+        found.update(flags.given())
 
     result = CliRunner().invoke(command, list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -81,7 +81,7 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_every_setting_is_an_option_with_help_in_its_section() -> None:
-    options = {p.name: p for p in main.commands["compress"].params if isinstance(p, _flags.Setting)}
+    options = {p.name: p for p in main.commands["compress"].params if isinstance(p, flags.Setting)}
     assert {name: p.section for name, p in options.items()} == {
         n: section for n, (section, _) in flat_settings().items()
     }

@@ -11,9 +11,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from okdc import _summary, methods, recipe
+from okdc import methods, recipe
 from okdc.anatomy import inspect
-from okdc.cli import main
+from okdc.cli import main, tables
 from okdc.cohort import Branch, Cohort
 from okdc.measure import step_cost
 from okdc.measure.memory import rise
@@ -105,7 +105,7 @@ def test_the_command_prints_json_or_a_table_and_measures_the_images(
     flat = step_cost.Spread(2.0, 1.5, 2.5)
     row = step_cost.Row("fp32", flat, flat, flat, flat, flat, 0.876, 1.0, 2**20, 5 * 2**20)
     data = step_cost.Pipeline("digits", 31000.0, 0.25)
-    _summary.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
+    tables.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
     shown = capsys.readouterr().out
     assert "Measured where asked for: compiled steps, --torchcompile." in shown
     assert "2.00 (1.50-2.50)" in shown and "0.88" in shown and "31,000 training images a second" in shown

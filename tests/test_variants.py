@@ -19,7 +19,8 @@ import torch
 from onnx import numpy_helper
 
 import okdc
-from okdc import cli, deploy, pipeline
+from okdc import deploy, pipeline
+from okdc.cli import commands
 from okdc.data import Data, wrap
 from okdc.deploy import calibration
 from okdc.deploy.bundle import recommend, write_sums
@@ -132,7 +133,7 @@ def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, 
     for target in ("onnx_int8", "onnx_int8_trt"):
         assert skipped[target].startswith("int8 is calibrated on at least two training images, and one has 0")
     with pytest.raises(ExportError, match="no int8 file was written: int8 is calibrated on") as caught:
-        cli._require_asked(verification, False, True)
+        commands._require_asked(verification, False, True)
     assert caught.value.exit_code == 2
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from okdc import __version__, _flags, recipe
+from okdc import __version__, recipe
+from okdc.cli import flags
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
 
 
@@ -40,9 +41,9 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except OkdcError as error:
             if getattr(error, "verification", None):
-                from okdc import _summary
+                from okdc.cli import tables
 
-                _summary.show_verification(error.verification)  # type: ignore[attr-defined]
+                tables.show_verification(error.verification)  # type: ignore[attr-defined]
             raise _Failure(error) from error
         except KeyboardInterrupt:
             click.echo("\nokdc: interrupted.", err=True)
@@ -66,18 +67,18 @@ def main() -> None:
     """
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Train a network with others, keep it alone, export it.")
+@main.command(cls=flags.GroupedCommand, short_help="Train a network with others, keep it alone, export it.")
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )
 @click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
-@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
-@_flags.settings("network", "cohort", "data", "train", "export")
+@flags.settings("network", "cohort", "data", "train", "export")
 def compress(
     recipe_name: str | Path | None,
     sets: tuple[str, ...],
@@ -100,7 +101,7 @@ def compress(
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --set train.epochs=60
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
     """
-    typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+    typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
     from okdc import methods, pipeline
     from okdc.pipeline import run_folder
@@ -116,20 +117,20 @@ def compress(
     if here is not None and here[0] > 0:
         return  # the first of several processes speaks
 
-    from okdc import _summary
+    from okdc.cli import tables
 
-    _summary.show_result(result)
+    tables.show_result(result)
     _require_asked(result.verification, resolved.export.trt, resolved.export.int8)
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Write and verify what you deploy.")
+@main.command(cls=flags.GroupedCommand, short_help="Write and verify what you deploy.")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
 @click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
 @click.option(
     "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
 )
-@_flags.settings("export", "data.data")
+@flags.settings("export", "data.data")
 def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
     """Write SOURCE in deployable formats, and verify each against torch on the same images.
 
@@ -140,19 +141,20 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     okdc export runs/NAME --onnx --data /imagenet --output deploy
     okdc export runs/NAME --triton --push-to-hub USER/NAME
     """
-    from okdc import _summary, pipeline
+    from okdc import pipeline
+    from okdc.cli import tables
 
     # `model` is among the settings, if it was typed
-    verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **_flags.given())
+    verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
-    _summary.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
-    _require_asked(verification, _flags.given().get("trt"), _flags.given().get("int8"))
+    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+    _require_asked(verification, flags.given().get("trt"), flags.given().get("int8"))
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
+@main.command(cls=flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
 @click.argument("bundle", metavar="BUNDLE|RUN")
-@_flags.settings(
+@flags.settings(
     "data.data", "export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"
 )
 def verify(bundle: str, **_: Any) -> None:
@@ -163,22 +165,23 @@ def verify(bundle: str, **_: Any) -> None:
     \b
     okdc verify runs/NAME/export --data /imagenet
     """
-    from okdc import _summary, deploy, pipeline
+    from okdc import deploy, pipeline
+    from okdc.cli import tables
 
-    verification = pipeline.verify(Path(bundle), **_flags.given())
-    _summary.show_verification(verification)
+    verification = pipeline.verify(Path(bundle), **flags.given())
+    tables.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Time every format of a network in one fair table.")
+@main.command(cls=flags.GroupedCommand, short_help="Time every format of a network in one fair table.")
 @click.argument("source", metavar="BUNDLE|RUN|NAME")
 @click.option(
     "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
 )
 @click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
-@_flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data", "train.device")
-@_flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
+@flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data", "train.device")
+@flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
 def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
 
@@ -189,24 +192,24 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     okdc benchmark runs/NAME --batch-sizes 1,8,32 --output speed.md
     okdc benchmark resnet18 --threads 2 --no-compile
     """
-    from okdc import _summary
+    from okdc.cli import tables
     from okdc.measure import benchmark as benchmarks
 
     paths = [Path(each) for each in output]
     benchmarks.check_output(paths)
-    report = benchmarks.benchmark(source, compiled=compiled, **_flags.given())
+    report = benchmarks.benchmark(source, compiled=compiled, **flags.given())
     for path in paths:
         benchmarks.write(report, path)
-    _summary.show_benchmark(report)
+    tables.show_benchmark(report)
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
+@main.command(cls=flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
-@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
-@_flags.settings("network.img_size", "network.in_chans", "network.small_input")
-@_flags.settings("network.num_classes", "network.model_kwargs", "cohort")
-@_flags.settings("train.batch_size")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@flags.settings("network.img_size", "network.in_chans", "network.small_input")
+@flags.settings("network.num_classes", "network.model_kwargs", "cohort")
+@flags.settings("train.batch_size")
 @click.option(
     "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
 )
@@ -253,14 +256,15 @@ def inspect(
         _examine_all(**options)
         return
     assert model is not None
-    from okdc import _summary, anatomy, methods, networks
+    from okdc import anatomy, methods, networks
+    from okdc.cli import tables
     from okdc.measure import estimate
 
-    typed = _flags.given() | {"model": model}
+    typed = flags.given() | {"model": model}
     if method:
         typed |= {"method": method, "method_kwargs": dict(method_kwargs)}
         wanted = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
-        _summary.show_estimate(wanted, estimate.estimate(wanted))
+        tables.show_estimate(wanted, estimate.estimate(wanted))
         return
     settings = ("model", "img_size", "in_chans", "small_input", "num_classes", "model_kwargs", "cut")
     if method_kwargs or typed.keys() - set(settings):
@@ -271,7 +275,7 @@ def inspect(
     input_size = networks.data_config(network, network_settings)["input_size"]
     networks.check_input(network, input_size)
     found = anatomy.inspect(network, input_size)
-    _summary.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, input_size, place))
+    tables.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, input_size, place))
 
 
 def _refuse_ignored(model: str | None) -> None:
@@ -306,7 +310,7 @@ def _examine_all(
     **_: Any,
 ) -> None:
     """Examine many networks and say what came of it; what the csv file has already is not done again."""
-    from okdc import _summary
+    from okdc.cli import tables
     from okdc.measure import zoo
 
     names = zoo.choose(pattern, families, sample)
@@ -316,12 +320,12 @@ def _examine_all(
         Path(output),
         jobs=jobs,
         limits=limits,
-        done=_summary.show_row,
+        done=tables.show_row,
         img_size=img_size,
         compiles=compiles,
         onnx=onnx,
     )
-    _summary.show_sweep(rows, zoo.summary(rows), output)
+    tables.show_sweep(rows, zoo.summary(rows), output)
 
 
 def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: bool | None) -> None:
@@ -333,14 +337,14 @@ def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: 
         raise ExportError(f"no int8 file was written: {reasons['onnx_int8']}")
 
 
-@main.command(cls=_flags.GroupedCommand, short_help="Measure what a training step costs beside the plain target's.")
+@main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs beside the plain target's.")
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
 @click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
-@click.option("--method-kwargs", type=_flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often each is measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@_flags.settings("network", "cohort", "data", "train.batch_size", "train.device", "train.opt", "train.torchcompile")
-@_flags.settings("train.torchcompile_mode", "train.amp", "train.amp_dtype", "train.channels_last")
+@flags.settings("network", "cohort", "data", "train.batch_size", "train.device", "train.opt", "train.torchcompile")
+@flags.settings("train.torchcompile_mode", "train.amp", "train.amp_dtype", "train.channels_last")
 def profile(
     recipe_name: str | None,
     method: str | None,
@@ -358,15 +362,16 @@ def profile(
     okdc profile --model resnet18 --method ahbf --batch-size 8
     okdc profile --recipe cifar100/resnet32-ahbf --data ./cifar100 --json
     """
-    typed = {**_flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+    typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
 
-    from okdc import _summary, methods
+    from okdc import methods
+    from okdc.cli import tables
     from okdc.measure import step_cost
 
     start = recipe.load(recipe_name) if recipe_name else recipe.Recipe()
     wanted = recipe.override(start, typed, methods.settings, source="command line")
     found = step_cost.profile(wanted, rounds=rounds, with_data="data" in typed)
-    _summary.show_profile(found, as_json)
+    tables.show_profile(found, as_json)
 
 
 @main.command(short_help="List the methods, or show the card of one.")
@@ -378,14 +383,14 @@ def methods(name: str | None) -> None:
     okdc methods
     okdc methods ahbf
     """
-    from okdc import _summary
     from okdc import methods as known
+    from okdc.cli import tables
 
     if name:
         click.echo(known.card(name).strip())
-        click.echo(f"\n{_summary.settings_of(name)}")
+        click.echo(f"\n{tables.settings_of(name)}")
     else:
-        _summary.show_methods()
+        tables.show_methods()
 
 
 @main.command()
