@@ -454,11 +454,11 @@ def test_networks_without_a_feature_map_or_classifier_have_peers() -> None:
     for target, missing in ((vectors, "feature map"), (NoClassifier(), "final Linear")):
         for name in ("baseline", "dml"):
             wanted = recipe.Recipe(method={"name": name})
-            method = assemble_cohort.method(target, wanted, (3, 32, 32), 4, named=False)
+            method = assemble_cohort.build_method(target, wanted, (3, 32, 32), 4, named=False)
             assert all(z.shape == (2, 4) for z in method.cohort(example()).logits)
         for name in ("ahbf", "afd"):
             with pytest.raises(NetworkError, match=rf"no {missing}.*--method dml, --share none"):
-                assemble_cohort.method(target, recipe.Recipe(method={"name": name}), (3, 32, 32), 4, named=False)
+                assemble_cohort.build_method(target, recipe.Recipe(method={"name": name}), (3, 32, 32), 4, named=False)
 
 
 def test_what_only_decides_is_carried_too() -> None:

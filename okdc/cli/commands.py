@@ -263,8 +263,8 @@ def inspect(
     typed = flags.given() | {"model": model}
     if method:
         typed |= {"method": method, "method_kwargs": dict(method_kwargs)}
-        wanted = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
-        tables.show_estimate(wanted, estimate.estimate(wanted))
+        asked = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
+        tables.show_estimate(asked, estimate.estimate(asked))
         return
     settings = ("model", "img_size", "in_chans", "small_input", "num_classes", "model_kwargs", "cut")
     if method_kwargs or typed.keys() - set(settings):
@@ -369,8 +369,8 @@ def profile(
     from okdc.measure import step_cost
 
     start = recipe.load(recipe_name) if recipe_name else recipe.Recipe()
-    wanted = recipe.override(start, typed, methods.settings, source="command line")
-    found = step_cost.profile(wanted, rounds=rounds, with_data="data" in typed)
+    asked = recipe.override(start, typed, methods.settings, source="command line")
+    found = step_cost.profile(asked, rounds=rounds, with_data="data" in typed)
     tables.show_profile(found, as_json)
 
 

@@ -163,9 +163,9 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None, refused: Callabl
     _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
 
 
-def show_estimate(wanted: Recipe, found: Estimate) -> None:
+def show_estimate(recipe: Recipe, found: Estimate) -> None:
     """What a method would build around a network, and what training it takes: parameters, FLOPs, memory."""
-    console, name, model = _console(), wanted.method["name"], wanted.network.model
+    console, name, model = _console(), recipe.method["name"], recipe.network.model
     console.print(
         f"[bold]{name}[/] around [bold]{model}[/], {_shape(found.input_size)}, {found.classes} classes: "
         f"{len(found.networks)} network{'s' * (len(found.networks) > 1)}\n"
@@ -188,7 +188,7 @@ def show_estimate(wanted: Recipe, found: Estimate) -> None:
     console.print(table)
     if found.teacher_stands_in:
         console.print(f"\nNo teacher was given: a new {model} stands in for it. Give yours with --teacher.")
-    batch = wanted.train.batch_size
+    batch = recipe.train.batch_size
     console.print(
         f"\n{found.trained_params:,} parameters learn, at {found.relative:.2f} times the FLOPs of the target alone "
         "(forward)."

@@ -113,11 +113,11 @@ def _find(path: Path) -> Path | None:
     return None
 
 
-def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
+def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     """The bundle of an untrained network in every format, and why some are not in it."""
-    name, folder = wanted.network.model, scratch / "export"
-    network = networks.load(wanted.network, typed=[name])
-    config = networks.data_config(network, wanted.network)
+    name, folder = recipe.network.model, scratch / "export"
+    network = networks.load(recipe.network, typed=[name])
+    config = networks.data_config(network, recipe.network)
     formats = {name: True for name in _FORMATS if hasattr(ExportSettings, name)}
     settings = ExportSettings(**formats, batch_sizes=[], max_drop=100.0, min_agreement=0.0)  # type: ignore[arg-type]
     classes = networks.check_input(network, config["input_size"]).shape[1]
@@ -125,7 +125,7 @@ def _write(wanted: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     data = wrap([(noise, torch.arange(_CALIBRATION) % classes)], num_classes=classes, preprocess=config, name="noise")
     try:
         verification = deploy.export_bundle(
-            network, data, settings, folder, arch=name, model_args=networks.arguments(wanted.network)
+            network, data, settings, folder, arch=name, model_args=networks.arguments(recipe.network)
         )
     except deploy.UnfitError as error:
         verification, folder = error.verification, deploy.failed_folder(folder)

@@ -48,14 +48,14 @@ class Estimate:
         return self.weights + 8 * self.trained_params
 
 
-def estimate(wanted: Recipe) -> Estimate:
+def estimate(recipe: Recipe) -> Estimate:
     """Build the recipe's network and method on the CPU and measure; OkdcError where the one cannot serve the other.
 
     A method that needs a teacher gets the recipe's, or else a new network like the target that stands in for one.
     """
     with own_randomness():
-        learner, stands_in = built(wanted)
-        return measure(learner, assemble_cohort.needs(wanted)[0], stands_in)
+        method, stands_in = built(recipe)
+        return measure(method, assemble_cohort.needs(recipe)[0], stands_in)
 
 
 def refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
@@ -67,30 +67,30 @@ def refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | 
     return None
 
 
-def built(wanted: Recipe) -> tuple[Method, bool]:
+def built(recipe: Recipe) -> tuple[Method, bool]:
     """The recipe's network and method on the CPU, as training would build them, and whether its teacher stands in."""
-    kind, name = methods.get(wanted.method["name"]), wanted.method["name"]
-    stands_in = kind.needs_teacher and wanted.cohort.teacher is None
-    teachers.check(wanted.cohort, name, needed=kind.needs_teacher and not stands_in)
-    seed_everything(wanted.train.seed)
-    target = networks.load(wanted.network)
-    input_size = networks.data_config(target, wanted.network)["input_size"]
+    kind, name = methods.get(recipe.method["name"]), recipe.method["name"]
+    stands_in = kind.needs_teacher and recipe.cohort.teacher is None
+    teachers.check(recipe.cohort, name, needed=kind.needs_teacher and not stands_in)
+    seed_everything(recipe.train.seed)
+    target = networks.load(recipe.network)
+    input_size = networks.data_config(target, recipe.network)["input_size"]
     classes = networks.check_input(target, input_size).shape[1]
-    like = replace(wanted.network, pretrained=False, checkpoint=None)
+    like = replace(recipe.network, pretrained=False, checkpoint=None)
     teacher = networks.load(like, classes) if stands_in else None
-    if named := wanted.cohort.teacher:
+    if named := recipe.cohort.teacher:
         # Shapes are enough here, so a name is not downloaded.
         known = Path(named).exists()
         alike = replace(like, model=named, img_size=None, small_input=False, num_classes=None, model_kwargs={})
         teacher = (
-            teachers.load(named, input_size, classes, wanted.network.model) if known else networks.load(alike, classes)
+            teachers.load(named, input_size, classes, recipe.network.model) if known else networks.load(alike, classes)
         )
     # What is remembered of the training images is not counted: how many there are is not known here.
-    labels = torch.arange(max(IMAGES * classes, wanted.train.batch_size)) % classes
-    learner = assemble_cohort.method(
-        target, wanted, input_size, classes, named=True, teacher=teacher, train_labels=labels
+    labels = torch.arange(max(IMAGES * classes, recipe.train.batch_size)) % classes
+    method = assemble_cohort.build_method(
+        target, recipe, input_size, classes, named=True, teacher=teacher, train_labels=labels
     )  # fmt: skip
-    return learner, stands_in
+    return method, stands_in
 
 
 def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = False) -> Estimate:

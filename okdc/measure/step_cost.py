@@ -104,27 +104,27 @@ class Profile:
         return asdict(self) | {"flops_ratio": self.flops_ratio}
 
 
-def profile(wanted: Recipe, *, rounds: int = 7, with_data: bool = False) -> Profile:
+def profile(recipe: Recipe, *, rounds: int = 7, with_data: bool = False) -> Profile:
     """Measure steps on noise, `rounds` times each in turn, and with `with_data` how fast the recipe's images come.
 
     The plain target is trained by a loop of its own: forward, cross entropy, backward and the same optimizer.
     OkdcError where the method cannot serve the network or the data cannot be read.
     """
     with own_randomness():
-        data = assemble.network_and_data(None, None, None, wanted)[1] if with_data else None
+        data = assemble.network_and_data(None, None, None, recipe)[1] if with_data else None
         if data:
-            wanted = replace(wanted, network=replace(wanted.network, num_classes=len(data.classes)))
-        learner, _ = estimate.built(wanted)
-        batch = estimate.batch_of(learner, assemble_cohort.needs(wanted)[0], wanted.train.batch_size)
-        subjects = {layout: _Subjects(learner, wanted, layout) for layout in (False, True)}
+            recipe = replace(recipe, network=replace(recipe.network, num_classes=len(data.classes)))
+        method, _ = estimate.built(recipe)
+        batch = estimate.batch_of(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
+        subjects = {layout: _Subjects(method, recipe, layout) for layout in (False, True)}
         flops = subjects[False].flops(batch)
-        rows = _rows(subjects, wanted.train, batch, rounds, flops[1] / flops[0])
-        own = Machine.of(wanted.train)
+        rows = _rows(subjects, recipe.train, batch, rounds, flops[1] / flops[0])
+        own = Machine.of(recipe.train)
         return Profile(
-            wanted.network.model, wanted.method["name"], learner.cohort.anatomy.input_size, wanted.train.batch_size,
+            recipe.network.model, recipe.method["name"], method.cohort.anatomy.input_size, recipe.train.batch_size,
             torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else "CPU", torch.get_num_threads(),
             rounds, *flops, rows,
-            _pipeline(data, subjects[own.memory_format == torch.channels_last].cohort, wanted) if data else None,
+            _pipeline(data, subjects[own.memory_format == torch.channels_last].cohort, recipe) if data else None,
         )  # fmt: skip
 
 
@@ -135,13 +135,13 @@ def _run(settings: TrainSettings) -> Run:
 class _Subjects:
     """The plain target and the cohort in one memory layout, each with an optimizer of its own."""
 
-    def __init__(self, learner: Method, wanted: Recipe, channels_last: bool) -> None:
-        self.settings = replace(wanted.train, channels_last=channels_last)
+    def __init__(self, method: Method, recipe: Recipe, channels_last: bool) -> None:
+        self.settings = replace(recipe.train, channels_last=channels_last)
         run = _run(self.settings)
-        target = learner.cohort.extract(0)
-        example = torch.randn(2, *learner.cohort.anatomy.input_size)
+        target = method.cohort.extract(0)
+        example = torch.randn(2, *method.cohort.anatomy.input_size)
         self.plain = build(methods.get("baseline")(Cohort(target, example)), run)
-        self.cohort = build(copy.deepcopy(learner), run)
+        self.cohort = build(copy.deepcopy(method), run)
 
     def plain_step(self, settings: TrainSettings, batch: Batch) -> Step:
         """A training step as one would write it by hand."""
@@ -268,9 +268,9 @@ def _no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _pipeline(data: Data, state: TrainState, wanted: Recipe) -> Pipeline:
+def _pipeline(data: Data, state: TrainState, recipe: Recipe) -> Pipeline:
     """Read batches without training, then train on them as `fit` does; the first of each is not counted."""
-    run = _run(wanted.train)
+    run = _run(recipe.train)
     step = stepper(state, run, StopSignal())
     state.method.train()
     rates = []

@@ -24,20 +24,20 @@ from okdc.training.machine import choose_device
 log = logging.getLogger("okdc")
 
 
-def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
     """The target with a classifier for the data's classes, and the data as the target takes them."""
     target, data = (
-        _own_loader(model, loader, validation, wanted) if loader is not None else _named_data(model, validation, wanted)
+        _own_loader(model, loader, validation, recipe) if loader is not None else _named_data(model, validation, recipe)
     )
     logits = networks.check_input(target, data.preprocess["input_size"])
     unknown = range(len(data.classes), logits.shape[1]) if data.validation_images is None else range(0)
-    if unknown and not _outputs(model, wanted):  # the classes were counted in the labels: some may not occur
+    if unknown and not _outputs(model, recipe):  # the classes were counted in the labels: some may not occur
         data = replace(data, classes=(*data.classes, *map(str, unknown)))
     if logits.shape[1] != len(data.classes):
         if isinstance(model, nn.Module):
             advice = f"Give it {len(data.classes)} outputs, or name it instead of passing the object: okdc then resets "
             advice += "its classifier."
-        elif runs_code(wanted.network.model):
+        elif runs_code(recipe.network.model):
             advice = f"Give the function an argument num_classes: okdc then calls it with {len(data.classes)}."
         else:
             advice = "Leave --num-classes out: it is found from the data."
@@ -51,54 +51,54 @@ def network_and_data(model: Any, loader: Any, validation: Any, wanted: Recipe) -
     return target, data
 
 
-def _own_loader(model: Any, loader: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
-    asked, _ = needs(wanted)
+def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
+    asked, _ = needs(recipe)
     data = wrap(
-        loader, validation, num_classes=_outputs(model, wanted), seed=wanted.train.seed, needs=asked, rank=rank(),
-        world=world(), timeout=wanted.train.timeout,
+        loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
+        world=world(), timeout=recipe.train.timeout,
     )  # fmt: skip
-    return _target(model, wanted, data.classes), data
+    return _target(model, recipe, data.classes), data
 
 
-def _outputs(model: Any, wanted: Recipe) -> int | None:
-    return wanted.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
+def _outputs(model: Any, recipe: Recipe) -> int | None:
+    return recipe.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
 
 
-def _named_data(model: Any, validation: Any, wanted: Recipe) -> tuple[nn.Module, Data]:
+def _named_data(model: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
     if validation is not None:
         raise DataError(
             "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
         )
-    if wanted.data.dataset_download:  # by one process, and then it is there
-        first(lambda: open_source(wanted.data, wanted.train.seed) and None)
-    source = open_source(wanted.data, wanted.train.seed)
-    target = _target(model, wanted, source.classes)
+    if recipe.data.dataset_download:  # by one process, and then it is there
+        first(lambda: open_source(recipe.data, recipe.train.seed) and None)
+    source = open_source(recipe.data, recipe.train.seed)
+    target = _target(model, recipe, source.classes)
     config = networks.data_config(
-        target, wanted.network, mean=wanted.data.mean, std=wanted.data.std,
-        interpolation=wanted.data.interpolation, crop_pct=wanted.data.crop_pct,
+        target, recipe.network, mean=recipe.data.mean, std=recipe.data.std,
+        interpolation=recipe.data.interpolation, crop_pct=recipe.data.crop_pct,
     )  # fmt: skip
     networks.check_input(target, config["input_size"])
-    asked, views = needs(wanted)
+    asked, views = needs(recipe)
     return target, load(
-        source, wanted.data, config, batch_size=wanted.train.batch_size,
-        validation_batch_size=wanted.train.validation_batch_size, seed=wanted.train.seed,
-        device=choose_device(wanted.train.device), needs=asked, views=views, rank=rank(), world=world(),
-        timeout=wanted.train.timeout,
+        source, recipe.data, config, batch_size=recipe.train.batch_size,
+        validation_batch_size=recipe.train.validation_batch_size, seed=recipe.train.seed,
+        device=choose_device(recipe.train.device), needs=asked, views=views, rank=rank(), world=world(),
+        timeout=recipe.train.timeout,
     )  # fmt: skip
 
 
-def _target(model: Any, wanted: Recipe, classes: tuple[str, ...]) -> nn.Module:
+def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
     if isinstance(model, type):
         raise NetworkError(f"{model.__name__} is a class, not a network: okdc.compress({model.__name__}(), ...).")
-    if isinstance(model, nn.Module) and wanted.network.small_input:
+    if isinstance(model, nn.Module) and recipe.network.small_input:
         raise NetworkError(
             f"--small-input changes a network that okdc builds; the {type(model).__name__} that you pass is trained as "
             "it is. Change its first layers yourself, or give its name or package.module:function."
         )
-    target = model if isinstance(model, nn.Module) else networks.load(wanted.network, len(classes))
-    if wanted.network.small_input:
+    target = model if isinstance(model, nn.Module) else networks.load(recipe.network, len(classes))
+    if recipe.network.small_input:
         changed = stem.described(stem.changes(target)) or "nothing to change: it takes small images as it is"
-        log.warning("%s for small images: %s", wanted.network.model, changed)
+        log.warning("%s for small images: %s", recipe.network.model, changed)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target

@@ -21,20 +21,20 @@ from okdc.recipe import CohortSettings, NetworkSettings, Recipe
 from okdc.training.machine import choose_device
 
 
-def teacher(wanted: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
+def load_teacher(recipe: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
     """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
-    name = wanted.cohort.teacher
+    name = recipe.cohort.teacher
     if name is None:
         return None
-    network = teachers.load(name, data.preprocess["input_size"], len(data.classes), wanted.network.model)
+    network = teachers.load(name, data.preprocess["input_size"], len(data.classes), recipe.network.model)
     if not proved:
-        teachers.prove(network, name, data, choose_device(wanted.train.device), wanted.train.timeout)
+        teachers.prove(network, name, data, choose_device(recipe.train.device), recipe.train.timeout)
     return network
 
 
-def method(
+def build_method(
     target: nn.Module,
-    wanted: Recipe,
+    recipe: Recipe,
     input_size: tuple[int, int, int],
     classes: int,
     named: bool,
@@ -47,8 +47,8 @@ def method(
     branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
     are those of the training images, where they are known.
     """
-    kind = methods.get(wanted.method["name"])
-    cohort, network = wanted.cohort, wanted.network
+    kind = methods.get(recipe.method["name"])
+    cohort, network = recipe.cohort, recipe.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
     _refuse_contradictions(cohort, kind)
@@ -64,7 +64,7 @@ def method(
         anatomy, members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
-        **{key: value for key, value in _settings(wanted).items() if key in planned},
+        **{key: value for key, value in _settings(recipe).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
     fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
@@ -74,7 +74,7 @@ def method(
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
     )
     try:
-        return kind(built, **given, **_settings(wanted)).to(first.device)
+        return kind(built, **given, **_settings(recipe)).to(first.device)
     except BaseException:
         built.strip()
         raise
@@ -115,15 +115,15 @@ def _refuse_ignored(cohort: CohortSettings, plan: list[Branch]) -> None:
         raise RecipeError(f"{flags} has no effect here: the members of this method {why}. Leave it out.")
 
 
-def _settings(wanted: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in wanted.method.items() if key != "name"}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.method.items() if key != "name"}
 
 
-def needs(wanted: Recipe) -> tuple[Needs, int]:
+def needs(recipe: Recipe) -> tuple[Needs, int]:
     """What the method needs of the data, and how many views of each image."""
-    kind = methods.get(wanted.method["name"])
-    asked = kind.needs(**_settings(wanted))
-    members = 1 + len(wanted.cohort.peers) if wanted.cohort.peers else wanted.cohort.members or kind.members
+    kind = methods.get(recipe.method["name"])
+    asked = kind.needs(**_settings(recipe))
+    members = 1 + len(recipe.cohort.peers) if recipe.cohort.peers else recipe.cohort.members or kind.members
     return asked, members if asked.views else 1
 
 

@@ -24,17 +24,17 @@ FOLDER = "byproducts"
 
 
 def take(
-    learner: Method, folder: Path, settle: Callable[[nn.Module], nn.Module]
+    method: Method, folder: Path, settle: Callable[[nn.Module], nn.Module]
 ) -> tuple[dict[str, nn.Module], str | None]:
     """The by-products of a finished run, and why there are none where they cannot be had.
 
-    They are those of the best epoch, which the learner goes back to; `settle` takes them to the target's device.
+    They are those of the best epoch, which the method goes back to; `settle` takes them to the target's device.
     """
     best = checkpoint.load(folder / checkpoint.BEST)
     if "okdc" in best:
-        learner.load_state_dict(best["okdc"]["method"])
+        method.load_state_dict(best["okdc"]["method"])
     try:
-        networks = learner.eval().byproducts()
+        networks = method.eval().byproducts()
     except Exception as error:  # whatever it is, the student is trained and must come out
         return {}, f"{type(error).__name__}: {error}"
     return {name: settle(network.eval()) for name, network in networks.items()}, None

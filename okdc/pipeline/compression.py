@@ -14,14 +14,13 @@ from torch import nn
 from okdc import deploy, methods, report, training
 from okdc.data import Data
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, run_folder, teachers
-from okdc.pipeline.byproducts import export, student_row, take
-from okdc.pipeline.facts import facts, metrics_of
-from okdc.pipeline.result import Result, export_result, info
+from okdc.pipeline import assemble, assemble_cohort, byproducts, run_folder, teachers
+from okdc.pipeline.facts import facts_of, metrics_of
+from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, Recipe, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
-from okdc.training import checkpoint, launch
+from okdc.training import TrainState, checkpoint, launch
 from okdc.training.machine import choose_device
 
 
@@ -45,62 +44,27 @@ def compress(
     A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
-    wanted = _recipe(model, loader, recipe or run_folder.recipe_of(resume), method, settings)
-    wanted = replace(wanted, train=launch.as_started(wanted.train))
-    chosen = wanted.method["name"]
-    teachers.check(wanted.cohort, chosen, methods.get(chosen).needs_teacher)
-    arch = wanted.network.model
+    resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), method, settings)
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
-        with launch.joined(wanted.train), own_randomness():
+        with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
-            folder, last = first(lambda: run_folder.choose(Path(output), wanted, experiment, resume))
-            seed_everything(wanted.train.seed)
-            target, data = assemble.network_and_data(model, loader, validation, wanted)
-            with assemble.at_home(target) as settle:
-                input_size, classes = data.preprocess["input_size"], len(data.classes)
-                named = not isinstance(model, nn.Module)
-                teacher = assemble_cohort.teacher(wanted, data, proved=last is not None)
-                learner = assemble_cohort.method(target, wanted, input_size, classes, named, teacher, data.train_labels)
-                facts = _student_facts(arch, isinstance(model, nn.Module), data)
-                if leads:
-                    print(_opening(learner, data, wanted, folder), file=sys.stderr, flush=True)
-                try:
-                    state = training.fit(
-                        learner, data, wanted.train, folder, resume=last, arch=arch, recipe=wanted.to_dict(),
-                        begin=lambda: run_folder.begin(folder, wanted, facts, held),
-                    )  # fmt: skip
-                    byproducts, lost = take(learner, folder, settle)
-                finally:
-                    learner.strip()
+            folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
+            seed_everything(resolved.train.seed)
+            target, data = assemble.network_and_data(model, loader, validation, resolved)
+            named = not isinstance(model, nn.Module)
+            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-        metrics = metrics_of(state.history, state.best_epoch, len(learner.cohort))
-        result = Result(target.eval(), metrics, folder, None, data, wanted, arch, byproducts)
+        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort))
+        result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
-            _deliver(result, learner, state.history, lost)
+            _deliver(result, trained, state.history, lost)
     return result
 
 
-def _deliver(result: Result, learner: Method, history: list[dict[str, Any]], lost: str | None) -> None:
-    """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
-    data, wanted, folder = result.data, result.recipe, result.path
-    further: list[dict[str, Any]] = []
-    try:
-        formats = wanted.export
-        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
-            result.verification = export_result(result.student, data, wanted, folder, result)
-            if (result.byproducts or lost) and formats.byproducts:
-                further = [student_row(result.arch, result.student, data, result.verification)]
-                further += export(result.byproducts, lost, data, formats, folder, info(wanted, result))
-    except deploy.UnfitError as error:
-        result.verification = error.verification
-        raise
-    finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, facts(result, learner, history) | {"byproducts": further})
-
-
-def _recipe(
+def _resolved(
     model: Any, loader: Any, recipe: Recipe | str | Path | None, method: str | None, settings: dict[str, Any]
 ) -> Recipe:
+    """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
     flat = {"method": method, **settings}
     if isinstance(model, str):
         flat["model"] = model
@@ -110,27 +74,71 @@ def _recipe(
         flat["data"] = LOADER
         flat.setdefault("batch_size", getattr(loader, "batch_size", None))  # the learning rate is scaled by it
     if isinstance(recipe, Recipe):
-        return override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
-    return resolve(recipe, flat=flat, method_settings=methods.settings)
+        resolved = override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
+    else:
+        resolved = resolve(recipe, flat=flat, method_settings=methods.settings)
+    resolved = replace(resolved, train=launch.as_started(resolved.train))
+    name = resolved.method["name"]
+    teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
+    return resolved
 
 
-def _opening(learner: Method, data: Data, wanted: Recipe, folder: Path) -> str:
+def _train(
+    target: nn.Module, data: Data, recipe: Recipe, folder: Path, last: Path | None, named: bool, held: ExitStack
+) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
+    """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
+    with assemble.at_home(target) as settle:
+        teacher = assemble_cohort.load_teacher(recipe, data, proved=last is not None)
+        method = assemble_cohort.build_method(
+            target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels
+        )
+        student = _student_facts(recipe.network.model, named, data)
+        if rank() == 0:
+            print(_opening(method, data, recipe, folder), file=sys.stderr, flush=True)
+        try:
+            state = training.fit(
+                method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
+                begin=lambda: run_folder.begin(folder, recipe, student, held),
+            )  # fmt: skip
+            return method, state, *byproducts.take(method, folder, settle)
+        finally:
+            method.strip()
+
+
+def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost: str | None) -> None:
+    """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
+    data, formats, folder = result.data, result.recipe.export, result.path
+    further: list[dict[str, Any]] = []
+    try:
+        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
+            result.verification = result.bundle(formats)
+            if (result.byproducts or lost) and formats.byproducts:
+                further = [byproducts.student_row(result.arch, result.student, data, result.verification)]
+                further += byproducts.export(result.byproducts, lost, data, formats, folder, result.info())
+    except deploy.UnfitError as error:
+        result.verification = error.verification
+        raise
+    finally:  # a run that is trained has a report, also when its export failed: it says why
+        report.write(folder, facts_of(result, method, history) | {"byproducts": further})
+
+
+def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
     """What is about to be trained, on what, and where it goes."""
-    members = len(learner.cohort)
+    members = len(method.cohort)
     others = f" with {members - 1} other{'s' * (members > 2)}" if members > 1 else ""
     return (
-        f"{wanted.network.model}{others} by {wanted.method['name']} on {data.name}, {data.sizes[0]:,} training and "
-        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {_device(wanted)}, into {folder}"
+        f"{recipe.network.model}{others} by {recipe.method['name']} on {data.name}, {data.sizes[0]:,} training and "
+        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {_device(recipe)}, into {folder}"
     )
 
 
-def _device(wanted: Recipe) -> str:
-    device, settings = choose_device(wanted.train.device), wanted.train
+def _device(recipe: Recipe) -> str:
+    device, settings = choose_device(recipe.train.device), recipe.train
     if (count := settings.devices * settings.nodes) == 1:
         return str(device)
     return f"{count} processes on {device.type}, {settings.images_per_step:,} images per step"
 
 
-def _student_facts(arch: str, is_object: bool, data: Data) -> dict[str, Any]:
+def _student_facts(arch: str, rebuildable: bool, data: Data) -> dict[str, Any]:
     preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.preprocess.items()}
-    return {"arch": arch, "rebuildable": not is_object, "classes": list(data.classes), "preprocess": preprocess}
+    return {"arch": arch, "rebuildable": rebuildable, "classes": list(data.classes), "preprocess": preprocess}

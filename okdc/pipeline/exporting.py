@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,43 +36,20 @@ def export(
     """
     if push_to_hub:
         hub.check(push_to_hub)
-    name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
-    known = None if isinstance(source, nn.Module) else run_folder.read_student(Path(source))
-    trained = load_recipe(Path(name) / run_folder.RECIPE, typed=None) if known else Recipe()
-    wanted = override(trained, settings)
-    if known and not known["rebuildable"]:
-        raise NetworkError(
-            f"{name} trained an object, which cannot be built again from here. Call .export() on the Result in "
-            "Python, or name the network package.module:function when it is trained."
-        )
-    if isinstance(source, nn.Module):
-        student = source
-    else:
-        saved = NetworkSettings(model=name, pretrained=not Path(name).exists())
-        student = networks.load(saved, len(known["classes"]) if known else None, typed=[model])
-    arch = known["arch"] if known else name
-    network = replace(wanted.network if known else NetworkSettings(pretrained=True), model=arch)
-    config = known["preprocess"] if known else networks.data_config(student, network)
-    data = _images(wanted, config) if known or "data" in settings else None
-    classes = known["classes"] if known else data.classes if data else _numbered(student, config)
-    folder = Path(output) if output else (Path(name) if known else Path(Path(name).name)) / "export"
-    info: dict[str, Any] = {"command": command()}
-    if known:
-        same = wanted.data == trained.data  # of other images the report says nothing
-        metrics = run_folder.read_metrics(Path(name)) if same else {}
-        info |= {"recipe": wanted.to_dict(), "title": Path(name).name, "metrics": metrics}
+    is_object = isinstance(source, nn.Module)
+    found = None if is_object else _of_run(Path(source), settings)  # type: ignore[arg-type]
+    known = found is not None
+    found = found or _of_name(type(source).__name__ if is_object else str(source), settings)
+    student = source if isinstance(source, nn.Module) else found.load(model)
+    config = found.preprocess or networks.data_config(student, found.network)
+    data = _images(found.recipe, config) if known or "data" in settings else None
+    folder = Path(output) if output else found.folder / "export"
     with run_folder.alone(folder.parent):
         verification = deploy.export_bundle(
-            student,
-            data,
-            wanted.export,
-            folder,
-            arch=arch,
-            model_args=networks.arguments(network),
-            info=info,
-            preprocess=config,
-            classes=classes,
-        )
+            student, data, found.recipe.export, folder, arch=found.network.model,
+            model_args=networks.arguments(found.network), info=found.info | {"command": command()},
+            preprocess=config, classes=found.classes or (data.classes if data else _numbered(student, config)),
+        )  # fmt: skip
     if push_to_hub:
         print(f"Pushed to {hub.push(folder, push_to_hub)}", file=sys.stderr)
     return verification
@@ -81,25 +58,71 @@ def export(
 def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> dict[str, Any]:
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     folder = Path(bundle)
-    run = folder if (folder / run_folder.STUDENT).is_file() else folder.parent
+    run = folder if run_folder.is_run(folder) else folder.parent
     folder = folder / "export" if run == folder else folder
     facts = deploy.read(folder)
     has_recipe = (run / run_folder.RECIPE).is_file()
-    wanted = override(load_recipe(run / run_folder.RECIPE, typed=None) if has_recipe else Recipe(), settings)
-    data = _images(wanted, facts["preprocess"]) if has_recipe or "data" in settings else None
-    return deploy.verify_bundle(folder, data, wanted.export, device=device)
+    recipe = override(load_recipe(run / run_folder.RECIPE, typed=None) if has_recipe else Recipe(), settings)
+    data = _images(recipe, facts["preprocess"]) if has_recipe or "data" in settings else None
+    return deploy.verify_bundle(folder, data, recipe.export, device=device)
 
 
-def _images(wanted: Recipe, config: dict[str, Any]) -> Data | None:
-    """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
-    if wanted.data.data == LOADER:
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: how its network is built, and what is known of it."""
+
+    name: str
+    folder: Path  # beside which the bundle is put
+    recipe: Recipe
+    network: NetworkSettings
+    classes: tuple[str, ...] = ()
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def load(self, typed: str | None) -> nn.Module:
+        """The network with its weights; `typed` is the function that may run for it."""
+        saved = NetworkSettings(model=self.name, pretrained=not Path(self.name).exists())
+        return networks.load(saved, len(self.classes) or None, typed=[typed])
+
+
+def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
+    """The student of a run folder; None for what is none."""
+    known = run_folder.read_student(folder)
+    if known is None:
         return None
-    settings: DataSettings = replace(wanted.data, workers=0, resident="off")  # training images are hardly read
-    source = open_source(settings, wanted.train.seed)
-    size = wanted.train.validation_batch_size or wanted.train.batch_size
+    if not known["rebuildable"]:
+        raise NetworkError(
+            f"{folder} trained an object, which cannot be built again from here. Call .export() on the Result in "
+            "Python, or name the network package.module:function when it is trained."
+        )
+    trained = load_recipe(folder / run_folder.RECIPE, typed=None)
+    recipe = override(trained, settings)
+    same = recipe.data == trained.data  # of other images the report says nothing
+    info = {
+        "recipe": recipe.to_dict(),
+        "title": folder.name,
+        "metrics": run_folder.read_metrics(folder) if same else {},
+    }
+    network = replace(recipe.network, model=known["arch"])
+    return _Source(str(folder), folder, recipe, network, tuple(known["classes"]), known["preprocess"], info)
+
+
+def _of_name(name: str, settings: dict[str, Any]) -> _Source:
+    """A network by its name, a saved one, or an object of that name."""
+    network = NetworkSettings(model=name, pretrained=True)
+    return _Source(name, Path(Path(name).name), override(Recipe(), settings), network)
+
+
+def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:
+    """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
+    if recipe.data.data == LOADER:
+        return None
+    settings: DataSettings = replace(recipe.data, workers=0, resident="off")  # training images are hardly read
+    source = open_source(settings, recipe.train.seed)
+    size = recipe.train.validation_batch_size or recipe.train.batch_size
     config = {**config, "input_size": tuple(config["input_size"])}
     return load(
-        source, settings, config, batch_size=1, validation_batch_size=size, seed=wanted.train.seed, device="cpu"
+        source, settings, config, batch_size=1, validation_batch_size=size, seed=recipe.train.seed, device="cpu"
     )
 
 

@@ -42,9 +42,9 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+def facts_of(result: Result, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that the report shows, as plain values."""
-    cohort, wanted = learner.cohort, result.recipe
+    cohort, recipe = method.cohort, result.recipe
     shared = {id(p) for p in cohort.target.parameters()}
     members = [
         {
@@ -57,7 +57,7 @@ def facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> dic
         }
         for i, (cost, member) in enumerate(zip(cohort.costs, cohort.members, strict=True))
     ]
-    name = wanted.method["name"]
+    name = recipe.method["name"]
     return {
         "title": f"{result.arch} · {name} · {result.data.name}",
         "network": {
@@ -66,17 +66,17 @@ def facts(result: Result, learner: Method, history: list[dict[str, Any]]) -> dic
         },
         "method": {
             "name": name, "summary": methods.card(name).splitlines()[0],
-            "settings": {k: v for k, v in wanted.method.items() if k != "name"},
+            "settings": {k: v for k, v in recipe.method.items() if k != "name"},
         },
         "members": members,
-        "trained_params": sum(p.numel() for p in learner.parameters() if p.requires_grad),
+        "trained_params": sum(p.numel() for p in method.parameters() if p.requires_grad),
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
         },
         "history": history, "metrics": result.metrics, "verification": result.verification,
-        "baseline": run_folder.find_baseline(result.path, wanted), "command": command(), "recipe": wanted.to_dict(),
-        "environment": _environment(wanted), "okdc": okdc.__version__,
+        "baseline": run_folder.find_baseline(result.path, recipe), "command": command(), "recipe": recipe.to_dict(),
+        "environment": _environment(recipe), "okdc": okdc.__version__,
     }  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def command() -> str:
     return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
 
 
-def _environment(wanted: Recipe) -> dict[str, Any]:
-    settings, device = wanted.train, choose_device(wanted.train.device)
+def _environment(recipe: Recipe) -> dict[str, Any]:
+    settings, device = recipe.train, choose_device(recipe.train.device)
     return {
         "okdc": okdc.__version__,
         "python": platform.python_version(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from okdc import deploy, networks
 from okdc.data import Data
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
-from okdc.recipe import Recipe, override
+from okdc.recipe import ExportSettings, Recipe, override
 
 
 @dataclass
@@ -30,21 +30,19 @@ class Result:
 
     def export(self, **settings: Any) -> dict[str, Any]:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
-        wanted = override(self.recipe, settings).export
         with run_folder.alone(self.path):
-            self.verification = export_result(
-                self.student, self.data, replace(self.recipe, export=wanted), self.path, self
-            )
+            self.verification = self.bundle(override(self.recipe, settings).export)
         return self.verification
 
+    def bundle(self, settings: ExportSettings) -> dict[str, Any]:
+        """The same with settings that are whole, for whoever holds the run folder already."""
+        return deploy.export_bundle(
+            self.student, self.data, settings, self.path / "export", arch=self.arch,
+            model_args=networks.arguments(self.recipe.network), info=self.info(),
+        )  # fmt: skip
 
-def export_result(student: nn.Module, data: Data, wanted: Recipe, folder: Path, result: Result) -> dict[str, Any]:
-    return deploy.export_bundle(
-        student, data, wanted.export, folder / "export", arch=result.arch,
-        model_args=networks.arguments(wanted.network), info=info(wanted, result),
-    )  # fmt: skip
-
-
-def info(wanted: Recipe, result: Result) -> dict[str, Any]:
-    title = run_folder.default_name(wanted)
-    return {"command": command(), "recipe": wanted.to_dict(), "title": title, "metrics": result.metrics}
+    def info(self) -> dict[str, Any]:
+        """What a bundle's card says of the run."""
+        recipe = self.recipe
+        title, told = run_folder.default_name(recipe), recipe.to_dict()
+        return {"command": command(), "recipe": told, "title": title, "metrics": self.metrics}

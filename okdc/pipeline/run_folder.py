@@ -153,9 +153,14 @@ def _remove_left(folder: Path) -> None:
             left.unlink()
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run began there."""
+    return (folder / STUDENT).is_file()
+
+
 def read_student(folder: Path) -> dict[str, Any] | None:
     """What `begin` wrote of a run's student: arch, rebuildable, classes, preprocess; None for what is not a run."""
-    if not (folder / STUDENT).is_file():
+    if not is_run(folder):
         return None
     try:
         return json.loads((folder / STUDENT).read_text(encoding="utf-8"))

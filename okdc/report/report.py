@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from okdc.recipe import LOADER
 from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
 from okdc.system import files
 
@@ -278,7 +279,7 @@ def _uses(folder: Path, facts: dict[str, Any]) -> list[tuple[str, str]]:
     run, bundle = shlex.quote(folder.as_posix()), shlex.quote((folder / "export").as_posix())
     settings = (facts.get("recipe") or {}).get("data") or {}
     data = str(settings.get("data") or facts["data"].get("name") or "DATA")
-    data = "DATA" if data == "loader" else shlex.quote(data)  # the user's own batches have no name to type
+    data = "DATA" if data == LOADER else shlex.quote(data)  # the user's own batches have no name to type
     predict = shlex.quote((folder / "export" / "predict.py").as_posix())
     uses = [
         ("Classify an image; needs only numpy, pillow and onnxruntime", f"python {predict} IMAGE"),

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from okdc.recipe import LOADER
 from okdc.system.files import atomically
 
 Row = dict[str, Any]
@@ -128,7 +129,7 @@ class Events:
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:
     """What to type when a run with this recipe waits for its data, which may be kept decoded already."""
     data, cores = recipe.get("data", {}), os.cpu_count() or 1
-    if data.get("data") == "loader":
+    if data.get("data") == LOADER:
         return "Let your loader do its work in processes (num_workers=N), or do less for each image."
     if resident:
         return "The images are kept decoded already: augment them less (--reprob, --mixup), or take more at once (-b)."
