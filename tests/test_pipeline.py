@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import okdc
 import okdc.networks
 from okdc import deploy, methods, pipeline
+from okdc.cli import main
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
@@ -377,6 +379,22 @@ def test_the_deployment_example(run: tuple[Path, subprocess.CompletedProcess[str
     line = [sys.executable, EXAMPLES / "deploy_onnx.py", run[0] / "export", image]
     said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert said.startswith(f"{image.name}: ")
+
+
+def test_the_readmes_own_method_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("**A method of your own**")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "my_module.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    words = ["compress", "--method", "my_module:Consensus", "--model", "resnet20_cifar", "--data", "digits"]
+    words += [*flags(**FAST | {"batch_size": 128, "img_size": 16}), "--no-onnx", "--experiment", "own"]
+    for more in ([], ["--resume", "auto", "--epochs", "2"]):
+        done = CliRunner().invoke(main, [*words, *more], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        facts = json.loads((tmp_path / "runs" / "own" / "report.json").read_text())
+        assert facts["method"]["summary"] == "Consensus has no docstring."
+    assert len(facts["history"]) == 2 and {"loss/ce/0", "loss/ce/2"} <= set(facts["history"][1])
 
 
 def test_every_example_is_run_here() -> None:

@@ -51,8 +51,10 @@ def settings(name: str) -> inspect.Signature:
 
 
 def card(name: str) -> str:
-    """What a method is, where it comes from, how it differs and what it costs: the docstring of its file."""
-    return inspect.cleandoc(inspect.getmodule(get(name)).__doc__ or "")  # type: ignore[union-attr]
+    """What a method is, where it comes from, how it differs, what it costs: the docstring of its file, or its own."""
+    kind = get(name)
+    documented = inspect.cleandoc(sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
+    return documented or f"{kind.__name__} has no docstring."
 
 
 def _only_method(module_name: str, namespace: dict) -> type[Method]:

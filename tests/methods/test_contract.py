@@ -81,6 +81,17 @@ def test_the_card_is_complete(name: str) -> None:
         assert f"\n{section} " in card, section
 
 
+def test_a_method_of_ones_own_need_not_have_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = "import okdc\nclass Bare(okdc.Method): pass\n"
+    told = f'{bare}class Told(okdc.Method):\n    """\n    All learn.\n\n    Slowly.\n    """\n'
+    (tmp_path / "without_words.py").write_text(told)
+    (tmp_path / "with_words.py").write_text(f'"""Everything of it."""\n{told}')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert methods.card("without_words:Told") == "All learn.\n\nSlowly."
+    assert methods.card("without_words:Bare") == "Bare has no docstring."
+    assert methods.card("with_words:Told") == "Everything of it."
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_learns(name: str, network: str) -> None:
