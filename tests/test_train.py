@@ -143,7 +143,7 @@ def test_learning_rates_are_those_of_timm(tmp_path, sched, on_updates):
         decay_epochs=2,
     )  # fmt: skip
     method = Tiny()
-    method.after_step = lambda images, labels: seen.append(state_lr())
+    method.after_step = lambda batches: seen.append(state_lr())
     groups: list[dict] = []
     method.param_groups = lambda lr: groups
     groups.append({"params": list(method.parameters())})
@@ -193,7 +193,7 @@ def test_the_learning_rate_follows_the_batch_size(tmp_path):
 def test_the_moving_average_is_timms_and_is_what_is_evaluated(tmp_path):
     kept: list[nn.Module] = []
     method = Tiny()
-    method.after_step = lambda images, labels: kept.append(copy.deepcopy(method.cohort.target))
+    method.after_step = lambda batches: kept.append(copy.deepcopy(method.cohort.target))
     state = run(tmp_path, replace(SETTINGS, epochs=2, model_ema=True), method=method)
     average = timm.utils.ModelEmaV3(kept[0], 0.9998, use_warmup=True)
     for update, target in enumerate(kept, 1):
@@ -355,7 +355,7 @@ def test_the_time_spent_waiting_for_data_is_shown_with_advice(tmp_path, capsys):
     run(tmp_path / "resident", replace(SETTINGS, epochs=1), data=slow, recipe=recipe)
     assert "kept decoded already" in capsys.readouterr().err
     method = Tiny()
-    method.after_step = lambda images, labels: time.sleep(0.05)
+    method.after_step = lambda batches: time.sleep(0.05)
     state = run(tmp_path / "quick", replace(SETTINGS, epochs=1), method=method, recipe=recipe)
     assert state.history[0]["data_wait"] < 10 and "-j " not in capsys.readouterr().err
 
@@ -413,7 +413,7 @@ def test_a_loader_of_the_users_that_hangs_is_an_error(tmp_path, loader):
 def test_an_alarm_that_rings_late_does_not_disturb_the_saving(tmp_path, monkeypatch):
     method = Tiny()
 
-    def late(images, labels):
+    def late(batches):
         signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
         time.sleep(10)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ class Tiny(Method):
         ce = torch.stack([F.cross_entropy(z, labels) for z in out.logits]).sum()
         return {"ce": ce, "kl": kl * (1 + self.epoch / self.epochs)}
 
-    def after_step(self, images: Tensor, labels: Tensor) -> None:
+    def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         self.steps_seen += 1
 
     def get_extra_state(self) -> dict:

@@ -13,6 +13,7 @@ Costs: one whole network more, and for each a branch after every stage but the l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,7 +89,7 @@ class Lmcl(Method):
             raise
 
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
-        taps, rows = self.towers(images), self._rows(indices)
+        taps, rows = self.towers(images), self._rows(self._draw(indices))
         parts = self.layered_losses(taps, labels, rows)
         if self.bank is not None and self.training:
             assert indices is not None
@@ -119,14 +120,17 @@ class Lmcl(Method):
         terms = mutual_contrast(embeddings, labels, rows, twice, tau=self.tau, temperature=self.temperature)
         return {name: weight * getattr(terms, name) for name, weight in self.weights.items()}
 
-    def _rows(self, indices: Tensor | None) -> list[Tensor] | None:
+    def _draw(self, indices: Tensor | None = None) -> Tensor | None:
         if self.bank is None:
             return None
         assert indices is not None  # `needs` asked for them
-        return self.bank.gather(self.bank.draw(indices))
+        return self.bank.draw(indices)
 
-    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        """At steps 0, meta_every, 2 meta_every .. of an epoch, move the matching by this batch's hyper-gradient."""
+    def _rows(self, drawn: Tensor | None) -> list[Tensor] | None:
+        return None if self.bank is None or drawn is None else self.bank.gather(drawn)
+
+    def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
+        """At steps 0, meta_every, 2 meta_every .. of an epoch, move the matching by the batches' hyper-gradient."""
         if self.epoch._version != self._epoch_version:  # the device is asked for the epoch only when that was written
             self._epoch_version = self.epoch._version
             if self._counted[0] != int(self.epoch):
@@ -134,13 +138,14 @@ class Lmcl(Method):
         epoch, step = self._counted
         self._counted = epoch, step + 1
         if step % self.meta_every == 0:
-            found = self.meta_gradient(images, labels, indices)
+            found = self.meta_gradient(list(batches))
             descend(list(self.matching.parameters()), found, self.matching_momentum, self.lr, **self.meta_sgd)
 
-    def meta_gradient(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> list[Tensor]:
+    def meta_gradient(self, batches: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
         """What the labels say of the matching: d CE / d each of its parameters, a few steps ahead of here.
 
-        Networks and heads first take `meta_steps` steps on the contrast alone and one on the labels, all on this batch.
+        Networks and heads first take `meta_steps` steps on the contrast alone and one on the labels, each on all of
+        `batches` (images, labels, and indices where there are banks), weighted by size as in training.
         They do so as tensors on the side: parameters, buffers and random numbers are afterwards what they were.
         """
         moving = {name: p.detach() for name, p in self.towers.named_parameters() if p.requires_grad}
@@ -148,28 +153,38 @@ class Lmcl(Method):
         asked = dict(self.matching.named_parameters())
         state = random_state()
 
-        def taps(theta: list[Tensor]) -> list[Taps]:
+        def taps(theta: list[Tensor], images: Tensor) -> list[Taps]:
             return functional_call(self.towers, dict(zip(moving, theta, strict=True)) | buffers, (images,))
 
-        def contrast(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
-            seen = taps(theta)
+        def contrast(
+            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, drawn: Tensor | None, share: float
+        ) -> Tensor:
+            seen = taps(theta, images)
             features = [x.features.detach() if self.detach_weight_inputs else x.features for x in seen]
             matched = functional_call(self.matching, dict(zip(asked, phi, strict=True)), (features,))
-            return torch.stack(list(self._contrast(seen, labels, rows, matched).values())).sum()
+            terms = self._contrast(seen, labels, self._rows(drawn), matched)
+            return share * torch.stack(list(terms.values())).sum()
 
-        def labelled(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
-            return torch.stack([self._labelled(network, labels) for network in taps(theta)]).sum()
+        def labelled(
+            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, drawn: Tensor | None, share: float
+        ) -> Tensor:
+            return share * torch.stack([self._labelled(network, labels) for network in taps(theta, images)]).sum()
 
         try:
-            rows = self._rows(indices)
+            parts, device = self._parts(batches), batches[0][0].device.type
             # Fused attention can be differentiated once, and two derivatives of bfloat16 are noise.
-            with sdpa_kernel(SDPBackend.MATH), torch.autocast(images.device.type, enabled=False), torch.enable_grad():
+            with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False), torch.enable_grad():
                 return hypergradient(
                     [contrast] * self.meta_steps + [labelled], labelled, list(moving.values()), list(asked.values()),
-                    lr=float(self.lr), **self.meta_sgd,
+                    parts, lr=float(self.lr), **self.meta_sgd,
                 )  # fmt: skip
         finally:
             set_random_state(state)
+
+    def _parts(self, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor, Tensor | None, float]]:
+        """Of each batch images, labels, the images that it is held against in banks, and its share of all images."""
+        total = sum(len(labels) for _, labels, *_ in batches)
+        return [(images, labels, self._draw(*indices), len(labels) / total) for images, labels, *indices in batches]
 
     def _try_meta_step(self) -> None:
         """NetworkError, before training, where a network's operations cannot be differentiated twice."""
@@ -177,7 +192,7 @@ class Lmcl(Method):
         self.to(images.device)
         pair = torch.zeros(2, dtype=torch.long, device=images.device)
         try:
-            self.meta_gradient(images, pair, pair)
+            self.meta_gradient([(images, pair, pair)])
         except RuntimeError as error:
             refused = f"lmcl needs second derivatives of its networks: {str(error).partition(chr(10))[0]}"
             raise NetworkError(f"{refused}. Choose --method mcl, which does not.") from error

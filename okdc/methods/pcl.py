@@ -14,7 +14,7 @@ Costs: per member a whole pass, as every view has its own, and one more without 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ class Pcl(Method):
         return self.head(out.embeddings)
 
     @torch.no_grad()
-    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+    def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Move the averages towards the cohort: a running mean at first, later one that forgets."""
         self.steps += 1
         weight = max(1 / self.steps, 1 - self.decay)

@@ -113,7 +113,7 @@ class TrainSettings:
     weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
     opt_kwargs: dict[str, Any] = _setting({}, "further arguments of the optimizer, key=value")
     clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
-    grad_accum_steps: int = _setting(1, "batches per optimizer step", at_least=1)
+    grad_accum_steps: int = _setting(1, "batches per optimizer step; methods compare images within each", at_least=1)
     sched: str = _setting("cosine", "schedule, any of timm's")
     warmup_epochs: int = _setting(0, "epochs of linear warm-up", at_least=0)
     warmup_lr: float = _setting(1e-5, "learning rate at the start of warm-up", at_least=0)

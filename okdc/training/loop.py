@@ -176,8 +176,8 @@ def _step(
     names: list[str] = []
     parts: Any = 0
     state.method.lr.fill_(state.lr)
-    for i, batch in enumerate(group):
-        batch = machine.move(*batch)
+    for i, given in enumerate(group):
+        batch = machine.move(*given)
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast():
             losses = learner(*batch)
@@ -210,7 +210,7 @@ def _step(
         return {}
     state.skipped_in_a_row = 0
     with machine.autocast():
-        state.method.after_step(*batch)
+        state.method.after_step(machine.move(*given) for given in group)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
     return dict(zip(names, values))

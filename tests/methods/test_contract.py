@@ -59,7 +59,7 @@ def step(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     optimizer.zero_grad()
     sum(parts.values()).backward()
     optimizer.step()
-    method.after_step(*asked(method))
+    method.after_step([asked(method)])
     return {name: value.item() for name, value in parts.items()}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -23,6 +26,7 @@ from okdc.methods.shared.towers import Aggregator, Matching, Taps, Towers, tap_p
 from okdc.needs import Needs
 from tests.methods.golden import assert_same, load
 from tests.networks import Depthwise, Tiny, Tokens
+from tests.training import SETTINGS, Batches, run
 
 IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
 TRAIN_LABELS = torch.arange(40) % 4
@@ -283,7 +287,7 @@ def test_meta_step() -> None:
     lmcl.matching_momentum = torch.zeros(sum(p.numel() for p in lmcl.matching.parameters())).double()
     lmcl.lr.fill_(hyper["lr"])
     before = copy.deepcopy(lmcl.towers.state_dict())
-    found = dict(zip(dict(lmcl.matching.named_parameters()), lmcl.meta_gradient(t["x"], t["labels"]), strict=True))
+    found = dict(zip(dict(lmcl.matching.named_parameters()), lmcl.meta_gradient([(t["x"], t["labels"])]), strict=True))
     everything = max(float(t[k].abs().max()) for k in t if k.startswith("hypergrad_exact"))
     assert len(found) == 8
     for key, h in found.items():
@@ -345,7 +349,7 @@ def take_step(lmcl: Lmcl, optimizer: torch.optim.Optimizer) -> None:
     sum(lmcl.train()(IMAGES, LABELS).values()).backward()
     optimizer.step()
     optimizer.zero_grad()
-    lmcl.after_step(IMAGES, LABELS)
+    lmcl.after_step([(IMAGES, LABELS)])
 
 
 def sgd(lmcl: Lmcl) -> torch.optim.Optimizer:
@@ -378,7 +382,7 @@ def test_a_meta_step_leaves_networks_buffers_and_random_numbers_as_they_were(net
     lmcl.lr.fill_(0.05)
     before, start = copy.deepcopy(lmcl.state_dict()), phi(lmcl)
     torch.manual_seed(4), random.seed(4)
-    lmcl.after_step(IMAGES, LABELS)
+    lmcl.after_step([(IMAGES, LABELS)])
     drawn = torch.rand(1), random.random()
     torch.manual_seed(4), random.seed(4)
     assert drawn == (torch.rand(1), random.random())
@@ -426,13 +430,50 @@ def test_resume_is_exact_with_the_momentum_of_the_matching() -> None:
         assert torch.equal(mine, theirs)
 
 
+class Numbered(Batches):
+    """With each image's number in a bank of two images, one of each class, of which nothing is drawn by chance."""
+
+    def batches(self, epoch: int, start: int = 0):
+        return ((images, labels, labels) for images, labels in super().batches(epoch, start))
+
+
+def test_accumulated_batches_move_the_matching_as_one_big_batch_does(tmp_path: Path) -> None:
+    class Certain(Tokens):
+        """Without dropout."""
+
+        def __init__(self) -> None:
+            super().__init__(depth=3)
+            for block in self.blocks:
+                block.dropout = block.dropout1 = block.dropout2 = nn.Identity()
+                block.self_attn.dropout = 0.0
+
+    images, labels = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.arange(16) % 2
+
+    def trained(batch: int, accumulated: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        plan = Lmcl.plan(inspect(Certain(), IMAGES))
+        lmcl = Lmcl(  # banks that stay as they are: the second batch would find in them what the first has left
+            Cohort(Certain(), IMAGES, plan), train_labels=torch.arange(2), memory=True, memory_momentum=1.0,
+            negatives=3, meta_every=1,
+        ).double()  # fmt: skip
+        lmcl.bank.rows.copy_(nn.functional.normalize(lmcl.bank.rows, dim=2))
+        data = SimpleNamespace(train=Numbered(images, labels, batch), validation=None, held_out=None)
+        settings = replace(SETTINGS, epochs=1, lr=0.01, batch_size=batch, grad_accum_steps=accumulated)
+        return run(tmp_path / str(batch), settings, method=lmcl, data=data).method.state_dict()
+
+    big, small = trained(8, 1), trained(4, 2)
+    assert big["matching_momentum"].abs().max() > 0
+    for name, value in big.items():
+        torch.testing.assert_close(small[name], value, rtol=1e-9, atol=1e-12)
+
+
 def test_a_batch_without_any_pair_is_finite_and_so_is_its_meta_step() -> None:
     lmcl = method(meta_every=1).train()
     lmcl.lr.fill_(0.05)
     images, labels = IMAGES[:4], torch.arange(4)
     parts = lmcl(images, labels)
     assert parts["vcl"] == 0 and parts["icl"] == 0 and torch.isfinite(sum(parts.values()))
-    found = lmcl.meta_gradient(images, labels)
+    found = lmcl.meta_gradient([(images, labels)])
     assert all(torch.isfinite(h).all() for h in found) and any(h.abs().max() > 0 for h in found)
 
 
@@ -447,9 +488,9 @@ def test_inputs_of_the_matching_may_be_constants() -> None:
     lmcl = method(meta_every=1).double()
     lmcl.lr.fill_(0.1)
     images = IMAGES.double()
-    through = lmcl.meta_gradient(images, LABELS)
+    through = lmcl.meta_gradient([(images, LABELS)])
     lmcl.detach_weight_inputs = True
-    assert any(not torch.allclose(x, y, rtol=1e-6) for x, y in zip(through, lmcl.meta_gradient(images, LABELS)))
+    assert any(not torch.allclose(x, y, rtol=1e-6) for x, y in zip(through, lmcl.meta_gradient([(images, LABELS)])))
 
 
 def test_where_networks_are_tapped() -> None:
@@ -489,7 +530,7 @@ def test_peers_of_other_widths_and_numbers_of_stages_with_banks() -> None:
     assert not torch.equal(lmcl.bank.rows[:, :8], before[:, :8]) and torch.equal(lmcl.bank.rows[:, 8:], before[:, 8:])
     lmcl.lr.fill_(0.05)
     start, rows = phi(lmcl), lmcl.bank.rows.clone()
-    lmcl.after_step(IMAGES, LABELS, indices)
+    lmcl.after_step([(IMAGES, LABELS, indices)])
     assert not torch.equal(start, phi(lmcl)) and torch.equal(rows, lmcl.bank.rows)
 
 

@@ -29,7 +29,7 @@ def step(pcl: Pcl, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     sum(pcl.train()(IMAGES, LABELS).values()).backward()
     optimizer.step()
-    pcl.after_step(IMAGES, LABELS)
+    pcl.after_step([(IMAGES, LABELS)])
 
 
 def trained(steps: int = 3, **settings: object) -> Pcl:
@@ -117,7 +117,7 @@ def test_averages() -> None:
         pcl, _, mean = golden_pair(t)
         assert_same(torch.tensor(1 - max(1 / (done + 1), 1 - pcl.decay)).double(), decay)
         pcl.steps = done
-        pcl.after_step(IMAGES, LABELS)
+        pcl.after_step([(IMAGES, LABELS)])
         for key, value in mean.state_dict().items():
             if not key.endswith("num_batches_tracked"):
                 assert_same(value, t[f"expected.step{done}.{key}"])
@@ -128,7 +128,7 @@ def test_averages_step_by_step() -> None:
     pcl, student, mean = golden_pair(t)
     for i in range(meta["hyper"]["traj"]):
         student.fc.weight.data = t["traj.student.fc.weight"][i].clone()
-        pcl.after_step(IMAGES, LABELS)
+        pcl.after_step([(IMAGES, LABELS)])
         assert_same(mean.fc.weight, t["expected.traj.ema.fc.weight"][i])
 
 

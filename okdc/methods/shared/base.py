@@ -65,8 +65,12 @@ class Method(nn.Module):
         """Parameters and their learning rates; by default everything at `lr`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
-    def after_step(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        """Called after each optimizer step: moving averages and the like; by default nothing."""
+    def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
+        """Called after each optimizer step: moving averages and the like; by default nothing.
+
+        `batches` are what the step was made of, each as `forward` was given it: one, or --grad-accum-steps of them.
+        They go to the device as they are read, and can be read once.
+        """
 
     def before_epoch(self, held_out: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Called with the images that were set aside, in eval mode, where `needs` asks for some; by default nothing."""
