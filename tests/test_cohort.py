@@ -199,6 +199,19 @@ def test_fresh_networks_keep_the_makers_own_scheme() -> None:
     assert not torch.equal(weight, cohort.target.head.weight)
 
 
+def test_a_maker_of_another_network_is_refused() -> None:
+    for other, key in ((networks.Tiny(7), "head.weight"), (nn.Sequential(networks.Tiny()), "stem.0.weight")):
+        with pytest.raises(NetworkError, match=rf"`fresh` makes another network than the target, Tiny: {key} is"):
+            Cohort(networks.Tiny(), example(), [Branch("early")], fresh=lambda made=other: made)
+
+
+def test_views_are_refused_where_the_trunk_takes_a_mean_gradient() -> None:
+    cohort = Cohort(networks.Tiny(), example(), [Branch("early")], trunk_gradient="mean")
+    with pytest.raises(CutError, match=r"images \(2, 2, 3, 32, 32\).*trunk_gradient='sum'"):
+        cohort(torch.stack([example(), example()]))
+    assert len(cohort(example()).logits) == 2
+
+
 def test_pretrained_branches_stay_near_and_differ() -> None:
     torch.manual_seed(0)
     cohort = Cohort(networks.Tiny(), example(), [Branch("early"), Branch("early")], pretrained=True)

@@ -162,10 +162,16 @@ class Cohort(nn.Module):
     def forward(self, images: Tensor) -> CohortOutput:
         """What the members say of the same images (B, C, H, W), or each of its own view (M, B, C, H, W) of them.
 
-        With views the trunk runs once for each member, so that batch norm sees one view at a time.
+        With views the trunk runs once for each member, so that batch norm sees one view at a time; CutError where it
+        takes the mean of its members' gradients.
         """
         tape, views = self.tape, images.dim() == 5
-        assert not (views and tape.divisor), "the trunk's mean gradient is not made of views: use trunk_gradient sum"
+        if views and tape.divisor:
+            raise CutError(
+                f"a view for each member, images {tuple(images.shape)}, came to a cohort whose trunk takes the mean of "
+                "its members' gradients, and with views the trunk runs once for each. Give images (batch, channels, "
+                "height, width), or make the cohort with trunk_gradient='sum'."
+            )
         tape.start(alone=views)
         try:
             logits = []
@@ -371,8 +377,15 @@ def _sibling(target: nn.Module, fresh: Callable[[], nn.Module] | None) -> nn.Mod
     if fresh is None:
         return _copy(target)
     network = fresh()
-    shapes = {k: v.shape for k, v in network.state_dict().items()}
-    assert shapes == {k: v.shape for k, v in target.state_dict().items()}, "fresh() makes another architecture"
+    made = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    wanted = {k: tuple(v.shape) for k, v in target.state_dict().items()}
+    if made != wanted:
+        key = next(k for k in {**wanted, **made} if made.get(k) != wanted.get(k))
+        raise NetworkError(
+            f"`fresh` makes another network than the target, {type(target).__name__}: {key} is "
+            f"{made.get(key, 'missing')} in it, and {wanted.get(key, 'missing')} in the target. Give a function that "
+            "makes the target anew, or leave it out: branches are then redrawn copies."
+        )
     for mine, theirs in zip(network.parameters(), target.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
     return network.to(next(target.parameters()).device)
