@@ -48,6 +48,11 @@ class GateError(OkdcError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error has, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as the end of an error: ` Did you mean a, b?`, or nothing."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy.modes import at_rest
 from okdc.anatomy.shapes import positions
-from okdc.errors import NetworkError
+from okdc.errors import NetworkError, first_line
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
         with at_rest(network), torch.no_grad(), counter:
             logits = network(images)
     except _SHAPE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
-            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {reason}. "
+            f"{type(network).__name__} cannot run on images {tuple(images.shape)}: {first_line(error)}. "
             "Give it the size it takes (--img-size, --in-chans)."
         ) from error
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import unchanged
 from okdc.cohort.replay import Proof, Replay, Tape
-from okdc.errors import CutError, NetworkError
+from okdc.errors import CutError, NetworkError, first_line
 from okdc.system.randomness import random_state
 from okdc.tasks.outputs import described
 
@@ -44,8 +44,7 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
         except CutError:  # of a replay that has nothing to give, in words already
             raise
         except _RAISED_BY_NETWORKS as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CutError(_refusal(anatomy, cut, f"the branch does not run: {reason}")) from error
+            raise CutError(_refusal(anatomy, cut, f"the branch does not run: {first_line(error)}")) from error
         finally:
             tape.clear()
             tape.proof = None

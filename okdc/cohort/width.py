@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort.depth import Chain
-from okdc.errors import CutError, NetworkError
+from okdc.errors import CutError, NetworkError, first_line
 
 
 def narrow(
@@ -44,13 +44,12 @@ def narrow(
         with torch.no_grad():
             network.eval()(example)
     except Exception as error:  # whatever the tracing, or a narrowed stranger's forward, raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         ways = anatomy.ways_out(
             cut,
             "use a method whose branches are as wide as the target, such as ffl",
             how="Cut elsewhere with --cut NAME (behind the last change of resolution is the easiest):",
         )
-        raise NetworkError(f"{anatomy.name} cannot be made narrower{place}: {reason}. {ways}") from error
+        raise NetworkError(f"{anatomy.name} cannot be made narrower{place}: {first_line(error)}. {ways}") from error
     if not any(narrowed):
         raise CutError(
             f"nothing of {anatomy.name}{place} can be made narrower: every width comes from the trunk or is at "

@@ -23,7 +23,7 @@ from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.depth import FALLBACKS
 from okdc.cohort.replay import Replay
-from okdc.errors import CutError, OkdcError
+from okdc.errors import CutError, OkdcError, first_line
 from okdc.recipe import NetworkSettings
 from okdc.system import shipped
 
@@ -230,8 +230,7 @@ def _is_clean(network: nn.Module) -> bool:
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return first_line(error)[:300]
 
 
 def _millions(count: int) -> float:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 from okdc.cohort import Cohort, Cost
-from okdc.errors import NetworkError, RecipeError
+from okdc.errors import NetworkError, RecipeError, first_line
 from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank, mutual_contrast
@@ -194,7 +194,7 @@ class Lmcl(Method):
         try:
             self.meta_gradient([(images, pair, pair)])
         except RuntimeError as error:
-            refused = f"lmcl needs second derivatives of its networks: {str(error).partition(chr(10))[0]}"
+            refused = f"lmcl needs second derivatives of its networks: {first_line(error)}"
             raise NetworkError(f"{refused}. Choose --method mcl, which does not.") from error
 
     def costs(self) -> tuple[Cost, ...]:

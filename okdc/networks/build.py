@@ -15,7 +15,7 @@ import timm
 from timm.models import resolve_model_input_args
 from torch import nn
 
-from okdc.errors import NetworkError, nearest
+from okdc.errors import NetworkError, first_line, nearest
 from okdc.networks import (
     cifar,  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
     from_torchvision,
@@ -202,5 +202,5 @@ def _explained(error: Exception, settings: NetworkSettings) -> Exception:
             "or give a local file with --checkpoint or a folder with local-dir:PATH."
         )
     if isinstance(error, (ValueError, TypeError, RuntimeError, AssertionError, KeyError)):
-        return NetworkError(f"{name} could not be built: {text.splitlines()[0] if text else type(error).__name__}")
+        return NetworkError(f"{name} could not be built: {first_line(error)}")
     return error

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from okdc.errors import NetworkError
+from okdc.errors import NetworkError, first_line
 from okdc.networks import from_torchvision
 from okdc.networks.build import _TORCHVISION
 from okdc.recipe import NetworkSettings
@@ -60,7 +60,6 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
             f"{name_of(network)} returns {described(logits)}, expected one tensor of logits (batch, classes). "
             f"{alone(logits)}"
         )
-    reason = str(logits).strip().splitlines()[0] if str(logits).strip() else type(logits).__name__
     sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
     takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)
     if takes is None:
@@ -69,7 +68,9 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
         advice = f"Images smaller than the network takes: --img-size {takes} works (smaller images are enlarged)."
     else:
         advice = f"The network was built for another size: --img-size {takes} works."
-    raise NetworkError(f"{name_of(network)} cannot take images of {channels}x{height}x{width}: {reason}. {advice}")
+    raise NetworkError(
+        f"{name_of(network)} cannot take images of {channels}x{height}x{width}: {first_line(logits)}. {advice}"
+    )
 
 
 def name_of(network: nn.Module) -> str:

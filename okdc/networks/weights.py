@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from okdc.errors import NetworkError
+from okdc.errors import NetworkError, first_line
 
 _SHOWN = 3
 
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = timm.models.load_state_dict(str(path))
     except Exception as error:  # a damaged file fails in as many ways as there are formats
         raise NetworkError(
-            f"{path} is not a readable checkpoint of weights alone: {str(error).strip().splitlines()[0]} "
+            f"{path} is not a readable checkpoint of weights alone: {first_line(error)} "
             "Save it again with torch.save(network.state_dict(), FILE)."
         ) from error
     if not all(isinstance(value, Tensor) for value in state.values()):

@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from okdc.errors import first_line
+
 
 def one_line(error: BaseException) -> str:
     """An error as one line without local paths: what a bundle may carry."""
-    return without_paths((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return without_paths(first_line(error))
 
 
 def without_paths(text: str) -> str:

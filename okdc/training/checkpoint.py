@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from okdc.errors import RunError
+from okdc.errors import RunError, first_line
 from okdc.ranks import first
 from okdc.system.files import atomically, duplicate, history
 
@@ -164,7 +164,7 @@ def _why_not(path: Path, error: Exception) -> str:
                 f"never does; give the {LAST} of a run."
             )
         return (
-            f"{path} is damaged or cut short ({size:,} bytes): {str(error).splitlines()[0]}. Copy it again, give "
+            f"{path} is damaged or cut short ({size:,} bytes): {first_line(error)}. Copy it again, give "
             "another checkpoint of the run, or start anew without --resume."
         )
     kind = "is empty" if not size else f"is not a file that torch.save wrote (it begins with {start!r})"
