@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from okdc.anatomy.calls import keep_modes
 from okdc.system.randomness import random_state, set_random_state
 
 
 @contextmanager
 def at_rest(network: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no parameter that requires a gradient: torch's FLOP counter trips over those."""
-    modes = {m: m.training for m in network.modules()}
+    put_back = keep_modes(network)
     trained = [p for p in network.parameters() if p.requires_grad]
     fused_attention = torch.backends.mha.get_fastpath_enabled()  # which nobody counts
     try:
@@ -25,8 +26,7 @@ def at_rest(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
-        for module, mode in modes.items():
-            module.training = mode
+        put_back()
         for parameter in trained:
             parameter.requires_grad_(True)
 
@@ -35,14 +35,12 @@ def at_rest(network: nn.Module) -> Iterator[None]:
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Run a module on trial: its buffers and modes, and the random numbers, are afterwards what they were."""
     buffers = [(b, b.clone()) for b in module.buffers()]
-    modes = [(m, m.training) for m in module.modules()]
-    state = random_state()
+    put_back, state = keep_modes(module), random_state()
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for part, mode in modes:
-            part.training = mode
+        put_back()
         set_random_state(state)

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from okdc.anatomy.calls import keep_modes
 from okdc.errors import NetworkError, first_line
 from okdc.networks import from_torchvision
 from okdc.networks.build import _TORCHVISION
@@ -80,12 +81,11 @@ def name_of(network: nn.Module) -> str:
 @torch.no_grad()
 def _try_input(network: nn.Module, input_size: tuple[int, int, int]) -> Any:
     """The network's output for a black image in eval mode, or the exception raised; the network is left as it was."""
-    training = {module: module.training for module in network.modules()}
+    put_back = keep_modes(network)
     weight = next(network.parameters(), torch.zeros(()))
     try:
         return network.eval()(torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype))
     except Exception as error:  # whatever a stranger's forward raises is the answer
         return error
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        put_back()

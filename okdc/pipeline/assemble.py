@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc import networks
+from okdc.anatomy.calls import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
@@ -111,7 +112,7 @@ def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
     What is yielded takes a network of the same names there.
     """
     home = next(target.parameters()).device
-    modes = {module: module.training for module in target.modules()}
+    put_back = keep_modes(target)
     channels_last = {name for name, tensor in _tensors(target) if _is_channels_last(tensor)}
 
     def settle(network: nn.Module) -> nn.Module:
@@ -124,8 +125,7 @@ def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
     try:
         yield settle
     except BaseException:
-        for module, mode in modes.items():
-            module.training = mode
+        put_back()
         raise
     finally:
         settle(target)
