@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,10 +14,12 @@ from torch import nn
 
 from okdc import methods, recipe
 from okdc.anatomy import inspect
+from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.replay import Record, Replay
 from okdc.errors import CutError, NetworkError
 from okdc.pipeline import assemble_cohort
+from okdc.system.randomness import random_state, set_random_state
 from tests import networks
 
 TRAPS = [
@@ -185,6 +189,24 @@ def test_share_none_is_whole_peer_networks() -> None:
     assert [e.shape[1] for e in out.embeddings] == [32, 32, 16]
     assert out.feature_maps[2].shape == (2, 16, 17, 1)
     assert (out.logits[0] - out.logits[1]).abs().max() > 1e-3
+
+
+def test_a_trial_leaves_the_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [torch.Generator(), torch.Generator()]  # none is here: of a GPU's generator only where it is kept differs
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda.random, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "default_generators", gpus)
+
+    def drawn() -> list[float]:
+        own = [torch.rand((), generator=gpu).item() for gpu in gpus]
+        return [*own, torch.rand(()).item(), random.random(), np.random.rand()]
+
+    network, state = networks.Tiny(), random_state()
+    expected = drawn()
+    set_random_state(state)
+    with unchanged(network):
+        assert drawn() == expected
+    assert drawn() == expected and drawn() != expected
 
 
 def test_fresh_networks_keep_the_makers_own_scheme() -> None:

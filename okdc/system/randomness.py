@@ -28,27 +28,28 @@ def seed_everything(*position: int, rank: int = 0) -> None:
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
     """Give the caller's random states back at the end."""
-    python, numpy = random.getstate(), np.random.get_state()
+    state = random_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        set_random_state(state)
 
 
-def random_state() -> tuple[Any, ...]:
-    """Where torch's (and the GPU's) and Python's random numbers stand."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, random.getstate()
+def random_state(gpus: bool = True) -> tuple[Any, ...]:
+    """Where the random numbers of Python, numpy, torch and all its GPUs stand: whichever of them a network is on."""
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
+    cuda = torch.cuda.get_rng_state_all() if gpus and torch.cuda.is_initialized() else ()
+    return random.getstate(), (kind, keys.tobytes(), *rest), torch.get_rng_state(), *cuda
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    cpu, cuda, python = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
+    """Put all that `random_state` looked at back to where it stood."""
+    python, (kind, keys, *rest), cpu, *cuda = state
     random.setstate(python)
+    np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)
 
 
 def derive_seed(*key: int) -> int:
@@ -67,14 +68,12 @@ def reseed(*key: int) -> None:
 @contextmanager
 def borrowed_generators(*key: int) -> Iterator[None]:
     """Seed the global generators from `key` for a while, then give them back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = random_state(gpus=False)  # theirs belong to the network
     try:
         reseed(*key)
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        set_random_state(state)
 
 
 def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
