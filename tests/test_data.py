@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from okdc.data import Data, load, open_source, wrap
 from okdc.data.streams import _read
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
-from okdc.system.waiting import Stuck, Waiting
+from okdc.system.waiting import Alarm, Stuck, Waiting
 
 CONFIG = {
     "input_size": (3, 16, 16),
@@ -540,6 +541,26 @@ def test_workers_that_hang_are_noticed_and_ended(folder: Path, request: pytest.F
         with pytest.raises(Stuck):
             list(batches)
         assert multiprocessing.active_children() == [] and waiting.seconds > 5
+
+
+def test_an_alarm_inside_another_leaves_that_one_its_time() -> None:
+    with Alarm(Stuck) as outer:
+        outer.set(100)
+        with pytest.raises(TimeoutError), Alarm(TimeoutError()) as inner:
+            inner.set(0.02)
+            time.sleep(50)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 99.98
+        reached = []
+        with pytest.raises(Stuck):
+            outer.set(0.5)
+            with Waiting(50.0) as waiting:
+                reached += waiting.over([1])
+                time.sleep(0.6)
+                reached.append(2)  # the outer one, whose time is over, waits for the end of this one
+        assert reached == [1, 2]
+        with pytest.raises(Stuck):
+            time.sleep(50)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 # -- the user's own loaders -----------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from okdc.cohort.replay import Replay
 from okdc.errors import CutError, OkdcError, first_line
 from okdc.recipe import NetworkSettings
 from okdc.system import shipped
+from okdc.system.waiting import Alarm
 
 COLUMNS = (
     "network", "family", "outcome", "img_size", "input", "params_m", "gflops", "stages", "cut", "cut_shape",
@@ -195,20 +194,9 @@ def _onnx_difference(network: nn.Module, images: Tensor) -> float:
 @contextmanager
 def _limited(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in what takes longer, where the system can (not on Windows, not outside the main thread)."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    with Alarm(TimeoutError(f"not done after {seconds:g} seconds")) as alarm:
+        alarm.set(seconds)
         yield
-        return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:g} seconds")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)  # None: it was not Python's
 
 
 def _attempt(check: Callable[[], Any]) -> Any:

@@ -28,6 +28,40 @@ def worker_died(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
+class Alarm:
+    """Raises `error` in whatever takes longer than it was set to; inside another alarm, that one goes on afterwards.
+
+    A context manager. In any thread but the main one, on Windows, and with `rings` False, it never rings.
+    """
+
+    def __init__(self, error: BaseException | type[BaseException], rings: bool = True) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        self.error, self.rings = error, rings and main and hasattr(signal, "setitimer")
+
+    def __enter__(self) -> Alarm:
+        if self.rings:
+            self.began, self.outer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
+            self.before = signal.signal(signal.SIGALRM, self._ring)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.set(0)
+        if self.rings:
+            # None: the handler was not Python's.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
+            left, again = self.outer
+            if left:  # at once where it should have rung meanwhile
+                signal.setitimer(signal.ITIMER_REAL, max(left + self.began - time.monotonic(), 1e-6), again)
+
+    def set(self, seconds: float) -> None:
+        """Ring in so many seconds from now; 0 is never."""
+        if self.rings:
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again: a finalizer may swallow one
+
+    def _ring(self, *_: Any) -> None:
+        raise self.error
+
+
 class Waiting:
     """Counts the `seconds` that a run waits for data, and ends a wait of more than `timeout` seconds (0: never).
 
@@ -35,20 +69,16 @@ class Waiting:
     """
 
     def __init__(self, timeout: float) -> None:
-        main = threading.current_thread() is threading.main_thread()
-        self.timeout = timeout if main and hasattr(signal, "setitimer") else 0.0
-        self.seconds = 0.0
+        self.timeout, self.seconds = timeout, 0.0
+        self.alarm = Alarm(Stuck, rings=timeout > 0)
         self.others = set(multiprocessing.active_children())
 
     def __enter__(self) -> Waiting:
-        if self.timeout:
-            self.before = signal.signal(signal.SIGALRM, self._ring)
+        self.alarm.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._set(0)
-        if self.timeout:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
+        self.alarm.__exit__()
 
     def over(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches one by one; Stuck where one takes too long, when the data workers have been ended."""
@@ -56,7 +86,7 @@ class Waiting:
         while True:
             begin = time.perf_counter()
             try:
-                self._set(self.timeout)
+                self.alarm.set(self.timeout)
                 batch = next(iterator)
             except StopIteration:
                 return
@@ -64,7 +94,7 @@ class Waiting:
                 self._end_workers()
                 raise
             finally:
-                self._set(0)
+                self.alarm.set(0)
                 self.seconds += time.perf_counter() - begin
             yield batch
 
@@ -73,16 +103,9 @@ class Waiting:
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
-    def _set(self, seconds: float) -> None:
-        if self.timeout:
-            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again: a finalizer may swallow one
-
-    def _ring(self, *_: Any) -> None:
-        raise Stuck
-
     def _end_workers(self) -> None:
         """Kill the processes that have been started since, because Python waits at its end for what hangs."""
-        self._set(0)
+        self.alarm.set(0)
         for worker in set(multiprocessing.active_children()) - self.others:
             with contextlib.suppress(RuntimeError):  # torch's, that a data worker has died
                 worker.kill()
