@@ -68,21 +68,26 @@ def write(
     profile: tuple[int, int, int] = (1, 8, 32),
     workspace: int = 4 << 30,
     timing_cache: str | Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the engine of the ONNX file `onnx`, from which alone it is built, and its sidecar; say what was built.
 
     The precision is the graph's; a `path` such as model.fp16.engine promises it, and an engine without it is refused.
     `profile`: smallest, best and largest batch; `workspace`: bytes that a layer may use; `timing_cache`: file that
-    makes the next build fast, in the user's cache by default. Raises RuntimeError when TensorRT is not available,
-    refuses the graph, or builds it in another precision than asked.
+    makes the next build fast, in the user's cache by default; `device`: the GPU that it is for, the first for "cpu".
+    Raises RuntimeError when TensorRT is not available, refuses the graph, or builds it in another precision than asked.
     """
     trt = _tensorrt()
     if onnx is None:
         raise RuntimeError("An engine is built from ONNX: give onnx=path of a model.onnx, or export with --onnx too.")
+    import torch
+
     started, path, source = time.perf_counter(), Path(path), Path(onnx)
-    here = _here(trt)
-    plan, asked, shapes = _build(trt, source, profile, workspace, Path(timing_cache or _default_cache(here)))
-    built = _built_precisions(trt, plan)
+    gpu = _gpu(device)
+    here = _here(trt, gpu)
+    with torch.cuda.device(gpu):  # TensorRT builds for the GPU that is current
+        plan, asked, shapes = _build(trt, source, profile, workspace, Path(timing_cache or _default_cache(here)))
+        built = _built_precisions(trt, plan)
     _check_precisions(asked | _promised(path), built)
     sidecar = {
         **here,
@@ -190,7 +195,7 @@ class _Engine:
 
         self._device = _gpu(device)
         with torch.cuda.device(self._device):
-            plan = _read_engine(path, _here(trt))
+            plan = _read_engine(path, _here(trt, self._device))
             self._log = _logger(trt)  # must outlive the runtime
             self._runtime = trt.Runtime(self._log)
             engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path.with_suffix('.onnx'))})")
@@ -323,19 +328,19 @@ def _logger(trt: Any) -> Any:
     return Log()
 
 
-def _here(trt: Any) -> dict[str, Any]:
-    """What an engine is tied to on this machine."""
+def _here(trt: Any, gpu: torch.device) -> dict[str, Any]:
+    """What an engine for this GPU of this machine is tied to."""
     import torch
 
-    capability = ".".join(str(number) for number in torch.cuda.get_device_capability())
-    gpu = torch.cuda.get_device_name()
-    return {"tensorrt": trt.__version__, "cuda": torch.version.cuda, "gpu": gpu, "compute_capability": capability}
+    capability = ".".join(str(number) for number in torch.cuda.get_device_capability(gpu))
+    name = torch.cuda.get_device_name(gpu)
+    return {"tensorrt": trt.__version__, "cuda": torch.version.cuda, "gpu": name, "compute_capability": capability}
 
 
 def _gpu(device: str) -> torch.device:
     import torch
 
-    return torch.device("cuda" if device == "cpu" else device)
+    return torch.device("cuda:0" if device == "cpu" else device)
 
 
 # ---- pure helpers

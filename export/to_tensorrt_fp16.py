@@ -32,9 +32,11 @@ def write(
     onnx_fp16: str | Path | None = None,
     profile: tuple[int, int, int] = (1, 8, 32),
     workspace: int = 4 << 30,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the engine of the ONNX file `onnx_fp16`; options and errors are those of to_tensorrt.py."""
-    return _to_tensorrt().write(student, example, path, onnx=onnx_fp16, profile=profile, workspace=workspace)
+    options = {"profile": profile, "workspace": workspace, "device": device}
+    return _to_tensorrt().write(student, example, path, onnx=onnx_fp16, **options)
 
 
 def runner(

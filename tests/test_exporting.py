@@ -21,11 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from okdc import deploy, networks
-from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
+from okdc.deploy import targets
+from okdc.deploy.bundle import environment, load_student, read_golden, recover, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings, NetworkSettings
 from okdc.system import shipped
-from okdc.verification import torch_runner
+from okdc.verification import Exported, torch_runner
 
 PREPROCESS = {
     "input_size": (3, 32, 32),
@@ -384,3 +385,14 @@ def test_export_targets_are_found_by_their_file_names() -> None:
     assert shipped.target("onnx") is shipped.target("onnx")
     with pytest.raises(ExportError, match="Did you mean onnx"):
         shipped.target("onx")
+
+
+def test_what_is_run_and_named_is_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "the {}".format)
+    written = {"onnx": Exported(tmp_path / "model.onnx", shipped.target("onnx"))}
+    for device, gpu, asked in (("cuda:1", "cuda:1", ":1"), ("cuda", "cuda", ""), ("cpu", "cuda:0", "")):
+        assert environment(device)["gpu"] == f"the {gpu}"
+        rows = targets.further(written, device)
+        assert [row.device for row in rows.values()] == [f"cuda{asked}", f"tensorrt{asked}"]
+        assert rows["onnx on tensorrt"].tolerance == 5e-3

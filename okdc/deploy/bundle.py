@@ -194,11 +194,12 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     return network
 
 
-def environment() -> dict[str, Any]:
-    """What the measurements depend on: versions, processor, accelerator."""
+def environment(device: str) -> dict[str, Any]:
+    """What the measurements on `device` depend on: versions, processor, accelerator (the first where it is the CPU)."""
     packages = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "tensorrt")
     versions = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in packages}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    place = device if device.startswith("cuda") else "cuda:0"
+    gpu = torch.cuda.get_device_name(place) if torch.cuda.is_available() else None
     facts = {"okdc": okdc.__version__, "python": platform.python_version(), "os": platform.platform()}
     return facts | {"cpu": _processor(), "gpu": gpu} | {name: version for name, version in versions.items() if version}
 

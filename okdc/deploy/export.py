@@ -68,6 +68,7 @@ def export_bundle(
     info = {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
+    device = device or _device(student)
     bundle.recover(folder)
     bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
@@ -81,16 +82,16 @@ def export_bundle(
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
         calibration, drawn, without = _draw(data, settings)
         targets, unavailable, notes = write(
-            part, student, arch, settings, classes, preprocess, info, calibration, without
+            part, student, arch, settings, classes, preprocess, info, calibration, without, device
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            targets | further(targets),
+            targets | further(targets, device),
             data,
             input_size=preprocess["input_size"],
-            device=device or _device(student),
+            device=device,
             images=settings.images,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
@@ -131,7 +132,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
-        targets | further(targets),
+        targets | further(targets, device),
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -150,7 +151,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     if not all(row["pass"] for row in verification["rows"] if row["name"] not in GPU_ROWS):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
-    return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
+    return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
 
 def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
-    verification["environment"] = environment()
+    verification["environment"] = environment(verification["device"])
     bundle.recommend(part, for_cpu(verification["rows"]))
     bundle.write_json(part / "verification.json", verification)
     write_card(part, arch, bundle.read_json(part / bundle.CONFIG), verification, info)

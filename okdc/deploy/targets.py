@@ -50,10 +50,11 @@ def write(
     info: Mapping[str, Any],
     calibration: np.ndarray | None,
     without: str,
+    device: str,
 ) -> tuple[dict[str, Exported], list[dict[str, str]], dict[str, Any]]:
     """Every file that is asked for, in `part`: the files, what is not available here, and each writer's notes.
 
-    without: why there is no int8 where there is no `calibration`.
+    without: why there is no int8 where there is no `calibration`. device: what a file that is for one GPU is for.
     """
     enough = min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
     metadata = bundle.metadata(arch, classes, preprocess, info)
@@ -73,7 +74,12 @@ def write(
         # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
         written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
         offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest), **written}
-        offered |= {"workspace": int(settings.workspace * 2**30), "calibration": calibration, "enough": enough}
+        offered |= {
+            "workspace": int(settings.workspace * 2**30),
+            "calibration": calibration,
+            "enough": enough,
+            "device": device,
+        }
         options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
         problem = None
         try:
@@ -91,13 +97,14 @@ def write(
     return targets, skipped, notes
 
 
-def further(targets: Mapping[str, Exported]) -> dict[str, Exported]:
-    """onnxruntime's providers for GPUs, where there is one: further runners of the same model.onnx."""
+def further(targets: Mapping[str, Exported], device: str) -> dict[str, Exported]:
+    """onnxruntime's providers for GPUs, where there is one, on `device` if it is one: more runners of model.onnx."""
     onnx = targets.get("onnx")
     if onnx is None or onnx.problem or not torch.cuda.is_available():
         return {}
     tf32 = {"tensorrt": 5e-3}  # this provider cannot be told to do without
-    return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
+    number = device.removeprefix("cuda") if device.startswith("cuda") else ""
+    return {row: replace(onnx, device=kind + number, tolerance=tf32.get(kind)) for row, kind in GPU_ROWS.items()}
 
 
 def existing(folder: Path) -> tuple[dict[str, Exported], list[dict[str, str]]]:

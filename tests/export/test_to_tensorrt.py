@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ OBJECTS = {
     "inspector": "EngineInspector", "layer": "ILayer", "tensor": "ITensor",
 }  # fmt: skip
 REASON = to_tensorrt.available()
+GPU = to_tensorrt._gpu  # which the fake replaces
 HERE = {"tensorrt": "11.4.0.106", "compute_capability": "9.0", "gpu": "NVIDIA H100"}
 
 
@@ -216,6 +218,24 @@ def test_contract_an_engine_is_built_and_gives_the_logits_of_its_onnx(trt, onnx_
     assert run.provider == f"TensorRT {trt.__version__} on H100"
     batches = [batch for what, batch, *_ in trt.plan.told if what == "execute"]
     assert max(batches) == 4 and len(batches) >= 4
+
+
+def test_contract_an_engine_is_built_for_the_gpu_that_is_asked_for(trt, onnx_file, tmp_path, monkeypatch):
+    told = trt.plan.told
+
+    @contextlib.contextmanager
+    def current(gpu):
+        told.append(("current", str(gpu)))
+        yield
+        told.append(("current", "as before"))
+
+    monkeypatch.setattr(to_tensorrt, "_gpu", GPU)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "the {}".format)
+    facts = build(onnx_file, tmp_path, device="cuda:1")
+    flags = next(i for i, (what, *_) in enumerate(told) if what == "flags")
+    assert told.index(("current", "cuda:1")) < flags < told.index(("current", "as before"))
+    assert facts["gpu"] == "the cuda:1" and to_tensorrt._gpu("cpu") == torch.device("cuda:0")
 
 
 def test_contract_the_timing_cache_is_kept_and_one_that_does_not_fit_is_dropped(trt, onnx_file, tmp_path):
