@@ -20,10 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc.data import Data, load, open_source, wrap
+from okdc.data.loading import CountedBatches
 from okdc.data.streams import _read
+from okdc.data.values import BadImages
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.waiting import Alarm, Stuck, Waiting
+from okdc.training.machine import _precision
 
 CONFIG = {
     "input_size": (3, 16, 16),
@@ -541,6 +544,38 @@ def test_workers_that_hang_are_noticed_and_ended(folder: Path, request: pytest.F
         with pytest.raises(Stuck):
             list(batches)
         assert multiprocessing.active_children() == [] and waiting.seconds > 5
+
+
+class Current:
+    """`torch.cuda.device` on a machine that has none: which GPU is current."""
+
+    index: int | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        Current.index = self.device.index
+
+    def __exit__(self, *_: object) -> None:
+        Current.index = None
+
+
+def test_what_asks_for_the_current_gpu_is_told_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pinning:
+        def __iter__(self) -> Iterator[Any]:
+            pinned.append(Current.index)
+            for label in (1, 2):
+                pinned.append(Current.index)
+                yield torch.zeros(2), torch.full((2,), label), []
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: Current.index == 1)
+    pinned: list[int | None] = []
+    batches = CountedBatches(Pinning(), BadImages(0), None, torch.device("cuda:1"))  # type: ignore[arg-type]
+    assert [(labels[0].item(), Current.index) for _, labels in batches] == [(1, None), (2, None)]
+    assert pinned == [1, 1, 1]
+    assert [_precision(None, torch.device(name)) for name in ("cuda:0", "cuda:1")] == [torch.float16, torch.bfloat16]
 
 
 def test_an_alarm_inside_another_leaves_that_one_its_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -122,16 +123,25 @@ def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
 
 
 class CountedBatches:
-    """The batches of a DataLoader, after the bad images that its workers met have been counted here."""
+    """The batches of a DataLoader, pinned for `device`, after the bad images that its workers met were counted here."""
 
-    def __init__(self, loader: DataLoader, bad: BadImages, full: int | None):
-        self.loader, self.bad, self.full = loader, bad, full
+    def __init__(self, loader: DataLoader, bad: BadImages, full: int | None, device: torch.device):
+        self.loader, self.bad, self.full, self.device = loader, bad, full, device
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for images, targets, bad in self.loader:
+        # A DataLoader pins for the GPU that is current, and would take memory of that one.
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with current:
+            batches = iter(self.loader)
+        while True:
+            with current:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            images, targets, bad = batch
             for name, reason in bad:
                 self.bad.add(name, reason)
             if self.full and len(targets) < self.full:
@@ -161,7 +171,7 @@ def _loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # drawn from at each epoch, so it must not be the one that the network uses
     )
-    counted: Any = CountedBatches(loader, bad, full)
+    counted: Any = CountedBatches(loader, bad, full, device)
     return PrefetchLoader(counted, config["mean"], config["std"], config["input_size"][0], device=device)
 
 

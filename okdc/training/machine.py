@@ -63,9 +63,11 @@ class Machine:
 
 
 def _precision(name: str | None, device: torch.device) -> torch.dtype:
+    if name is None and device.type == "cuda":
+        with torch.cuda.device(device):  # of which alone it can be asked
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name is None:
-        no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.float16 if no_bf16 else torch.bfloat16
+        return torch.bfloat16
     if name not in ("bfloat16", "float16"):
         raise RecipeError(f"--amp-dtype {name}: expected bfloat16 or float16.")
     return getattr(torch, name)
