@@ -26,10 +26,11 @@ class Stage:
     blocks: tuple[tuple[str, ...], ...]  # names; a block of a plain Sequential is several neighbours (conv, bn, act)
     flops: int
     end: int
+    plain: bool = False  # its blocks are mere convolutions with norm and activation, as a VGG's
 
 
 def find_stages(network: nn.Module, calls: list[Call], feature: Call, classifier: Call, aspect: float) -> list[Stage]:
-    """Runs of equal size, early to late; leading ones without a block (the stem) are left out when others have one."""
+    """Runs of equal size, early to late, without those of the stem."""
     body = [c for c in calls if c.end < classifier.start]
     path = _main_path(network, body, aspect)
     starts = {s: _stage_start(path, s, aspect) for s in _sizes(path, feature, aspect)}
@@ -44,20 +45,31 @@ def find_stages(network: nn.Module, calls: list[Call], feature: Call, classifier
             continue
         ends = [c for c in inside if same_size(positions(c.output, aspect), size)]
         last = widest(inside, ends[-1]) if ends else inside[-1]
+        blocks = _blocks(network, inside, size, aspect)
+        units = () if blocks else _units(network, inside, size, aspect)
         stages.append(
             Stage(
                 size=size,
                 first=first.name,
                 before=_ended_before(body, first),
                 last=last.name,
-                blocks=_blocks(network, inside, size, aspect),
+                blocks=blocks or units,
                 flops=inside[-1].flops_end - first.flops_start,
                 end=inside[-1].end,
+                plain=bool(units),
             )
         )
     if not stages:
         raise NetworkError(f"{type(network).__name__} has no stages that okdc can see.")
-    worth = [s for s in stages if s.blocks] or [s for s in stages if _compound(network, body, s, aspect)] or stages[-1:]
+    return _without_stem(network, body, stages, aspect)
+
+
+def _without_stem(network: nn.Module, body: list[Call], stages: list[Stage], aspect: float) -> list[Stage]:
+    """Leave out leading stages without a block when others have one; so, too, plain ones before the bulk of a network."""
+    made = [s for s in stages if s.blocks and not s.plain]
+    bulk = sum(s.flops for s in stages if made and s.size <= made[0].size)
+    worth = made if 2 * bulk > sum(s.flops for s in stages) else [s for s in stages if s.blocks]
+    worth = worth or [s for s in stages if _compound(network, body, s, aspect)] or stages[-1:]
     return [s for s in stages if s.size <= worth[0].size]
 
 
@@ -143,7 +155,7 @@ def _ended_before(body: list[Call], first: Call) -> str | None:
 
 
 def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
-    """Modules that keep their input's shape and may be repeated: residual and transformer blocks, conv-bn-act runs.
+    """Modules that keep their input's shape and may be repeated: residual and transformer blocks.
 
     Those that work at the stage's size come first; then any that make up most of the stage (blocks of two streams, or
     of windows that are an axis of their own).
@@ -156,31 +168,59 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
         and not c.leaf
         and c.name in once
         and any(True for _ in modules[c.name].parameters())
-        and not isinstance(modules[c.name], nn.Sequential)
+        and (not isinstance(modules[c.name], nn.Sequential) or _is_written_out(modules, c.name))
         and not is_part(c)
     ]
     sized = [c for c in keeping if same_size(positions(c.output, aspect), size)]
     total = inside[-1].flops_end - inside[0].flops_start
     for candidates, least in ((sized, 0.05), (keeping, 0.5)):
-        same = outermost([c for c in candidates if not _spans_blocks(c, candidates)])
+        same = outermost([c for c in candidates if not _spans_blocks(modules, c, candidates)])
+        kinds = {c.kind for c in same if not isinstance(modules[c.name], nn.Sequential)}
+        same = [c for c in same if not any(_is_inside(c, o) for o in inside if o.kind in kinds)]
         spent = {c.name: c.flops_end - c.flops_start for c in same}
         worthy = [c for c in same if spent[c.name] >= 0.5 * max(spent.values())]
         if sum(spent[c.name] for c in worthy) >= least * total > 0:
             return tuple((c.name,) for c in worthy)
+    return ()
+
+
+def _units(network: nn.Module, inside: list[Call], size: int, aspect: float) -> tuple[tuple[str, ...], ...]:
+    """The runs that keep their input's shape, of a stage that has no other block."""
+    modules = dict(network.named_modules())
     return tuple(run for run in runs(modules, inside, size, aspect) if not _enclosed(modules, inside, run))
 
 
 def outermost(calls: list[Call]) -> list[Call]:
     """Those of the calls that no other of them encloses."""
-    return [c for c in calls if not any(o.start < c.start and c.end < o.end for o in calls)]
+    return [c for c in calls if not any(_is_inside(c, o) for o in calls)]
 
 
-def _spans_blocks(call: Call, blocks: list[Call]) -> bool:
-    """Whether this is a container of several of these shape-keeping blocks, of one kind (a stage), and no block."""
-    spent: dict[str, list[int]] = {}
-    for c in outermost([c for c in blocks if call.start < c.start and c.end < call.end]):
-        spent.setdefault(c.kind, []).append(c.flops_end - c.flops_start)
-    return any(len(each) > 1 and 2 * sum(each) > call.flops_end - call.flops_start for each in spent.values())
+def _is_inside(call: Call, other: Call) -> bool:
+    return other.start < call.start and call.end < other.end
+
+
+def _spans_blocks(modules: dict[str, nn.Module], call: Call, blocks: list[Call]) -> bool:
+    """Whether this is a container of these shape-keeping blocks, most of them made alike (a stage), and no block."""
+    spent: dict[tuple[str, ...], list[int]] = {}
+    for c in outermost([c for c in blocks if _is_inside(c, call)]):
+        spent.setdefault(_makeup(modules[c.name]), []).append(c.flops_end - c.flops_start)
+    repeated = sum(sum(each) for each in spent.values() if len(each) > 1)
+    return 2 * repeated > call.flops_end - call.flops_start
+
+
+def _makeup(module: nn.Module) -> tuple[str, ...]:
+    """The kinds of all that a module is made of, but for what only some of a stage's blocks have."""
+    parts = [c for c in module.children() if not re.search(_OPTIONAL, type(c).__name__)]
+    return (type(module).__name__, *(kind for part in parts for kind in _makeup(part)))
+
+
+def _is_written_out(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether this is a block written as a plain Sequential: different parts, repeated as a whole (ConvMixer's)."""
+    parts = [_makeup(m) for m in modules[name].children() if any(True for _ in m.parameters())]
+    if len(set(parts)) != len(parts) or not is_sequence(modules[name.rpartition(".")[0]]):
+        return False
+    makeup = _makeup(modules[name])
+    return len(parts) > 1 < sum(_makeup(m) == makeup for m in modules.values() if isinstance(m, nn.Sequential))
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -193,8 +233,9 @@ def is_part(call: Call) -> bool:
     return re.search(_PARTS, call.kind) is not None
 
 
+_OPTIONAL = r"^(Drop|Identity|SqueezeExcit|\w*SE(Module)?$)"
 _PARTS = (  # what timm, torchvision and most others call them; a wrong guess costs a choice of block, never exactness
-    r"(Mlp|MLP|Ffn|FFN|Attn|(?<!Mobile)Attention|Attention2d|Norm\d?d?|Act|Act2d|Activation|SE|SEModule|SqueezeExcite|"
+    r"(Mlp|MLP|Ffn|FFN|Attn|(?<!Mobile)Attention|Attention2d|Norm\d?d?|Act|Act2d|Activation|(?<![A-Z])SE|SEModule|SqueezeExcite|"
     r"LayerScale|Drop\w*|\w*PosEnc|\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
 )
 
@@ -202,23 +243,37 @@ _PARTS = (  # what timm, torchvision and most others call them; a wrong guess co
 def runs(
     modules: dict[str, nn.Module], inside: list[Call], size: int, aspect: float, keeping: bool = True
 ) -> Iterator[tuple[str, ...]]:
-    """Runs convolution .. next convolution of a flat Sequential (VGG's conv-bn-relu); `keeping` their input's shape."""
-    flat = [c for c in inside if c.leaf and same_size(positions(c.output, aspect), size)]
+    """Runs convolution .. next convolution of a Sequential (VGG's conv-bn-relu); `keeping` their input's shape.
+
+    A module that is made of one convolution, norm and activation is as good as the three in the Sequential itself.
+    """
+    steps = outermost([c for c in inside if c.leaf or _is_unit(modules[c.name])])
+    flat = [c for c in steps if same_size(positions(c.output, aspect), size)]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
-        layer = modules[call.name]
-        if not (isinstance(layer, nn.Conv2d) and layer.groups == 1 and (call.keeps_shape or not keeping)):
+        layer = _convolution(modules[call.name])
+        if layer is None or layer.groups > 1 or not (call.keeps_shape or not keeping):
             continue
         parent = call.name.rpartition(".")[0]
         run = [call.name]
         for follower in flat[i + 1 :]:
-            beyond = isinstance(modules[follower.name], nn.Conv2d) or follower.name not in once
+            beyond = _convolution(modules[follower.name]) is not None or follower.name not in once
             beyond = beyond or not follower.keeps_positions(aspect)
             if beyond or follower.name.rpartition(".")[0] != parent:
                 break
             run.append(follower.name)
         if isinstance(modules.get(parent), nn.Sequential):
             yield tuple(run)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Sequential) and _convolution(module) is not None
+
+
+def _convolution(module: nn.Module) -> nn.Conv2d | None:
+    """The convolution that this is, or that is the one layer in it beside norms and activations."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return layers[0] if len(layers) == 1 and isinstance(layers[0], nn.Conv2d) else None
 
 
 def _enclosed(modules: dict[str, nn.Module], inside: list[Call], run: tuple[str, ...]) -> bool:

@@ -151,7 +151,7 @@ class Ahbf(Method):
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:
-        return 2 if len(anatomy.stages) >= 4 else 1
+        return 2 if len(anatomy.stages) >= 4 and not anatomy.stages[-1].plain else 1
 
     @classmethod
     def depth(cls, branch: int, stages: int, extra: int) -> tuple[int, ...]:

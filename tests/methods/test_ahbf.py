@@ -222,6 +222,7 @@ def test_depth_rule_on_every_architecture_of_the_paper() -> None:
         ("cifar_resnet32_M4_a4_K100", "resnet32_cifar", 32, 4, 4, 100),
         ("cifar_resnet32_M4_a2_K10", "resnet32_cifar", 32, 4, 2, 10),
         ("cifar_resnet110_M4_a4_K100", "resnet110_bottleneck_cifar", 32, 4, 4, 100),
+        ("cifar_vgg16_M4_a4_K100", "vgg16_cifar", 32, 4, 4, 100),
     ],
 )
 def test_parameters_of_what_is_built(key: str, name: str, size: int, members: int, extra: int, classes: int) -> None:
