@@ -365,6 +365,79 @@ class Convolutional(Tiny):
         return self.head(self.late(self.early(self.stem(x)))).mean((2, 3))
 
 
+class ConvNormAct(nn.Module):
+    """A convolution, norm and activation in a module of their own, by a name that ends like a part's."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Plain(nn.Module):
+    """A VGG of such units, each group of them pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        groups = [(ConvNormAct(i, o), ConvNormAct(o, o), nn.MaxPool2d(2)) for i, o in ((3, 4), (4, 6), (6, 8), (8, 10))]
+        self.groups = nn.Sequential(*(nn.Sequential(*group) for group in groups))
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.groups(x).mean((2, 3)))
+
+
+class Wrapped(nn.Module):
+    """Adds what a layer gives to what it takes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
+class MixerBlock(nn.Module):
+    """Two residual parts of one kind, which do not do the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.space = Wrapped(nn.Conv2d(width, width, 3, 1, 1, groups=width))
+        self.channels = Wrapped(nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, width, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.channels(self.space(x))
+
+
+class OfWrapped(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Sequential(conv(16, 32, 2), MixerBlock(32), MixerBlock(32))
+
+
+class WrittenOut(Tiny):
+    """Blocks that are plain Sequentials of a residual part and a convolution, as ConvMixer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        space = [Wrapped(nn.Conv2d(32, 32, 3, 1, 1, groups=32)) for _ in range(2)]
+        self.late = nn.Sequential(conv(16, 32, 2), *(nn.Sequential(part, nn.Conv2d(32, 32, 1)) for part in space))
+
+
+class DeepStem(Tiny):
+    """A stem of several convolutions, some of which keep their input's shape, before stages of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, 2), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU())
+        self.early = nn.Sequential(Inverted(8, 16, 2), Inverted(16, 16), Inverted(16, 16))
+        self.late = nn.Sequential(Inverted(16, 32, 2), Inverted(32, 32))
+
+
 class TwoOutputs(Tiny):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         logits = super().forward(x)

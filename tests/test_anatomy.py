@@ -30,6 +30,19 @@ def test_hierarchical_network() -> None:
     assert abs(shares["layer3"].params_after - 8398858 / 11181642) < 1e-6
 
 
+def test_units_of_one_convolution_are_the_blocks_of_a_plain_network() -> None:
+    anatomy = inspect(timm.create_model("vgg16_cifar"), (3, 32, 32))
+    assert [(s.size, len(s.blocks), s.plain) for s in anatomy.stages] == [
+        (1024, 1, True), (256, 1, True), (64, 2, True), (16, 2, True), (4, 3, True),
+    ]  # fmt: skip
+    assert (anatomy.cut(), anatomy.stages[-1].last) == ("stages.3", "stages.4.2"), "before the pooling"
+
+
+def test_convolutions_of_a_stem_make_no_stage_before_blocks() -> None:
+    assert [(s.size, len(s.blocks)) for s in inspect(networks.DeepStem(), (3, 32, 32)).stages] == [(64, 2), (16, 1)]
+    assert [(s.size, s.plain) for s in inspect(networks.Plain(), (3, 32, 32)).stages[:2]] == [(1024, True), (256, True)]
+
+
 def test_single_pixel_feature_map_on_small_images() -> None:
     anatomy = inspect(timm.create_model("resnet18", num_classes=10), (3, 32, 32))
     assert anatomy.feature_map == "layer4" and anatomy.feature_shape == (512, 1, 1)

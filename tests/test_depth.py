@@ -37,6 +37,9 @@ def grown(network: nn.Module, blocks: int = 1, images: torch.Tensor = IMAGES) ->
         (networks.LateClassToken, "blocks.19", "1 x TransformerEncoderLayer after blocks.29"),
         (networks.SideBranch, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
         (networks.Convolutional, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
+        (networks.Plain, "groups.2", "1 x ConvNormAct after groups.3.1"),
+        (networks.OfWrapped, "early", "1 x MixerBlock after late.2"),
+        (networks.WrittenOut, "early", "1 x Wrapped-Conv2d after late.2"),
     ],
 )
 def test_the_block_and_the_cut(kind: type[nn.Module], cut: str, expected: str) -> None:
@@ -138,6 +141,8 @@ def test_embedding_of_a_convolutional_classifier_is_averaged() -> None:
         ("test_byobnet", "stages.2", "1 x BottleneckBlock after stages.3.0"),
         ("cs3darknet_focus_s", "stages.2", "1 x DarkBlock after stages.3.blocks.0"),
         ("vit_tiny_patch16_dinov3_qkvb", "blocks.7", "1 x EvaBlock after blocks.11"),
+        ("shvit_s1", "stages.1", "1 x BasicBlock after stages.2.blocks.4"),
+        ("cpubone_nano", "stages.3.1", "1 x CPUBoneBlock after stages.3.2"),
     ],
 )
 def test_networks_of_timm(name: str, cut: str, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torchvision
 from click.testing import CliRunner
 
 from okdc import networks
+from okdc.anatomy import inspect
+from okdc.anatomy.shapes import same_size
 from okdc.cli import main
 from okdc.errors import NetworkError, RunError
 from okdc.measure import trial, zoo
@@ -155,6 +158,34 @@ def test_the_tables_that_are_kept(table: str, count: int, least: int) -> None:
     assert sum(bool(row["grown"]) for row in rows) >= least
     assert all(float(row["tail_flops"]) >= 0.05 for row in rows if row["tail_flops"])
     assert all(row["reason"] for row in rows if row["outcome"] != "ok")
+
+
+def sizes_differ(name: str) -> bool:
+    """Whether the stages that okdc finds are of other sizes than those that timm lists."""
+    network, shape = trial._build(name, 64)
+    found = {stage.size for stage in inspect(network, shape).stages}
+    listed = {math.prod(math.ceil(n / each["reduction"]) for n in shape[1:]) for each in network.feature_info}
+    pairs = [(found, listed), (listed, found)]
+    return not all(any(same_size(size, other) for other in theirs) for ours, theirs in pairs for size in ours)
+
+
+def recorded() -> set[str]:
+    """The networks of the first table of stages.md."""
+    table = (TABLES / "stages.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    assert all(why.strip() for _, _, _, _, why, _ in rows)
+    return {name.strip() for _, names, *_ in rows[2:] for name in names.split(",")}
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "test_resnet", "test_vit", "ghostnet_050"])
+def test_stages_of_other_sizes_than_timms_are_recorded(name: str) -> None:
+    assert sizes_differ(name) == (name in recorded())
+
+
+@pytest.mark.zoo
+def test_the_record_of_stages() -> None:
+    names = [name for name in zoo.choose(families=True) if trial.least_gigabytes(name) < 4]
+    assert {name for name in names if sizes_differ(name)} == recorded()
 
 
 @pytest.mark.zoo

@@ -65,7 +65,7 @@ def find_stages(network: nn.Module, calls: list[Call], feature: Call, classifier
 
 
 def _without_stem(network: nn.Module, body: list[Call], stages: list[Stage], aspect: float) -> list[Stage]:
-    """Leave out leading stages without a block when others have one; so, too, plain ones before the bulk of a network."""
+    """Leave out leading stages without a block when others have one, and plain ones before the bulk of the network."""
     made = [s for s in stages if s.blocks and not s.plain]
     bulk = sum(s.flops for s in stages if made and s.size <= made[0].size)
     worth = made if 2 * bulk > sum(s.flops for s in stages) else [s for s in stages if s.blocks]
@@ -175,6 +175,7 @@ def _blocks(network: nn.Module, inside: list[Call], size: int, aspect: float) ->
     total = inside[-1].flops_end - inside[0].flops_start
     for candidates, least in ((sized, 0.05), (keeping, 0.5)):
         same = outermost([c for c in candidates if not _spans_blocks(modules, c, candidates)])
+        # What is inside the stage's first block, which does not keep its shape as others of its kind do, is a part.
         kinds = {c.kind for c in same if not isinstance(modules[c.name], nn.Sequential)}
         same = [c for c in same if not any(_is_inside(c, o) for o in inside if o.kind in kinds)]
         spent = {c.name: c.flops_end - c.flops_start for c in same}
@@ -233,7 +234,7 @@ def is_part(call: Call) -> bool:
     return re.search(_PARTS, call.kind) is not None
 
 
-_OPTIONAL = r"^(Drop|Identity|SqueezeExcit|\w*SE(Module)?$)"
+_OPTIONAL = r"^(Drop|Identity|SqueezeExcit|\w*SE(Module)?$)"  # what blocks of a stage may differ in
 _PARTS = (  # what timm, torchvision and most others call them; a wrong guess costs a choice of block, never exactness
     r"(Mlp|MLP|Ffn|FFN|Attn|(?<!Mobile)Attention|Attention2d|Norm\d?d?|Act|Act2d|Activation|(?<![A-Z])SE|SEModule|SqueezeExcite|"
     r"LayerScale|Drop\w*|\w*PosEnc|\w*SeparableConv2d|^Separable\w*|BranchSeparables|BnActConv2d|ActConvBn|ConvBn)$"
@@ -247,7 +248,7 @@ def runs(
 
     A module that is made of one convolution, norm and activation is as good as the three in the Sequential itself.
     """
-    steps = outermost([c for c in inside if c.leaf or _is_unit(modules[c.name])])
+    steps = outermost([c for c in inside if c.leaf or _is_unit(modules, c.name)])
     flat = [c for c in steps if same_size(positions(c.output, aspect), size)]
     once = called_once(inside)  # an activation that several layers share cannot be appended to
     for i, call in enumerate(flat):
@@ -266,8 +267,11 @@ def runs(
             yield tuple(run)
 
 
-def _is_unit(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Sequential) and _convolution(module) is not None
+def _is_unit(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether this is a step of a Sequential that has one convolution, and is no Sequential itself."""
+    steps, module = modules.get(name.rpartition(".")[0]), modules[name]
+    flat = isinstance(steps, nn.Sequential) and not isinstance(module, nn.Sequential)
+    return flat and _convolution(module) is not None
 
 
 def _convolution(module: nn.Module) -> nn.Conv2d | None:
