@@ -151,7 +151,8 @@ class Ahbf(Method):
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:
-        return 2 if len(anatomy.stages) >= 4 and not anatomy.stages[-1].plain else 1
+        plain = anatomy.stages[-1].plain  # a VGG parts before its last group, however many it has
+        return 2 if len(anatomy.stages) >= 4 and not plain else 1
 
     @classmethod
     def depth(cls, branch: int, stages: int, extra: int) -> tuple[int, ...]:
