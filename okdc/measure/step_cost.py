@@ -29,9 +29,9 @@ from okdc.recipe import Recipe, TrainSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState
-from okdc.training.loop import stepper
 from okdc.training.machine import Machine
 from okdc.training.state import Run, build
+from okdc.training.step import stepper
 
 BURST = 0.05  # seconds: steps that are shorter are measured several at a time
 WARM_UP = 2  # steps before anything is measured
