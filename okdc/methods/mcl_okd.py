@@ -8,8 +8,8 @@ Differs: the one peer that learns from the mean of all, and ships, is the target
     CIFAR code an image is drawn once at most, unless the classes have too few others; replacement=true is their
     ImageNet code, and the cheaper draw where there are very many images.
 Costs: the tail (last two stages) once more per branch, a linear head per member. Memory: members x N x width x 4 bytes
-    of banks (0.1 GB for CIFAR, 2.6 GB for ImageNet), as much again to undo a skipped step, and in checkpoints; members
-    x B x (1 + negatives) x width x 4 bytes in a step; without replacement B x N random numbers.
+    of banks (0.1 GB for CIFAR, 2.6 GB for ImageNet), and in checkpoints; members x B x (1 + negatives) x width x 4
+    bytes in a step; without replacement B x N random numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl, memory_scores, nce
 from okdc.methods.shared.base import Method
+from okdc.methods.shared.contrast import Bank
 from okdc.needs import Needs
-from okdc.ranks import drawn_together, gather
 
 
 class MclOkd(Method):
@@ -35,17 +35,11 @@ class MclOkd(Method):
     members = 4
     taps = ("embedding",)
 
-    classes: Tensor
-    order: Tensor
-    starts: Tensor
-    counts: Tensor
-    banks: Tensor
-
     def __init__(
         self,
         cohort: Cohort,
         *,
-        train_labels: Tensor,
+        train_labels: Tensor | None,
         temperature: float = 3.0,
         alpha: float = 1.0,
         beta: float = 0.025,
@@ -62,19 +56,10 @@ class MclOkd(Method):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.tau = tau
-        self.negatives = negatives
         self.positive = positive
-        self.momentum = momentum
         self.distill_all = distill_all
         self.heads = nn.ModuleList(nn.Linear(inputs, width) for inputs in cohort.embedding_widths)
-        counts = train_labels.bincount(minlength=cohort.anatomy.num_classes)
-        self.register_buffer("classes", train_labels, persistent=False)
-        self.register_buffer("order", train_labels.argsort(stable=True), persistent=False)  # images, class by class
-        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
-        self.register_buffer("counts", counts, persistent=False)
-        self.replacement = replacement or negatives > len(train_labels) - int(counts.max())
-        banks = torch.empty(len(cohort), len(train_labels), width)
-        self.register_buffer("banks", banks.uniform_(-1, 1) * (3 / width) ** 0.5)  # rows of norm 1 on average
+        self.bank = Bank(train_labels, len(cohort), width, negatives, momentum, replacement)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
@@ -87,31 +72,21 @@ class MclOkd(Method):
     def forward(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         out = self.cohort(images)
         embeddings = self.embed(out)
-        parts = self.contrastive_losses(out.logits, embeddings, labels, drawn_together(self.draw, indices))
+        parts = self.contrastive_losses(out.logits, embeddings, labels, self.draw(indices))
         if self.training:
-            self.remember(embeddings, indices)
+            self.bank.update(indices, embeddings)
         return parts
 
     def embed(self, out: CohortOutput) -> list[Tensor]:
         """The members' embeddings (B, width), of length 1."""
         with torch.autocast(out.logits[0].device.type, enabled=False):  # what banks keep needs the precision
-            wide = [head(x.to(self.banks.dtype)) for head, x in zip(self.heads, out.embeddings, strict=True)]
+            wide = [head(x.to(self.bank.rows.dtype)) for head, x in zip(self.heads, out.embeddings, strict=True)]
             return [F.normalize(x, dim=1) for x in wide]
 
     def draw(self, indices: Tensor) -> Tensor:
         """Images (B, 1 + K) to hold images (B,) against: one of the same class, then K drawn from all other classes."""
-        classes, total = self.classes[indices, None], len(self.order)
-        start, count = self.starts[classes], self.counts[classes]
-        others = total - count
-        if self.replacement:
-            place = self._below(others, self.negatives)
-        else:
-            chance = torch.rand(len(indices), total, device=indices.device)
-            beyond = torch.arange(total, device=indices.device) >= others
-            place = chance.masked_fill(beyond, -1).topk(self.negatives).indices
-        negatives = self.order[place + count * (place >= start)]  # over the images of the class itself
-        positive = indices[:, None] if self.positive == "exact" else self.order[start + self._below(count, 1)]
-        return torch.cat([positive, negatives], 1)
+        itself, alike, negatives = self.bank.draw(indices).tensor_split((1, 2), 1)
+        return torch.cat([itself if self.positive == "exact" else alike, negatives], 1)
 
     def contrastive_losses(
         self, logits: Sequence[Tensor], embeddings: Sequence[Tensor], labels: Tensor, rows: Tensor
@@ -122,24 +97,8 @@ class MclOkd(Method):
         for name, z in zip(names if self.distill_all else names[:1], logits):
             parts[f"kd/{name}"] = self.alpha * kl(z, mean, self.temperature)
         found: list[list[Tensor]] = [[] for _ in names]
-        for i, bank in enumerate(self.banks):
-            memory = bank[rows]  # gathered once for all that are held against it
+        for i, memory in enumerate(self.bank.gather(rows)):
             for j, embedding in enumerate(embeddings):
                 if j != i:
-                    found[j].append(nce(memory_scores(memory, embedding, self.tau), len(bank)))
+                    found[j].append(nce(memory_scores(memory, embedding, self.tau), len(self.bank.order)))
         return parts | {f"nce/{name}": self.beta * torch.stack(x).sum() for name, x in zip(names, found, strict=True)}
-
-    @torch.no_grad()
-    def remember(self, embeddings: Sequence[Tensor], indices: Tensor) -> None:
-        """Move the rows of the images (B,) towards their embeddings (B, width)."""
-        indices, embeddings = gather(indices), [gather(each.detach()) for each in embeddings]
-        # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
-        last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
-        new = torch.stack(list(embeddings))[:, last]
-        old = self.banks[:, indices]
-        moved = F.normalize(self.momentum * old + (1 - self.momentum) * new, dim=2)
-        self.banks[:, indices] = torch.where(moved.isfinite().all(2, keepdim=True), moved, old)
-
-    def _below(self, limit: Tensor, count: int) -> Tensor:
-        """Uniform integers (B, count) from 0 to below `limit` (B, 1)."""
-        return torch.randint(2**62, (len(limit), count), device=limit.device) % limit

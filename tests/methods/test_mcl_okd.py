@@ -31,7 +31,7 @@ def golden_method(t: dict[str, Tensor], hyper: dict) -> MclOkd:
     made.heads = nn.ModuleList(nn.Linear(t["features"].shape[2], hyper["feat_dim"]) for _ in ORDER).double()
     for head, peer in zip(made.heads, ORDER):
         head.load_state_dict({"weight": t[f"embed{peer}.weight"], "bias": t[f"embed{peer}.bias"]})
-    made.banks.copy_(torch.stack([t[f"memory{peer}"] for peer in ORDER]))
+    made.bank.rows.copy_(torch.stack([t[f"memory{peer}"] for peer in ORDER]))
     return made
 
 
@@ -57,7 +57,7 @@ def test_contrast_and_memory() -> None:
         assert_same(embedding, t["embeddings"][peer])
     total = torch.zeros((), dtype=torch.float64)
     for n, pair in enumerate(expected["pairs"]):
-        bank = made.banks[ORDER.index(pair["memory_of"])]
+        bank = made.bank.rows[ORDER.index(pair["memory_of"])]
         scores = memory_scores(
             bank[t["contrast_index"]], embeddings[ORDER.index(pair["embedding_of"])], hyper["tau"]
         )  # fmt: skip
@@ -70,8 +70,8 @@ def test_contrast_and_memory() -> None:
     assert_same(total, expected["nce_total"])
     total.backward()
     check_gradients(made, t, features)
-    made.remember(embeddings, t["sample_index"])
-    for bank, peer in zip(made.banks, ORDER):
+    made.bank.update(t["sample_index"], embeddings)
+    for bank, peer in zip(made.bank.rows, ORDER):
         assert_same(bank, t[f"memory{peer}_after"])
 
 
@@ -104,9 +104,9 @@ def test_negatives_are_drawn_evenly_from_the_other_classes(settings: dict, disti
     torch.manual_seed(0)
     rows = made.draw(indices)
     positives, negatives = rows[:, 0], rows[:, 1:]
-    assert torch.equal(positives, indices) and negatives.shape[1] == made.negatives
+    assert torch.equal(positives, indices) and negatives.shape[1] == made.bank.negatives
     assert (LABELS[negatives] != LABELS[indices, None]).all()
-    assert all(len(row.unique()) == made.negatives for row in negatives) == distinct
+    assert all(len(row.unique()) == made.bank.negatives for row in negatives) == distinct
     drawn = negatives[LABELS[indices] == 1].flatten().bincount(minlength=len(LABELS)).float()
     mean = drawn.sum() / (LABELS != 1).sum()
     assert (drawn[LABELS != 1] - mean).abs().max() < 5 * mean.sqrt()
@@ -135,35 +135,35 @@ def test_contrast_teaches_the_embedding_and_not_the_memory_it_is_held_against() 
     made(images, LABELS[:8], indices)["nce/branch1"].backward()
     assert made.heads[1].weight.grad.abs().sum() > 0 and made.heads[0].weight.grad is None
     assert next(made.cohort.branches[0].late.parameters()).grad is not None
-    assert next(made.cohort.target.late.parameters()).grad is None and not made.banks.requires_grad
+    assert next(made.cohort.target.late.parameters()).grad is None and not made.bank.rows.requires_grad
 
 
 def test_banks_remember_the_images_of_a_training_batch_alone() -> None:
     torch.manual_seed(0)
     made, images, indices = method(), torch.randn(4, 3, 32, 32), torch.tensor([3, 9, 20, 7])
-    before = made.banks.clone()
+    before = made.bank.rows.clone()
     assert before.norm(dim=2).mean() == pytest.approx(1, abs=0.01)
     made.eval()(images, LABELS[indices], indices)
-    assert torch.equal(made.banks, before)
+    assert torch.equal(made.bank.rows, before)
     made.train()(images, LABELS[indices], indices)
-    changed = (made.banks != before).any(2)
+    changed = (made.bank.rows != before).any(2)
     assert torch.equal(changed.nonzero()[:, 1].reshape(3, 4), indices.sort().values.expand(3, 4))
-    torch.testing.assert_close(made.banks[:, indices].norm(dim=2), torch.ones(3, 4))
-    assert "banks" in made.state_dict() and "order" not in made.state_dict()
+    torch.testing.assert_close(made.bank.rows[:, indices].norm(dim=2), torch.ones(3, 4))
+    assert "bank.rows" in made.state_dict() and "bank.order" not in made.state_dict()
 
 
 def test_an_image_that_is_twice_in_a_batch_leaves_its_last_embedding() -> None:
     made, embeddings = method(2, momentum=0.0), nn.functional.normalize(torch.randn(2, 3, 128), dim=2)
-    made.remember(list(embeddings), torch.tensor([5, 6, 5]))
-    torch.testing.assert_close(made.banks[:, 5], embeddings[:, 2])
-    torch.testing.assert_close(made.banks[:, 6], embeddings[:, 1])
+    made.bank.update(torch.tensor([5, 6, 5]), list(embeddings))
+    torch.testing.assert_close(made.bank.rows[:, 5], embeddings[:, 2])
+    torch.testing.assert_close(made.bank.rows[:, 6], embeddings[:, 1])
 
 
 def test_banks_are_as_large_as_the_card_says() -> None:
     cohort = Cohort(Tiny(100), torch.randn(2, 3, 32, 32), [Branch("early")] * 3, taps=MclOkd.taps)
     made = MclOkd(cohort, train_labels=torch.arange(50_000) % 100)
-    assert made.banks.nbytes == 4 * 50_000 * 128 * 4 and not made.replacement
-    assert MclOkd(cohort, train_labels=torch.arange(50_000) % 100, negatives=49_501).replacement
+    assert made.bank.rows.nbytes == 4 * 50_000 * 128 * 4 and not made.bank.replacement
+    assert MclOkd(cohort, train_labels=torch.arange(50_000) % 100, negatives=49_501).bank.replacement
 
 
 def test_scores_of_a_low_temperature_stay_finite() -> None:

@@ -129,6 +129,7 @@ def imitation(student: Tensor, teacher: Tensor, weight: Tensor, temperature: flo
 class Bank(nn.Module):
     """The last embedding of every training image in each of M networks, and the images that each is compared with.
 
+    With `replacement`, or where the other classes have too few, an image may be drawn more than once for another one.
     DataError without `labels` (N,), or where they are of one class.
     """
 
@@ -137,18 +138,28 @@ class Bank(nn.Module):
     starts: Tensor
     counts: Tensor
 
-    def __init__(self, labels: Tensor | None, networks: int, width: int, negatives: int, momentum: float) -> None:
+    def __init__(
+        self,
+        labels: Tensor | None,
+        networks: int,
+        width: int,
+        negatives: int,
+        momentum: float,
+        replacement: bool = True,
+    ) -> None:
         super().__init__()
         if labels is None or len(labels.unique()) < 2:
             given = "none" if labels is None else "one class alone"
             raise DataError(
                 f"a memory bank compares each image with others of its class and of other classes, and needs the "
-                f"label of every training image; got {given}. Give --data, or --set method.memory=false."
+                f"label of every training image; got {given}. Give --data, or do without a bank: --method dml, and of "
+                "mcl and lmcl --set method.memory=false."
             )
         self.negatives, self.momentum = negatives, momentum
         spread = 1 / sqrt(width / 3)
         self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
         counts = labels.bincount()
+        self.replacement = replacement or negatives > len(labels) - int(counts.max())
         for name, value in {
             "order": labels.argsort(stable=True), "starts": (counts.cumsum(0) - counts)[labels],
             "counts": counts[labels],
@@ -162,7 +173,14 @@ class Bank(nn.Module):
     def _draw(self, indices: Tensor) -> Tensor:
         start, count = self.starts[indices, None], self.counts[indices, None]
         alike = self.order[start + self._below(count, 1)]
-        place = self._below(len(self.order) - count, self.negatives)
+        others = len(self.order) - count
+        if self.replacement:
+            place = self._below(others, self.negatives)
+        else:
+            chance = torch.rand(len(indices), len(self.order), device=indices.device)
+            beyond = torch.arange(len(self.order), device=indices.device) >= others
+            place = chance.masked_fill(beyond, -1).topk(self.negatives).indices
+        # Places are counted over the images of the class itself.
         return torch.cat([indices[:, None], alike, self.order[place + (place >= start) * count]], 1)
 
     def gather(self, drawn: Tensor) -> list[Tensor]:
@@ -182,4 +200,4 @@ class Bank(nn.Module):
 
     @staticmethod
     def _below(limit: Tensor, draws: int) -> Tensor:
-        return torch.randint(2**31 - 1, (len(limit), draws), device=limit.device) % limit
+        return torch.randint(2**62, (len(limit), draws), device=limit.device) % limit
