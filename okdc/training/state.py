@@ -149,30 +149,8 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     """
     saved = payload["okdc"]
     moved = "devices" in saved and saved["devices"] != world()
-    ways_out = f"Continue it as it was: okdc compress --resume {run.folder}, or start anew with --experiment NAME."
-    for name, here in _facts(state, run).items():
-        if saved["facts"].get(name) != here:
-            raise RunError(f"{path} has {name} {saved['facts'].get(name)!r}, this run {here!r}. {ways_out}")
-    if difference := checkpoint.difference(saved["method"], state.method.state_dict()):
-        raise RunError(f"{path} does not fit this network and method: {difference}. {ways_out}")
-    if saved["run"]["step"] and saved["steps"] != run.steps and not moved:
-        raise RunError(
-            f"{path} was saved within an epoch of {saved['steps']} steps, this run has {run.steps} to the epoch: the "
-            f"data or batch size differs. {ways_out}"
-        )
     rates = [group["lr"] for group in state.optimizer.param_groups]
-    try:
-        state.optimizer.load_state_dict(payload["optimizer"])
-    except (KeyError, ValueError) as error:
-        raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
-    lay_out(state.optimizer)
-    state.method.load_state_dict(saved["method"])
-    if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
-        state.scaler.load_state_dict(payload["amp_scaler"])
-    if state.ema:
-        state.ema.module.load_state_dict(payload["state_dict_ema"])
-    for name, value in saved["run"].items():
-        setattr(state, name, value)
+    _put_back(state, payload, path, run, moved)
     lost = _lost_best(run) if state.history else ""
     if lost and state.epoch >= run.settings.epochs:
         raise RunError(
@@ -191,6 +169,34 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
     return lost + (_changed(saved, state, run) if moved else "")
+
+
+def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, moved: bool) -> None:
+    """What `path` holds, once it is known to fit; `moved` to another number of devices."""
+    saved = payload["okdc"]
+    ways_out = f"Continue it as it was: okdc compress --resume {run.folder}, or start anew with --experiment NAME."
+    for name, here in _facts(state, run).items():
+        if saved["facts"].get(name) != here:
+            raise RunError(f"{path} has {name} {saved['facts'].get(name)!r}, this run {here!r}. {ways_out}")
+    if difference := checkpoint.difference(saved["method"], state.method.state_dict()):
+        raise RunError(f"{path} does not fit this network and method: {difference}. {ways_out}")
+    if saved["run"]["step"] and saved["steps"] != run.steps and not moved:
+        raise RunError(
+            f"{path} was saved within an epoch of {saved['steps']} steps, this run has {run.steps} to the epoch: the "
+            f"data or batch size differs. {ways_out}"
+        )
+    try:
+        state.optimizer.load_state_dict(payload["optimizer"])
+    except (KeyError, ValueError) as error:
+        raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
+    lay_out(state.optimizer)
+    state.method.load_state_dict(saved["method"])
+    if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
+        state.scaler.load_state_dict(payload["amp_scaler"])
+    if state.ema:
+        state.ema.module.load_state_dict(payload["state_dict_ema"])
+    for name, value in saved["run"].items():
+        setattr(state, name, value)
 
 
 def _lost_best(run: Run) -> str:
