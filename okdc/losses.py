@@ -15,7 +15,11 @@ from okdc.ranks import gather
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and smoothing give them."""
+    """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and smoothing give them.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4
+    tensor(1.3863)
+    """
     return F.cross_entropy(_full(logits), labels if labels.dim() == 1 else _full(labels))
 
 
@@ -24,6 +28,10 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
 
     The teacher is a constant unless `detach` is False. `eps` is added to the teacher's probabilities without
     renormalising, as some official codes do; 0 is the exact divergence.
+
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 2.0]])
+    >>> kl(student, teacher), kl(student, teacher, 4.0), kl(teacher, teacher)
+    (tensor(0.3278), tensor(0.4848), tensor(0.))
     """
     student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
     log_q = F.log_softmax(student / temperature, dim=1)
@@ -36,7 +44,12 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, detach: bool = True) -> Tensor:
-    """Cross entropy of softened logits (B, C) with the teacher's softened ones: `kl` plus entropy, without the T^2."""
+    """Cross entropy of softened logits (B, C) with the teacher's softened ones: `kl` plus entropy, without the T^2.
+
+    >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 2.0]])
+    >>> soft_cross_entropy(student, teacher), soft_cross_entropy(teacher, teacher)
+    (tensor(0.6931), tensor(0.3653))
+    """
     student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
@@ -45,6 +58,9 @@ def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Ten
     """Logarithms (B, 1 + K) of how alike embeddings (B, D) and rows of a memory (B, 1 + K, D) are: e^(cosine / T) / Z.
 
     The constant Z makes the mean over the whole batch 1 (MCL-OKD, Yang et al. 2020, whose scores are these / N).
+
+    >>> memory_scores(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]), 0.5).exp()  # e^2 and e^0, over their mean
+    tensor([[1.7616, 0.2384]])
     """
     with torch.autocast(embeddings.device.type, enabled=False):  # exponents of ten and more need the precision
         similarity = torch.einsum("bkd,bd->bk", _full(memory), _full(embeddings)) / temperature
@@ -58,6 +74,10 @@ def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
 
     The loss of MCL-OKD (Yang et al. 2020) and CRD (Tian et al. 2020): -log h_0 - sum_k log (1 - h_k), with
     h = g / (g + K / population + eps) and g = score / population; eps is the authors'.
+
+    >>> scores = torch.tensor([[1.76, 0.24]]).log()  # the first is of the data, as it should be
+    >>> nce(scores, 100) < nce(scores.flip(1), 100)
+    tensor(True)
     """
     log_g = _full(log_scores) - math.log(population)
     noise = (log_scores.shape[1] - 1) / population
@@ -67,12 +87,21 @@ def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of feature maps (B, D, H, W), the teacher's a constant (FitNets, Romero et al. 2015)."""
+    """Mean squared difference of feature maps (B, D, H, W), the teacher's a constant (FitNets, Romero et al. 2015).
+
+    >>> feature_mse(torch.zeros(1, 8, 4, 4), 2 * torch.ones(1, 8, 4, 4))
+    tensor(4.)
+    """
     return F.mse_loss(_full(student), _full(teacher.detach()))
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """The same of where two maps (B, D_i, H, W) are active: mean squares over D_i, of length 1 (Zagoruyko 2017)."""
+    """The same of where two maps (B, D_i, H, W) are active: mean squares over D_i, of length 1 (Zagoruyko 2017).
+
+    >>> left, right = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    >>> attention_transfer(left, 5 * left), attention_transfer(left, right)
+    (tensor(0.), tensor(1.))
+    """
     student, teacher = (F.normalize(_full(x).square().mean(1).flatten(1)) for x in (student, teacher.detach()))
     return F.mse_loss(student, teacher)
 
@@ -81,13 +110,21 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
     """||G_s - G_t||^2 / B^2, G the rows, of length 1, of the images' inner products (Tung and Mori 2019).
 
     Maps (B, D_i, H, W) of any size; the teacher's is a constant.
+
+    >>> unlike = torch.eye(2).view(2, 2, 1, 1)  # two images that have nothing in common
+    >>> similarity(unlike, 3 * unlike), similarity(torch.ones(2, 8, 4, 4), unlike)
+    (tensor(0.), tensor(0.2929))
     """
     student, teacher = (gather(_full(x).flatten(1)) for x in (student, teacher.detach()))
     return F.mse_loss(F.normalize(student @ student.T), F.normalize(teacher @ teacher.T))
 
 
 def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
-    """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1."""
+    """Sigmoid ramp exp(-5 (1 - e/R)^2) from epoch 0 to R, then 1 (Laine & Aila 2017); R = 0 is always 1.
+
+    >>> rampup(torch.tensor([0.0, 40.0, 80.0, 99.0]), 80)
+    tensor([0.0067, 0.2865, 1.0000, 1.0000])
+    """
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)
     progress = torch.where(length > 0, epoch.clamp_min(0).minimum(length) / length.clamp_min(1e-12), 1.0)
     return torch.exp(-5 * (1 - progress) ** 2)

@@ -2,7 +2,8 @@
 
 Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023,
     doi 10.1609/aaai.v37i6.25937.
-Code: linruigong965/AHBF (read, not copied: no licence): the fusion classes, the loss loop of train_ahbf.py, its ramp.
+Code: linruigong965/AHBF of 2023-11-29 and 2023-03-03 (read, not copied: no licence): the fusion classes, the loss
+    loop of train_ahbf.py, its ramp.
 Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's: it ends
     with the run and peaks at 1. preset=head is today's code: kd_weight 0.75 and a ramp of 240 epochs; its default of
     two extra blocks is --extra-blocks 2.
