@@ -84,6 +84,7 @@ class Cohort(nn.Module):
     logits equal the target's, in evaluation and in training mode. Otherwise CutError, and the target is left as it was.
     `fresh` makes another network like the target with new weights; without it branches are redrawn copies.
     `trunk_gradient` is what the trunk gets of its members' gradients: their sum, or at each cut their mean.
+    `anatomy` is what `inspect` found out about the target on images of this size; without it the target is inspected.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class Cohort(nn.Module):
         pretrained: bool = False,
         fresh: Callable[[], nn.Module] | None = None,
         trunk_gradient: Literal["sum", "mean"] = "sum",
+        anatomy: Anatomy | None = None,
     ) -> None:
         super().__init__()
         self.target = target
-        shared = any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
-        self.anatomy = inspect(target, example, logits_only=not (shared or taps))
+        needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
+        self.anatomy = _known(anatomy, target, example, needs_parts)
         self.taps = tuple(taps)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
@@ -327,6 +329,20 @@ class Cohort(nn.Module):
                     f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected one "
                     "tensor of logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
                 )
+
+
+def _known(anatomy: Anatomy | None, target: nn.Module, example: Tensor, needs_parts: bool) -> Anatomy:
+    """The anatomy that was given, or what is found out now; NetworkError for one of another network or image size."""
+    if anatomy is None or (needs_parts and not anatomy.stages):  # why it has no parts, `inspect` says
+        return inspect(target, example, logits_only=not needs_parts)
+    given, size = (anatomy.name, anatomy.params, anatomy.input_size), tuple(example.shape[1:])
+    if given != (type(target).__name__, sum(p.numel() for p in target.parameters()), size):
+        raise NetworkError(
+            f"the anatomy is that of {anatomy.name} ({anatomy.params:,} parameters) on images {anatomy.input_size}, "
+            f"and the target is {type(target).__name__} on images {size}. Give inspect(target, example), or leave "
+            "anatomy out."
+        )
+    return anatomy
 
 
 def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
