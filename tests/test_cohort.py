@@ -481,8 +481,9 @@ def test_an_anatomy_that_is_given_is_taken_if_it_is_of_this_target() -> None:
     cohort = Cohort(target, images, [Branch("early")], anatomy=anatomy)
     assert cohort.anatomy is anatomy
     cohort.strip()
-    for other in (inspect(networks.Tiny(width=4), images), inspect(target, example(64)), inspect(networks.Tokens(), images)):
-        with pytest.raises(NetworkError, match=r"the anatomy is that of .* and the target is Tiny on images \(3, 32, 32"):
+    others = inspect(networks.Tiny(width=4), images), inspect(target, example(64)), inspect(networks.Tokens(), images)
+    for other in others:
+        with pytest.raises(NetworkError, match=r"the anatomy is that of .* the target is Tiny on images \(3, 32, 32"):
             Cohort(target, images, [Branch("early")], anatomy=other)
     assert not any(module._forward_hooks for module in target.modules())
 
