@@ -176,6 +176,7 @@ class Cohort(nn.Module):
         return tapes
 
     def _tap(self, branches: Sequence[Branch], ways: list[Counter[str]], example: Tensor) -> None:
+        """Have the members' layers tapped; the target's own stages are those after the first branch's cut."""
         self._tapped = Taps(self.taps, self.tape, self.anatomy, self.cut)
         for member, plan in zip(self.members, (Branch(self.cut), *branches)) if self.taps else ():
             foreign = plan.network is not None
