@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from okdc import methods, recipe
+from okdc.anatomy import anatomy as found
 from okdc.anatomy import inspect
 from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
@@ -494,6 +495,32 @@ def test_networks_without_a_feature_map_or_classifier_have_peers() -> None:
         for name in ("ahbf", "afd"):
             with pytest.raises(NetworkError, match=rf"no {missing}.*--method dml, --share none"):
                 assemble_cohort.build_method(target, recipe.Recipe(method={"name": name}), (3, 32, 32), 4, named=False)
+
+
+@pytest.mark.parametrize("method", ["ffl", "dml", "lmcl"])
+def test_a_run_inspects_each_network_once(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    watched: list[nn.Module] = []
+    watch = found.watch
+    monkeypatch.setattr(found, "watch", lambda network, images: (watched.append(network), watch(network, images))[1])
+    target = networks.Depthwise()
+    built = assemble_cohort.build_method(target, recipe.Recipe(method={"name": method}), (3, 32, 32), 4, named=False)
+    assert target in watched
+    assert all(watched.count(network) == 1 for network in watched)
+    assert built.cohort.anatomy == inspect(target, example())
+    built.strip()
+
+
+def test_an_anatomy_that_is_given_is_taken_if_it_is_of_this_target() -> None:
+    target, images = networks.Tiny(), example()
+    anatomy = inspect(target, images)
+    cohort = Cohort(target, images, [Branch("early")], anatomy=anatomy)
+    assert cohort.anatomy is anatomy
+    cohort.strip()
+    others = inspect(networks.Tiny(width=4), images), inspect(target, example(64)), inspect(networks.Tokens(), images)
+    for other in others:
+        with pytest.raises(NetworkError, match=r"the anatomy is that of .* the target is Tiny on images \(3, 32, 32"):
+            Cohort(target, images, [Branch("early")], anatomy=other)
+    assert not any(module._forward_hooks for module in target.modules())
 
 
 def test_what_only_decides_is_carried_too() -> None:

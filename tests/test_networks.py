@@ -16,9 +16,12 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from okdc import networks
+from okdc.anatomy import inspect
 from okdc.errors import NetworkError
 from okdc.networks import cifar, from_torchvision, weights
-from okdc.recipe import NetworkSettings, Recipe
+from okdc.pipeline import assemble
+from okdc.recipe import LOADER, NetworkSettings, Recipe, resolve
+from tests.networks import Gated
 
 # Parameters with 100 classes, and where that number is stated. "golden" are exact counts of the authors' own code.
 CIFAR_PARAMETERS = {
@@ -271,6 +274,26 @@ def test_a_checkpoint_of_other_classes_keeps_all_but_the_classifier(tmp_path: Pa
     assert weights.num_classes(load(model, checkpoint=str(tmp_path / "ten.pth"))) == 10
 
 
+def test_the_classifier_is_what_is_called_last_not_what_is_registered_last(tmp_path: Path) -> None:
+    source = load("tests.networks:Gated", 10)
+    torch.save(source.state_dict(), tmp_path / "ten.pth")
+    network = load("tests.networks:Gated", 4, checkpoint=str(tmp_path / "ten.pth"), img_size=32)
+    assert inspect(network, (3, 32, 32)).classifier == "head" == weights.classifier_names(network, (3, 32, 32))[0]
+    assert weights.classifier_names(network) == ["gate"], "without a run there is but the order of its modules"
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in source.state_dict().items() if "head" not in k)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_what_a_network_states_wins_over_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gated, "get_classifier", lambda self: self.gate, raising=False)
+    assert inspect(Gated(), (3, 32, 32)).classifier == "gate" == weights.classifier_names(Gated(), (3, 32, 32))[0]
+    monkeypatch.setattr(Gated, "get_classifier", lambda self: nn.Identity())
+    assert weights.classifier_names(Gated()) == [] and weights.num_classes(Gated()) is None
+    with torch.device("meta"):
+        volo = timm.create_model("volo_d1_224", num_classes=3)  # get_classifier() says one, pretrained_cfg says both
+    assert weights.classifier_names(volo) == ["head", "aux_head"]
+
+
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.pth.tar"
     torch.save({"state_dict": load("wrn_16_1_cifar").state_dict(), "arch": "wrn_16_1_cifar"}, file)
@@ -388,3 +411,13 @@ def test_images_of_the_wrong_kind_are_refused() -> None:
     vit = load("vit_tiny_patch16_224", 5, img_size=32, model_kwargs={"depth": 1})
     with pytest.raises(NetworkError, match="built for another size: --img-size 32"):
         networks.check_input(vit, (3, 224, 224))
+
+
+@pytest.mark.parametrize("loader", [None, [(torch.randn(4, 1, 32, 32), torch.arange(4))]])
+def test_a_run_checks_its_input_once(loader: list | None) -> None:
+    network = load("resnet20_cifar", 10 if loader is None else 4, in_chans=1)
+    passes: list[Tensor] = []
+    network.register_forward_hook(lambda module, args, output: passes.append(output))
+    source = {} if loader is None else {"data": LOADER}
+    assemble.network_and_data(network, loader, None, resolve(flat={"model": "ResNet", "in_chans": 1, **source}))
+    assert [logits.shape for logits in passes] == [(1, network.num_classes)]

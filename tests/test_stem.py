@@ -103,6 +103,7 @@ def test_what_small_input_needs() -> None:
     [("mobilenetv2_035", 1, True), ("repvgg_a0", 3, True), ("torchvision/squeezenet1_1", 1, False)],
 )
 def test_a_bundle_knows_what_was_changed(tmp_path: Path, name: str, channels: int, small_input: bool) -> None:
+    torch.manual_seed(0)  # one new SqueezeNet in thirty gives zeros for every image, which nothing can be compared with
     settings = NetworkSettings(model=name, small_input=small_input, img_size=32, in_chans=channels)
     student = networks.load(settings, 4).eval()
     deploy.export_bundle(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy.calls import Call, called_once, watch
+from okdc.anatomy.classifier import classifiers, states_none
 from okdc.anatomy.shapes import layout, positions
 from okdc.anatomy.stages import Stage, find_stages, widest
 from okdc.errors import NetworkError, nearest
@@ -215,32 +216,16 @@ def _example(network: nn.Module, example: Tensor | tuple[int, ...] | None) -> Te
 
 
 def _classifier(network: nn.Module, calls: list[Call], num_classes: int) -> Call:
-    """The last Linear or 1x1 convolution that gives `num_classes`; timm's `get_classifier()` where there is one."""
-    modules = dict(network.named_modules())
-    getter = getattr(network, "get_classifier", None)
-    own = getter() if callable(getter) else None
-    if isinstance(own, (tuple, list)):  # a distilled head: the class token's classifier comes first
-        own = own[0]
-    if isinstance(own, nn.ModuleList):  # a classifier for each of several depths: the deepest comes last
-        own = own[-1]
-    parts = set(own.modules()) if isinstance(own, nn.Module) else set()
-    layers = [c for c in calls if c.output and isinstance(modules[c.name], (nn.Linear, nn.Conv2d))]
-    candidates = [c for c in layers if c.output and c.output[0] == num_classes]
-    if not candidates:  # one that is applied to each token, of which the logits are then taken (CLIP's pooling)
-        candidates = [
-            c for c in layers if c.output and c.output[-1] == num_classes and isinstance(modules[c.name], nn.Linear)
-        ]
-    if isinstance(own, nn.Identity):  # it says itself that it has none
-        candidates = []
-    named = [c for c in candidates if modules[c.name] in parts]
-    if not (named or candidates):
+    """The last call of the classifier; NetworkError if there is none."""
+    names = classifiers(network, calls, num_classes)
+    if not names:
         advice = "okdc needs to know the classifier: end the network with one."
-        if isinstance(own, nn.Identity):
+        if states_none(network):
             advice = "It was made without a classifier: network.reset_classifier(N) gives it one for N classes."
         raise NetworkError(
             f"{type(network).__name__} has no final Linear or 1x1 convolution with {num_classes} outputs. {advice}"
         )
-    return (named or candidates)[-1]
+    return [c for c in calls if c.name == names[0]][-1]
 
 
 def _feature_map(network: nn.Module, calls: list[Call], classifier: Call, aspect: float) -> Call:

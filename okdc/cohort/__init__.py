@@ -5,6 +5,7 @@ Attach and strip are both in `cohort`. Imports `anatomy`, `tasks` and below; nev
 
 from __future__ import annotations
 
-from okdc.cohort.cohort import Branch, Cohort, CohortOutput, Cost
+from okdc.cohort.cohort import Cohort
+from okdc.cohort.plan import Branch, CohortOutput, Cost
 
 __all__ = ["Branch", "Cohort", "CohortOutput", "Cost"]

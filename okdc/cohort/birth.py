@@ -1,17 +1,40 @@
-"""How a branch comes to differ from the target: deeper or shallower, and born with weights of its own."""
+"""How a branch comes to differ from the target: deeper or shallower, narrower, and born with weights of its own."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, Stage
 from okdc.cohort.depth import deepen, shorten
+from okdc.cohort.plan import Branch
+from okdc.cohort.width import narrow
 
 PERTURBATION = 0.1  # noise of a pre-trained branch, as a share of each weight tensor's own spread
+
+
+def differ(
+    network: nn.Module,
+    plan: Branch,
+    anatomy: Anatomy,
+    trunk: Mapping[str, nn.Module],
+    example: Tensor,
+    redraw: bool,
+    pretrained: bool,
+) -> str:
+    """Make a sibling of the target as new, deep and wide as was planned; how it differs from the target, in words."""
+    stages = anatomy.stages_after(plan.cut) if plan.cut else anatomy.stages
+    if redraw:
+        born(network, pretrained)
+    # Appended blocks first: they may stand after modules that are about to be replaced.
+    grown = [grow(network, anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
+    if plan.width < 1:
+        grown.append(narrow(network, anatomy, plan.cut, trunk, plan.width, example))
+    return ", ".join(grown)
 
 
 def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrained: bool = False) -> str:

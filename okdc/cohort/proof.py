@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -14,12 +14,41 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import unchanged
 from okdc.cohort.replay import Proof, Replay, Tape
+from okdc.cohort.trunk import stand_in
 from okdc.errors import CutError, NetworkError, first_line
 from okdc.system.randomness import random_state
 from okdc.tasks.outputs import described
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them
+
+
+def prove_all(
+    target: nn.Module,
+    proofs: Mapping[str, nn.Module],
+    trunks: Mapping[str, dict[str, nn.Module]],
+    anatomy: Anatomy,
+    tape: Tape,
+    ways: list[Counter[str]],
+    example: Tensor,
+    one_way: bool,
+) -> None:
+    """Prove every cut, the late ones first, on a copy of the target for each, then each with what the others need.
+
+    `ways` are those of `ways_in_training`. CutError if one cannot be, or if `one_way` into the trunk is not enough.
+    """
+    for cut in list(proofs)[:1]:
+        refuse_by_data(target, anatomy, cut, example)
+        refuse_by_chance(ways, trunks[cut], anatomy, cut)
+    for cut, network in proofs.items():
+        stand_in(network, trunks[cut], tape, cut)
+        prove(target, network, anatomy, cut, tape, example)
+        if one_way:  # what was found until now is of this cut, and of later ones alone
+            refuse_other_ways(network, anatomy, cut, tape, [cut])
+    for cut, network in proofs.items() if len(proofs) > 1 else ():
+        prove(target, network, anatomy, cut, tape, example)
+        if one_way:
+            refuse_other_ways(network, anatomy, cut, tape, proofs)
 
 
 def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:

@@ -138,9 +138,9 @@ class _Subjects:
     def __init__(self, method: Method, recipe: Recipe, channels_last: bool) -> None:
         self.settings = replace(recipe.train, channels_last=channels_last)
         run = _run(self.settings)
-        target = method.cohort.extract(0)
-        example = torch.randn(2, *method.cohort.anatomy.input_size)
-        self.plain = build(methods.get("baseline")(Cohort(target, example)), run)
+        target, anatomy = method.cohort.extract(0), method.cohort.anatomy
+        plain = Cohort(target, torch.randn(2, *anatomy.input_size), anatomy=anatomy)
+        self.plain = build(methods.get("baseline")(plain), run)
         self.cohort = build(copy.deepcopy(method), run)
 
     def plain_step(self, settings: TrainSettings, batch: Batch) -> Step:

@@ -57,10 +57,10 @@ def examine(name: str, *, img_size: int | None = None, compiles: bool = False, o
         row |= _share_and_grow(network, images, anatomy)
         if row["shared"] == "exact":
             with _limited(NARROWING_SECONDS):
-                narrowed = _attempt(lambda: _narrowed(network, images, anatomy.cut()))
+                narrowed = _attempt(lambda: _narrowed(network, images, anatomy))
             row["narrowed"] = narrowed.partition(". Cut elsewhere")[0]
         if compiles:
-            row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy.cut()))
+            row["compile_breaks"] = _attempt(lambda: _compile_breaks(network, images, anatomy))
         if onnx:
             row["onnx_difference"] = _attempt(lambda: _onnx_difference(network, images))
         row["outcome"] = "partly" if row["reason"] else "ok"
@@ -134,12 +134,12 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
     row: dict[str, Any] = {"shared": "exact", "reason": ""}
     taps = ("feature_map", "embedding")
     try:
-        cohort = Cohort(network, images, [Branch(cut, deeper)], taps=taps)
+        cohort = Cohort(network, images, [Branch(cut, deeper)], taps=taps, anatomy=anatomy)
     except OkdcError as error:
         return row | {"shared": "" if isinstance(error, CutError) else "exact", "reason": _line(error)}
     except Exception as error:  # a branch that cannot be grown; that it is shared is shown by itself
-        grown = f"growth: {type(error).__name__}: {_line(error)}"
-        cohort, row["reason"] = Cohort(network, images, [Branch(cut)], taps=taps), grown
+        cohort = Cohort(network, images, [Branch(cut)], taps=taps, anatomy=anatomy)
+        row["reason"] = f"growth: {type(error).__name__}: {_line(error)}"
     else:
         fallback = any(isinstance(m, FALLBACKS) for m in cohort.branches.modules())
         row |= {"grown": cohort.grown[0], "own_blocks": "no" if fallback else "yes"}
@@ -152,16 +152,17 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
     return row
 
 
-def _narrowed(network: nn.Module, images: Tensor, cut: str) -> str:
+def _narrowed(network: nn.Module, images: Tensor, anatomy: Anatomy) -> str:
     """Whether a branch of `WIDTH` can be built, runs, and is smaller than the target's own tail."""
-    cohort = Cohort(network, images, [Branch(cut, width=WIDTH)])
+    cut = anatomy.cut()
+    cohort = Cohort(network, images, [Branch(cut, width=WIDTH)], anatomy=anatomy)
     try:
         own, narrower = (cost.flops for cost in cohort.costs)
         with torch.no_grad():
             cohort.eval()(images)
     finally:
         cohort.strip()
-    tail = own * inspect(network, images).find_cut(cut).flops_after
+    tail = own * anatomy.find_cut(cut).flops_after
     return "yes" if narrower < tail else f"no: {narrower / tail:.0%} of the FLOPs of the target's tail"
 
 
@@ -177,8 +178,8 @@ def _gradients(cohort: Cohort, images: Tensor) -> str:
     return f"no gradient for {lost[0]} and {len(lost) - 1} more" if lost else "yes"
 
 
-def _compile_breaks(network: nn.Module, images: Tensor, cut: str) -> int:
-    cohort = Cohort(network, images, [Branch(cut)])
+def _compile_breaks(network: nn.Module, images: Tensor, anatomy: Anatomy) -> int:
+    cohort = Cohort(network, images, [Branch(anatomy.cut())], anatomy=anatomy)
     try:
         with torch.no_grad():
             return torch._dynamo.explain(cohort.eval())(images).graph_break_count

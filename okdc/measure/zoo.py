@@ -95,7 +95,7 @@ def sweep(
     """The rows of `names`, in their order, also in the csv file `output`; networks that have a row there are skipped.
 
     Unless it crashed, was stopped by a lower limit, or lacks a column that is asked for now. `options` are those of
-    `examine.examine`; `done` is told of every new row. What came of all is also written in words beside the csv, as
+    `trial.examine`; `done` is told of every new row. What came of all is also written in words beside the csv, as
     .md. RunError for a csv of something else, or of another image size.
     """
     rows: dict[str, dict[str, Any]] = {row["network"]: row for row in read(output)}

@@ -136,9 +136,9 @@ def _bridge(teacher: nn.Module, input_size: tuple[int, ...], depth: int, anew: b
     """The teacher, frozen, with one branch of its last `depth` stages, which learns; nothing else of it does."""
     first = next(teacher.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    plan = Branch(inspect(teacher, example).cut(depth))
+    anatomy = inspect(teacher, example)
     teacher.requires_grad_(True)  # a branch learns what its original does
     fresh = (lambda: reborn(teacher)) if anew else (lambda: copy.deepcopy(teacher))
-    bridge = Cohort(teacher, example, [plan], taps=taps, fresh=fresh)
+    bridge = Cohort(teacher, example, [Branch(anatomy.cut(depth))], taps=taps, fresh=fresh, anatomy=anatomy)
     teacher.requires_grad_(False)
     return bridge

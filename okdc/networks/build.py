@@ -22,6 +22,7 @@ from okdc.networks import (
     stem,
     weights,
 )
+from okdc.networks.input import data_config
 from okdc.networks.saved import is_folder, settings_of
 from okdc.recipe import NetworkSettings, runs_code
 
@@ -41,14 +42,15 @@ def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Co
         return load(settings_of(Path(settings.model), settings, typed), num_classes)
     classes = _agreed_classes(settings, num_classes)
     network = _build(settings, classes)
+    heads = _classifiers(network, settings) if settings.checkpoint is not None else []
     # A checkpoint may be of the network as its library builds it, or as it was after its stem had been changed.
-    stem_later = settings.checkpoint is not None and weights.fits(network, settings.checkpoint)
+    stem_later = settings.checkpoint is not None and weights.fits(network, settings.checkpoint, heads)
     if settings.small_input and not stem_later:
         _small_input(network, settings)
     if settings.checkpoint is not None:
-        weights.load(network, settings.checkpoint)  # with the checkpoint's own classifier: the match can be strict
-        if classes is not None and classes != weights.num_classes(network):
-            weights.reset_classifier(network, classes)
+        weights.load(network, settings.checkpoint, heads)  # with the classifier that it has: the match can be strict
+        if classes is not None and classes != weights.num_classes(network, heads):
+            weights.reset_classifier(network, classes, heads)
     if settings.small_input and stem_later:
         _small_input(network, settings)
     return network
@@ -74,6 +76,10 @@ def _agreed_classes(settings: NetworkSettings, num_classes: int | None) -> int |
             "Leave --num-classes out: it is found from the data."
         )
     return num_classes if asked is None else asked
+
+
+def _classifiers(network: nn.Module, settings: NetworkSettings) -> list[str]:
+    return weights.classifier_names(network, data_config(network, settings)["input_size"])
 
 
 def _small_input(network: nn.Module, settings: NetworkSettings) -> None:
@@ -132,8 +138,10 @@ def _from_torchvision(settings: NetworkSettings, classes: int | None) -> nn.Modu
         raise _explained(error, settings) from error
     if settings.in_chans != 3:
         stem.change(network, stem.other_channels(network, settings.in_chans))
-    if classes is not None and classes != weights.num_classes(network):
-        weights.reset_classifier(network, classes)
+    if classes is not None:
+        heads = _classifiers(network, settings)
+        if classes != weights.num_classes(network, heads):
+            weights.reset_classifier(network, classes, heads)
     return network
 
 

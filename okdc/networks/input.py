@@ -9,10 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy.calls import keep_modes
+from okdc.anatomy.modes import keep_modes
 from okdc.errors import NetworkError, first_line
 from okdc.networks import from_torchvision
-from okdc.networks.build import _TORCHVISION
 from okdc.recipe import NetworkSettings
 from okdc.tasks.outputs import alone, described
 
@@ -35,7 +34,7 @@ def data_config(
     own = from_torchvision.data_config(settings.model) or getattr(network, "pretrained_cfg", None) or {}
     channels = settings.in_chans
     _, *own_size = own.get("input_size") or (channels, 224, 224)
-    if settings.model.startswith(_TORCHVISION) and isinstance(getattr(network, "image_size", None), int):
+    if settings.model.startswith(from_torchvision.PREFIX) and isinstance(getattr(network, "image_size", None), int):
         own_size = [network.image_size] * 2  # type: ignore[list-item]  # not that of weights that were not asked for
     side = settings.img_size
     height, width = (side, side) if side else image_size or own_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +10,48 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from okdc.anatomy import classifiers
+from okdc.anatomy.calls import watch
+from okdc.anatomy.classifier import stated
 from okdc.errors import NetworkError, first_line
 
 _SHOWN = 3
 
 
-def classifier_names(network: nn.Module) -> list[str]:
-    """Names of the modules that end in class scores: timm's statement, else the last linear layer or convolution."""
-    stated = (getattr(network, "pretrained_cfg", None) or {}).get("classifier") or ()
-    stated = [stated] if isinstance(stated, str) else list(stated)
-    modules = dict(network.named_modules())
-    known = [name for name in stated if isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
-    return known or [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
+def classifier_names(network: nn.Module, input_size: tuple[int, int, int] | None = None) -> list[str]:
+    """Names of the layers that end in class scores, the one that counts first: what `okdc.anatomy.classifiers` finds.
+
+    A network that states none is run on a black image of `input_size` (C, H, W) for the order of its calls; without a
+    size, or where it does not run on that, its layers count in the order in which it has them.
+    """
+    if input_size is None or stated(network):
+        return classifiers(network)
+    weight = next(network.parameters(), torch.zeros(()))
+    try:
+        calls, logits = watch(network, weight.new_zeros(1, *input_size))
+    except Exception:  # whatever a stranger's forward raises; `check_input` says it in words
+        return classifiers(network)
+    if not (isinstance(logits, Tensor) and logits.dim() == 2):
+        return classifiers(network)
+    return classifiers(network, calls, logits.shape[1])
 
 
-def num_classes(network: nn.Module) -> int | None:
-    """The number of outputs of the network's classifier; None if it has none."""
-    found = classifier_names(network)
-    if not found:
-        return None
-    return len(network.get_submodule(found[0]).weight)  # type: ignore[arg-type]
+def num_classes(network: nn.Module, names: Sequence[str] = ()) -> int | None:
+    """The number of outputs of the network's classifier, the first of `names` if these are known; None without one."""
+    found = names or classifier_names(network)
+    return len(network.get_submodule(found[0]).weight) if found else None  # type: ignore[arg-type]
 
 
-def reset_classifier(network: nn.Module, classes: int) -> None:
+def reset_classifier(network: nn.Module, classes: int, names: Sequence[str] = ()) -> None:
     """Put a new classifier of `classes` outputs in place; raises NetworkError if the network has none."""
     if hasattr(network, "reset_classifier"):
         network.reset_classifier(classes)  # type: ignore[operator]
         return
-    found = classifier_names(network)
+    found = names or classifier_names(network)
     if not found:
         raise NetworkError(f"{type(network).__name__} has no linear layer or convolution that could be its classifier.")
-    parent, _, child = found[-1].rpartition(".")
-    setattr(network.get_submodule(parent), child, _resized(network.get_submodule(found[-1]), classes))
+    parent, _, child = found[0].rpartition(".")
+    setattr(network.get_submodule(parent), child, _resized(network.get_submodule(found[0]), classes))
     if hasattr(network, "num_classes"):
         network.num_classes = classes  # type: ignore[assignment]
 
@@ -54,22 +65,22 @@ def _resized(old: nn.Module, classes: int) -> nn.Module:
     return new.train(old.training)
 
 
-def fits(network: nn.Module, path: str | Path) -> bool:
-    """Whether a checkpoint's weights have the shapes of the network's, whatever its number of classes."""
-    heads = tuple(f"{name}." for name in classifier_names(network))
+def fits(network: nn.Module, path: str | Path, names: Sequence[str]) -> bool:
+    """Whether a checkpoint's weights have the shapes of the network's, whatever the classifiers `names` give."""
+    heads = tuple(f"{name}." for name in names)
     return not [d for d in _differences(network.state_dict(), _read(Path(path))) if not d.startswith(heads)]
 
 
-def load(network: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint of timm, okdc or torch; the classifier takes the checkpoint's number of classes.
+def load(network: nn.Module, path: str | Path, names: Sequence[str]) -> None:
+    """Load a checkpoint of timm, okdc or torch; the classifiers `names` take the checkpoint's number of classes.
 
     Never runs code that is in the file. Raises NetworkError if it is not there, not readable, or of another network.
     """
     state = _read(Path(path))
-    for name in classifier_names(network):
+    for name in names:
         rows = state.get(f"{name}.weight")
-        if rows is not None and rows.dim() and len(rows) != num_classes(network):
-            reset_classifier(network, len(rows))
+        if rows is not None and rows.dim() and len(rows) != num_classes(network, names):
+            reset_classifier(network, len(rows), names)
     differences = _differences(network.state_dict(), state)
     if differences:
         more = f"; and {len(differences) - _SHOWN} more" if differences[_SHOWN:] else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc import networks
-from okdc.anatomy.calls import keep_modes
+from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
@@ -24,17 +24,21 @@ from okdc.training.machine import choose_device
 
 log = logging.getLogger("okdc")
 
+# The target, the size (C, H, W) of the images that it is given, and what makes the data once it is known to take them.
+Prepared = tuple[nn.Module, tuple[int, int, int], Callable[[], Data]]
+
 
 def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
     """The target with a classifier for the data's classes, and the data as the target takes them."""
-    target, data = (
+    target, input_size, prepare = (
         _own_loader(model, loader, validation, recipe) if loader is not None else _named_data(model, validation, recipe)
     )
-    logits = networks.check_input(target, data.preprocess["input_size"])
-    unknown = range(len(data.classes), logits.shape[1]) if data.validation_images is None else range(0)
+    outputs = networks.check_input(target, input_size).shape[1]
+    data = prepare()
+    unknown = range(len(data.classes), outputs) if data.validation_images is None else range(0)
     if unknown and not _outputs(model, recipe):  # the classes were counted in the labels: some may not occur
         data = replace(data, classes=(*data.classes, *map(str, unknown)))
-    if logits.shape[1] != len(data.classes):
+    if outputs != len(data.classes):
         if isinstance(model, nn.Module):
             advice = f"Give it {len(data.classes)} outputs, or name it instead of passing the object: okdc then resets "
             advice += "its classifier."
@@ -42,9 +46,7 @@ def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -
             advice = f"Give the function an argument num_classes: okdc then calls it with {len(data.classes)}."
         else:
             advice = "Leave --num-classes out: it is found from the data."
-        raise DataError(
-            f"the network has {logits.shape[1]} outputs and {data.name} has {len(data.classes)} classes. {advice}"
-        )
+        raise DataError(f"the network has {outputs} outputs and {data.name} has {len(data.classes)} classes. {advice}")
     if not any(p.requires_grad for p in target.parameters()):
         raise NetworkError("no parameter of the network requires a gradient: there is nothing to train. Unfreeze some.")
     if any(p.dtype != torch.float32 for p in target.parameters() if p.requires_grad):
@@ -52,20 +54,20 @@ def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -
     return target, data
 
 
-def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
+def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Prepared:
     asked, _ = needs(recipe)
     data = wrap(
         loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
         world=world(), timeout=recipe.train.timeout,
     )  # fmt: skip
-    return _target(model, recipe, data.classes), data
+    return _target(model, recipe, data.classes), data.preprocess["input_size"], lambda: data
 
 
 def _outputs(model: Any, recipe: Recipe) -> int | None:
     return recipe.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
 
 
-def _named_data(model: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
+def _named_data(model: Any, validation: Any, recipe: Recipe) -> Prepared:
     if validation is not None:
         raise DataError(
             "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
@@ -78,9 +80,8 @@ def _named_data(model: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module,
         target, recipe.network, mean=recipe.data.mean, std=recipe.data.std,
         interpolation=recipe.data.interpolation, crop_pct=recipe.data.crop_pct,
     )  # fmt: skip
-    networks.check_input(target, config["input_size"])
     asked, views = needs(recipe)
-    return target, load(
+    return target, config["input_size"], lambda: load(
         source, recipe.data, config, batch_size=recipe.train.batch_size,
         validation_batch_size=recipe.train.validation_batch_size, seed=recipe.train.seed,
         device=choose_device(recipe.train.device), needs=asked, views=views, rank=rank(), world=world(),

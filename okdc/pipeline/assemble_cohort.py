@@ -71,8 +71,9 @@ def build_method(
     started = network.pretrained or network.checkpoint is not None
     _refuse_ignored(cohort, plan)
     built = Cohort(
-        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient
-    )
+        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient,
+        anatomy=anatomy,
+    )  # fmt: skip
     try:
         return kind(built, **given, **_settings(recipe)).to(first.device)
     except BaseException:

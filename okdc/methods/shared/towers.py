@@ -40,8 +40,9 @@ class Towers(nn.Module):
         self.widths: list[tuple[int, ...]] = []  # of every network's taps, early to late
         try:
             for network in networks.members:
-                started = networks.pretrained and network is networks.target
-                tower = _tower(network, networks.anatomy.input_size, short, started)
+                own = network is networks.target
+                known = networks.anatomy if own and networks.anatomy.stages else None
+                tower = _tower(network, networks.anatomy.input_size, short, networks.pretrained and own, known)
                 self.cohorts.append(tower)
                 self.widths.append(_taps_last(tower.embedding_widths))
         except BaseException:
@@ -76,14 +77,16 @@ def _taps_last(of_members: Sequence) -> tuple:
     return (*of_members[1:], of_members[0])
 
 
-def _tower(network: nn.Module, input_size: tuple[int, ...], short: bool, pretrained: bool) -> Cohort:
+def _tower(
+    network: nn.Module, input_size: tuple[int, ...], short: bool, pretrained: bool, anatomy: Anatomy | None
+) -> Cohort:
     first = next(network.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    anatomy = inspect(network, example)
+    anatomy = anatomy or inspect(network, example)
     places = tap_places(anatomy)
     plans = [Branch(p, tuple(-_spare(network, s, p) for s in anatomy.stages_after(p)) if short else ()) for p in places]
     try:
-        return Cohort(network, example, plans, taps=("embedding",), pretrained=pretrained)
+        return Cohort(network, example, plans, taps=("embedding",), pretrained=pretrained, anatomy=anatomy)
     except CutError as error:
         reason = re.split(" (?:Cut elsewhere|Train whole)", str(error))[0]  # here the user has no say in where
         raise CutError(

@@ -1,0 +1,100 @@
+"""What a method looks at beside logits: feature maps, embeddings, stages' outputs, what the trunk gave at the cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from okdc.anatomy import Anatomy
+from okdc.anatomy.shapes import layout
+from okdc.cohort.plan import member_name
+from okdc.cohort.replay import Tap, Tape, as_map
+from okdc.errors import CutError
+
+
+class Taps:
+    """Which layers of the members are looked at, and what they gave in this pass.
+
+    `kinds` are among feature_map, embedding, stages and shared. `cut` is that of the first branch, None where nothing
+    is shared. CutError where the method looks at what is shared and that is nothing, or neither map nor tokens.
+    """
+
+    def __init__(self, kinds: Sequence[str], tape: Tape, target: Anatomy, cut: str | None) -> None:
+        self.kinds, self.tape, self.cut = tuple(kinds), tape, cut
+        self.shared_layout = _layout_at_cut(target, tape, cut) if "shared" in kinds else None
+        self.stages: list[int] = []  # how many of each member
+        self.members = 0
+
+    def of_next(self, anatomy: Anatomy, cut: str | None, ways: Sequence[Counter[str]]) -> list[tuple[str, Tap]]:
+        """The modules to be tapped of the next member, made as `anatomy` says, which parts at `cut`.
+
+        CutError for one that is not called in all `ways`, the passes in training mode that were watched.
+        """
+        places: list[tuple[str, str, str]] = []
+        if "feature_map" in self.kinds:
+            places.append(("feature_map", anatomy.feature_map, anatomy.layout))
+        if "embedding" in self.kinds:
+            places.append(("embedding", anatomy.classifier, anatomy.layout))
+        if "stages" in self.kinds:
+            outputs = _stage_outputs(anatomy, cut)
+            self.stages.append(len(outputs))
+            places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
+        for _, name, _ in places:
+            if not all(way[name] for way in ways):
+                raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
+        self.members += 1
+        return [(name, Tap(self.tape, kind, self.members - 1, where)) for kind, name, where in places]
+
+    def feature_maps(self) -> tuple[Tensor, ...]:
+        return self._of_all("feature_map")
+
+    def embeddings(self) -> tuple[Tensor, ...]:
+        return self._of_all("embedding")
+
+    def stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
+        return tuple(tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages))
+
+    def shared(self) -> Tensor | None:
+        return as_map(self.tape.outputs[self.cut][0], self.shared_layout) if self.cut and self.shared_layout else None
+
+    def _of_all(self, kind: str) -> tuple[Tensor, ...]:
+        return tuple(self._look(kind, i) for i in range(self.members)) if kind in self.kinds else ()
+
+    def _look(self, kind: str, member: int) -> Tensor:
+        if (kind, member) not in self.tape.tapped:
+            raise CutError(_untapped(f"the {kind.replace('_', ' ')}'s module of the {member_name(member)}"))
+        return self.tape.tapped[kind, member]
+
+
+def _untapped(what: str) -> str:
+    return (
+        f"the method looks at what {what} gives, and in training mode that is not called in every pass. Let it run for "
+        "each batch, or choose a method that looks at logits alone, such as --method dml."
+    )
+
+
+def _layout_at_cut(anatomy: Anatomy, tape: Tape, cut: str | None) -> str:
+    """Where the channels of the cut's output are; CutError when nothing is shared or it is no map and no tokens."""
+    if cut is None:
+        raise CutError(
+            "this method looks at what the branches share, and nothing is shared. Leave out --share none and "
+            "--peers, and give it at least 2 --members."
+        )
+    shape = anatomy.find_cut(cut).shape
+    if len(shape) not in (2, 3) or not tape.handling[cut].live:
+        raise CutError(
+            f"this method looks at what the branches share, and {cut!r} gives {shape or 'no single tensor'}, "
+            "expected a map or tokens. "
+            + anatomy.ways_out(cut, "choose a method that looks at logits alone, such as --method dml")
+        )
+    return layout(shape, anatomy.input_size[-2] / anatomy.input_size[-1])
+
+
+def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
+    """The module that each stage after the cut ends with, and the layout of its output, early to late."""
+    shapes = {c.name: c.output for c in anatomy.calls}
+    aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
+    ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
+    return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
