@@ -295,11 +295,11 @@ def test_top5_counts_what_a_loop_counts() -> None:
 def test_a_backend_is_timed_in_a_process_of_its_own_without_torch(exported: Exported, tmp_path: Path) -> None:
     body = "assert 'torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1'; return run(x)"
     images = np.zeros((2, *SIZE), dtype=np.float32)
-    module = Path(target(tmp_path, body).__file__)
+    module = target(tmp_path, body).__file__
     (row,) = measure_alone(module, exported.path, "cpu", images, [2], 1)
     assert row["batch"] == 2 and row["samples"] >= 30
     with pytest.raises(RuntimeError, match="IndexError"):
-        module = Path(target(tmp_path, "raise IndexError('no')").__file__)
+        module = target(tmp_path, "raise IndexError('no')").__file__
         measure_alone(module, exported.path, "cpu", images, [1], 1)
 
 

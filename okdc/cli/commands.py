@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,6 +15,9 @@ from click.core import ParameterSource
 from okdc import __version__, recipe
 from okdc.cli import flags
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
 
 
 class _Failure(click.ClickException):
@@ -328,9 +331,9 @@ def _examine_all(
     tables.show_sweep(rows, zoo.summary(rows), output)
 
 
-def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: bool | None) -> None:
+def _require_asked(verification: Verification | None, trt: bool | None, int8: bool | None) -> None:
     """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
-    reasons = {each["target"]: each["reason"] for each in (verification or {}).get("skipped", [])}
+    reasons = {each["target"]: each["reason"] for each in (verification["skipped"] if verification else [])}
     if trt and "tensorrt" in reasons:
         raise ExportError(f"no TensorRT engine was written: {reasons['tensorrt']}")
     if int8 and "onnx_int8" in reasons:

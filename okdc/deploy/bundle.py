@@ -49,6 +49,13 @@ def read_json(path: Path) -> Any:
         raise ExportError(f"{path} cannot be read ({error}). Export the run again: okdc export RUN") from error
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a bundle; raises ExportError if there is none, which makes the folder no bundle."""
+    if not (folder / CONFIG).is_file():
+        raise ExportError(f"{folder} is not an exported bundle (no {CONFIG}): give a run's export folder.")
+    return read_json(folder / CONFIG)
+
+
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every other file of the folder, in the format of `sha256sum --check`."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -122,7 +129,7 @@ def write_config(
 
 def recommend(folder: Path, file: str | None) -> None:
     """Note in config.json which file predict.py runs; without any, there is none that it could."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     if file:
         write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"model": file}})
 
@@ -133,7 +140,7 @@ def settle_loader(folder: Path) -> str | None:
     Returns why they cannot although they know the architecture, else None.
     """
     inputs, logits = read_golden(folder)
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     loader = _library(base(config))
     if loader == "state_dict":
         return None
@@ -149,7 +156,7 @@ def settle_loader(folder: Path) -> str | None:
 
 def load_student(folder: Path) -> nn.Module | None:
     """The student of a bundle, or None if neither timm nor torchvision can build it."""
-    return _build(folder, read_json(folder / CONFIG)).eval() if can_load(folder) else None
+    return _build(folder, read_config(folder)).eval() if can_load(folder) else None
 
 
 def can_load(folder: Path) -> bool:
@@ -159,7 +166,7 @@ def can_load(folder: Path) -> bool:
 
 def loader(folder: Path) -> str:
     """Who builds the student of a bundle: "timm", "torchvision", or nobody: "state_dict"."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     claimed = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
     return claimed if claimed == _library(base(config)) else "state_dict"
@@ -224,7 +231,7 @@ def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[
 
 def contradictions(folder: Path) -> dict[str, str]:
     """How preprocess.json and labels.txt differ from what config.json and model.onnx say of the same, by file."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     claims = [(CONFIG, config["pretrained_cfg"], config["label_names"])]
     if (folder / "model.onnx").is_file():
         import onnx

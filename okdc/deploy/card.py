@@ -12,6 +12,7 @@ from okdc.deploy.bundle import CONFIG, WEIGHTS
 from okdc.networks import stem
 from okdc.system.wording import portable
 from okdc.verification.gates import is_variant
+from okdc.verification.schema import Row, Verification
 
 PROGRAM = "model.pt2"
 
@@ -41,7 +42,7 @@ _FILES = {
 }
 
 
-def write_card(folder: Path, arch: str, config: dict, verification: dict, info: Mapping[str, Any]) -> None:
+def write_card(folder: Path, arch: str, config: dict, verification: Verification, info: Mapping[str, Any]) -> None:
     """Write README.md; info may have title, licence (an id such as mit), command, recipe and metrics."""
     info = portable(dict(info))
     parts = [_head(arch, config, info), _results(verification), _run(folder, arch, config), _files(folder)]
@@ -62,14 +63,14 @@ def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
     )
 
 
-def _results(verification: dict) -> str:
+def _results(verification: Verification) -> str:
     rows = verification["rows"]
     batches = sorted({entry["batch"] for row in rows for entry in row["latency"]})
     head = ["runner", "file", "MB", "top-1 %", "top-5 %", "agrees with torch %", "rel. difference"]
     head += [f"ms at batch {batch} (p50)" for batch in batches] + ["verdict"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        shares = (_number(row[key], "{:.2f}") for key in ("top1", "top5", "agreement"))
+        shares = (_number(share, "{:.2f}") for share in (row["top1"], row["top5"], row["agreement"]))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
         verdict = _verdict(row, verification["verdict"] != "fail")
@@ -83,13 +84,13 @@ def _results(verification: dict) -> str:
     return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
 
 
-def _verdict(row: dict, left_out: bool) -> str:
+def _verdict(row: Row, left_out: bool) -> str:
     if not row["pass"]:
         return f"**fail**: {row['reason']}" + (", so it is not in this folder" if left_out and is_variant(row) else "")
     return "pass" if row["reason"] is None else f"pass; {row['reason']}"
 
 
-def _remarks(verification: dict) -> list[str]:
+def _remarks(verification: Verification) -> list[str]:
     """What is recommended, how many parameters are left after fusing, and what int8 was calibrated on."""
     recommended, exports = verification["recommended"], verification["exports"]
     lines = [f"- **Recommended here: `{recommended['file']}`**: {recommended['why']}."] if recommended else []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle
+from okdc.deploy import bundle, torch_runner
 from okdc.deploy.bundle import check_sums, environment
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
@@ -26,8 +26,10 @@ from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.verification import Exported, Gates, Pipeline, compare, failed_row, torch_runner
+from okdc.verification import Exported, Gates, Pipeline, compare, failed_row
+from okdc.verification import torch_runner as run_torch
 from okdc.verification.gates import GPU_ROWS, for_cpu, is_variant
+from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
 
 __all__ = [
     "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
@@ -40,7 +42,7 @@ _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data 
 class UnfitError(GateError):
     """A bundle that failed a gate, with the verification that says where."""
 
-    def __init__(self, message: str, verification: dict[str, Any]):
+    def __init__(self, message: str, verification: Verification):
         super().__init__(message)
         self.verification = verification
 
@@ -57,7 +59,7 @@ def export_bundle(
     preprocess: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     device: str | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Write the bundle of a student to `folder` and verify it; returns the verification.
 
     preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics; its
@@ -97,12 +99,12 @@ def export_bundle(
             gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
             golden=bundle.read_golden(part),
-            bundle=part if bundle.can_load(part) else None,
+            alone=_alone(part),
         )
         _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
-        facts = {"exports": notes, "calibration": drawn, "parameters": sum(p.numel() for p in student.parameters())}
-        verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
+        verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
+        verification["parameters"] = sum(p.numel() for p in student.parameters())
         _leave_out(part, targets, verification)
         _finish(part, arch, verification, info)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
@@ -114,7 +116,7 @@ def export_bundle(
     return verification
 
 
-def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, device: str = "cpu") -> dict[str, Any]:
+def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, device: str = "cpu") -> Verification:
     """Verify an existing bundle again, on this machine and these data; nothing in the bundle is changed.
 
     The reference is torch with model.safetensors where timm or torchvision build the network, else stored logits.
@@ -124,7 +126,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
     facts = read(folder)
-    recorded = bundle.read_json(folder / "verification.json")
+    recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
     targets, skipped = existing(folder)
     same_data = recorded.get("data") == _data_facts(data)
@@ -141,7 +143,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=bundle.read_golden(folder),
-        bundle=folder if bundle.can_load(folder) else None,
+        alone=_alone(folder),
     )
     odd = bundle.contradictions(folder)
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
@@ -150,14 +152,13 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     if not all(row["pass"] for row in verification["rows"] if row["name"] not in GPU_ROWS):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
-    return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
+    verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
+    return verification
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
-    if not (folder / bundle.CONFIG).is_file():
-        raise ExportError(f"{folder} is not an exported bundle (no {bundle.CONFIG}): give a run's export folder.")
-    config = bundle.read_json(folder / bundle.CONFIG)
+    config = bundle.read_config(folder)
     labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
     preprocess = bundle.read_json(folder / "preprocess.json")
     return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
@@ -168,7 +169,7 @@ def failed_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-failed")
 
 
-def failures(verification: Mapping[str, Any]) -> str:
+def failures(verification: Verification) -> str:
     """The failed rows of a verification in words."""
     bad = [f"{row['name']}: {row['reason']}." for row in verification["rows"] if not row["pass"]]
     return f"{len(bad)} of {len(verification['rows'])} checks failed, so this is not fit to ship. {' '.join(bad)}"
@@ -180,14 +181,14 @@ def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: S
         raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
     size = tuple(preprocess["input_size"])
     with torch.inference_mode():
-        shape = tuple(torch_runner(student)(np.zeros((2, *size), dtype=np.float32)).shape)
+        shape = tuple(run_torch(student)(np.zeros((2, *size), dtype=np.float32)).shape)
     if shape != (2, len(classes)):
         raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
 
 
 def _write_student(
     part: Path, student: nn.Module, arch: str, model_args: dict | None, classes: Sequence[str], preprocess: dict
-) -> list[dict[str, str]]:
+) -> list[Skipped]:
     """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
@@ -198,7 +199,7 @@ def _write_student(
     return [{"target": bundle.WEIGHTS, "reason": reason}] if reason else []
 
 
-def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
+def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, Calibration | None, str]:
     """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
     if data is None or not (settings.int8 or settings.fp16):
         return None, None, _NO_IMAGES
@@ -208,6 +209,11 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
+
+
+def _alone(folder: Path) -> tuple[str, Path] | None:
+    """What times the student in a process of its own, where timm or torchvision can build it there."""
+    return (torch_runner.__name__, folder) if bundle.can_load(folder) else None
 
 
 def _pipelines(folder: Path) -> dict[str, Pipeline]:
@@ -230,7 +236,7 @@ def _pipelines(folder: Path) -> dict[str, Pipeline]:
     return {"predict.py": pipeline}
 
 
-def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+def _unchecked(verification: Verification, folder: Path) -> list[Skipped]:
     """A "skipped" entry for predict.py where there were no raw images to try it on."""
     if not (folder / "predict.py").is_file() or any(row["name"] == "predict.py" for row in verification["rows"]):
         return []
@@ -238,16 +244,16 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
     return [{"target": "predict.py", "reason": reason}]
 
 
-def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
+def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment()
     bundle.recommend(part, for_cpu(verification["rows"]))
     bundle.write_json(part / "verification.json", verification)
-    write_card(part, arch, bundle.read_json(part / bundle.CONFIG), verification, info)
+    write_card(part, arch, bundle.read_config(part), verification, info)
     bundle.write_sums(part)
 
 
-def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Mapping[str, Any]) -> None:
+def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Verification) -> None:
     """Delete the variants that failed from a bundle that ships without them; their rows stay."""
     if verification["verdict"] != "fail":
         for row in verification["rows"]:
@@ -257,13 +263,13 @@ def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Mappin
                     file.unlink(missing_ok=True)
 
 
-def _data_facts(data: Any | None) -> dict[str, Any]:
+def _data_facts(data: Any | None) -> DataFacts:
     if data is None or data.validation is None:
         return {"name": None, "images": 0}
     return {"name": without_paths(str(data.name)), "images": data.sizes[1]}
 
 
-def _add_failure(verification: dict[str, Any], file: str, reason: str | None) -> None:
+def _add_failure(verification: Verification, file: str, reason: str | None) -> None:
     """A failed row for a file in which `reason` is wrong, if anything is."""
     if reason:
         verification["rows"].append(failed_row(file, reason))

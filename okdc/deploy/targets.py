@@ -19,6 +19,7 @@ from okdc.system import shipped
 from okdc.system.wording import one_line, without_paths
 from okdc.verification import Exported, Gates
 from okdc.verification.gates import GPU_ROWS
+from okdc.verification.schema import Skipped
 
 # The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
 # from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
@@ -50,7 +51,7 @@ def write(
     info: Mapping[str, Any],
     calibration: np.ndarray | None,
     without: str,
-) -> tuple[dict[str, Exported], list[dict[str, str]], dict[str, Any]]:
+) -> tuple[dict[str, Exported], list[Skipped], dict[str, Any]]:
     """Every file that is asked for, in `part`: the files, what is not available here, and each writer's notes.
 
     without: why there is no int8 where there is no `calibration`.
@@ -60,7 +61,8 @@ def write(
     example = torch.zeros(2, *preprocess["input_size"])
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     targets: dict[str, Exported] = {}
-    skipped, notes = [], {}
+    skipped: list[Skipped] = []
+    notes: dict[str, Any] = {}
     for name in shipped.targets():
         if not _wanted(name, settings):
             continue
@@ -100,9 +102,10 @@ def further(targets: Mapping[str, Exported]) -> dict[str, Exported]:
     return {row: replace(onnx, device=device, tolerance=tf32.get(device)) for row, device in GPU_ROWS.items()}
 
 
-def existing(folder: Path) -> tuple[dict[str, Exported], list[dict[str, str]]]:
+def existing(folder: Path) -> tuple[dict[str, Exported], list[Skipped]]:
     """The files that a bundle has, and why some of them cannot be run here."""
-    targets, skipped = {}, []
+    targets: dict[str, Exported] = {}
+    skipped: list[Skipped] = []
     for name in shipped.targets():
         module = shipped.target(name)
         if (folder / module.FILE).is_file():

@@ -19,14 +19,15 @@ import torch
 
 from okdc import deploy, networks, pipeline
 from okdc.data import wrap
-from okdc.deploy import bundle, targets
+from okdc.deploy import bundle, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
-from okdc.verification import comparison
+from okdc.verification import latency
 from okdc.verification.gates import GPU_ROWS
+from okdc.verification.schema import Row, Verification
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
@@ -133,12 +134,10 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
         each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in shipped.targets()
     }
     missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).is_file())
-    return folder, reasons | {row["name"]: row["reason"] for row in missing}
+    return folder, reasons | {row["name"]: str(row["reason"]) for row in missing}
 
 
-def _torch(
-    folder: Path, verification: dict[str, Any], settings: ExportSettings, compiled: bool
-) -> list[dict[str, Any]]:
+def _torch(folder: Path, verification: Verification, settings: ExportSettings, compiled: bool) -> list[dict[str, Any]]:
     """The rows of torch, eager and compiled."""
     found = [row for row in verification["rows"] if row["name"] == "torch"]
     if not found:
@@ -150,17 +149,19 @@ def _torch(
     shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
-        latency = comparison.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
+        timed = latency.measure_alone(
+            torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}
+        )
     except RuntimeError as error:
         return [eager, _absent("torch compiled", without_paths(str(error)))]
-    return [eager, eager | {"format": "torch compiled", "latency": latency}]
+    return [eager, eager | {"format": "torch compiled", "latency": timed}]
 
 
 def _missing(folder: Path) -> dict[str, str]:
     """The formats that are not in a bundle, and why, or how to get them."""
     gpu = torch.cuda.is_available()
     missing = {} if gpu else dict.fromkeys(GPU_ROWS, "torch sees no CUDA device here")
-    exported = bundle.read_json(folder / "verification.json")["rows"]
+    exported: list[Row] = bundle.read_json(folder / "verification.json")["rows"]
     failed = {row["name"]: f"not in the bundle: {row['reason']}" for row in exported if not row["pass"]}
     # An export replaces the bundle, so what is in it is asked for again.
     files = {name: folder / shipped.load(path).FILE for name, path in shipped.targets().items()}
@@ -173,11 +174,10 @@ def _missing(folder: Path) -> dict[str, str]:
     return {name: without_paths(reason) for name, reason in missing.items()}
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def _row(row: Row) -> dict[str, Any]:
     status = "; ".join(filter(None, ["ok", row["reason"]])) if row["pass"] else f"not fit: {row['reason']}"
-    return {"format": row["name"], "status": status} | {
-        key: row[key] for key in ("file", "mb", "top1", "provider", "latency")
-    }
+    measured = {"file": row["file"], "mb": row["mb"], "top1": row["top1"], "provider": row["provider"]}
+    return {"format": row["name"], "status": status, **measured, "latency": row["latency"]}
 
 
 def _absent(name: str, reason: str) -> dict[str, Any]:
