@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from okdc import deploy, networks
+from okdc.deploy import targets
 from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings, NetworkSettings
@@ -205,7 +206,7 @@ def test_wrong_classes_or_sizes_are_told_before_anything_is_written(student: tor
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shipped.target("tensorrt").available() is None, reason="TensorRT is available on this machine")
+@pytest.mark.skipif(targets.find("tensorrt").module.available() is None, reason="TensorRT is available on this machine")
 def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
     settings = ExportSettings(trt=True, batch_sizes=[])
     verification = export(student, None, tmp_path / "export", settings, preprocess=PREPROCESS, classes=CLASSES)
@@ -378,9 +379,9 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:
-    assert set(shipped.targets()) == {
+    assert set(targets.known()) == {
         "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"
     }  # fmt: skip
-    assert shipped.target("onnx") is shipped.target("onnx")
+    assert targets.find("onnx").module is targets.find("onnx").module
     with pytest.raises(ExportError, match="Did you mean onnx"):
-        shipped.target("onx")
+        targets.find("onx")

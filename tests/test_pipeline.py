@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import okdc
 import okdc.networks
 from okdc import deploy, methods, pipeline
+from okdc.deploy import targets
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
-from okdc.system import shipped
 from okdc.training import checkpoint
 from tests.networks import Tiny
 
@@ -116,7 +116,7 @@ def test_export_again_and_a_missing_tensorrt(run: tuple[Path, subprocess.Complet
     assert done.returncode == 0, done.stderr
     assert (path.parents[1] / "deploy" / "model.pt2").is_file()
     done = command(*line, "--trt", cwd=path.parents[1])
-    here = shipped.target("tensorrt").available() is None
+    here = targets.find("tensorrt").module.available() is None
     assert done.returncode == (0 if here else 2) and "Traceback" not in done.stderr, done.stderr
     assert (path.parents[1] / "deploy" / "model.engine").is_file() is here
     assert here or "tensorrt" in done.stderr.lower()

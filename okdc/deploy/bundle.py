@@ -10,16 +10,13 @@ import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
-import torch
 import torchvision
 from safetensors.torch import load_file, save
 from timm.models._hub import save_config_for_hf  # its public caller refuses channels-last weights
@@ -199,22 +196,6 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     stem.change(network, changes or {})
     network.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     return network
-
-
-def environment() -> dict[str, Any]:
-    """What the measurements depend on: versions, processor, accelerator."""
-    packages = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "tensorrt")
-    versions = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in packages}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    facts = {"okdc": okdc.__version__, "python": platform.python_version(), "os": platform.platform()}
-    return facts | {"cpu": _processor(), "gpu": gpu} | {name: version for name, version in versions.items() if version}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[str, Any]) -> dict[str, str]:

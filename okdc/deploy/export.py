@@ -18,24 +18,21 @@ import torch
 from torch import nn
 
 from okdc.deploy import bundle, torch_runner
-from okdc.deploy.bundle import check_sums, environment
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
-from okdc.deploy.targets import existing, further, write
+from okdc.deploy.machine import environment
+from okdc.deploy.targets import asked, known
+from okdc.deploy.writing import existing, further, leave_out, write
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.verification import Exported, Gates, Pipeline, compare, failed_row
+from okdc.verification import Gates, Pipeline, compare, failed_row
 from okdc.verification import torch_runner as run_torch
-from okdc.verification.gates import GPU_ROWS, for_cpu, is_variant
+from okdc.verification.gates import for_cpu, is_variant
 from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
 
-__all__ = [
-    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
-]  # fmt: skip
-
-_FP16_IMAGES = 8
+_A_FEW = 8  # training images, for the range of the activations
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 
 
@@ -82,14 +79,14 @@ def export_bundle(
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
         calibration, drawn, without = _draw(data, settings)
-        targets, unavailable, notes = write(
+        exported, unavailable, notes = write(
             part, student, arch, settings, classes, preprocess, info, calibration, without
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            targets | further(targets),
+            exported | further(exported),
             data,
             input_size=preprocess["input_size"],
             device=device or _device(student),
@@ -105,7 +102,8 @@ def export_bundle(
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
         verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
         verification["parameters"] = sum(p.numel() for p in student.parameters())
-        _leave_out(part, targets, verification)
+        if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
+            leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
         _finish(part, arch, verification, info)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
@@ -122,18 +120,19 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     The reference is torch with model.safetensors where timm or torchvision build the network, else stored logits.
     Raises GateError if files changed since the export; a verdict "fail" is returned (`failures` words it).
     """
-    problems = check_sums(folder)
+    problems = bundle.check_sums(folder)
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
     facts = read(folder)
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
-    targets, skipped = existing(folder)
+    exported, skipped = existing(folder)
+    others = further(exported)
     same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
-        targets | further(targets),
+        exported | others,
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -149,7 +148,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
     for file, reason in odd.items():
         _add_failure(verification, file, reason)
-    if not all(row["pass"] for row in verification["rows"] if row["name"] not in GPU_ROWS):
+    if not all(row["pass"] for row in verification["rows"] if row["name"] not in others):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
     verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment()}
@@ -200,13 +199,14 @@ def _write_student(
 
 
 def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, Calibration | None, str]:
-    """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
-    if data is None or not (settings.int8 or settings.fp16):
+    """Training images for int8, where they come from, and why there are none; a few for what can do without (fp16)."""
+    wanted = asked(settings)
+    if data is None or not any("calibration" in target.options for target in wanted):
         return None, None, _NO_IMAGES
     try:
-        if settings.int8:
+        if any(target.calibrated for target in wanted):
             return *draw(data, settings.calibration_images, settings.images), ""
-        return draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
+        return draw(data, _A_FEW, validated=0)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
 
@@ -222,17 +222,18 @@ def _pipelines(folder: Path) -> dict[str, Pipeline]:
     That shows its preprocessing to the last prediction; the other files are compared without it.
     The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
     """
-    names = [name for name in ("onnx", "onnx_fp16", "onnx_int8") if (folder / shipped.target(name).FILE).is_file()]
-    if not ((folder / "predict.py").is_file() and names):
+    fit = [target for target in known().values() if target.predict and (folder / target.file).exists()]
+    if not ((folder / "predict.py").is_file() and fit):
         return {}
-    predict, module = shipped.load(shipped.folder("export") / "predict.py"), shipped.target(names[0])
+    predict = shipped.load(shipped.folder("export") / "predict.py")
+    target = min(fit, key=lambda target: target.precision != "fp32")
     # Loaded when first run, so that its errors become its row's.
-    predictor = functools.cache(lambda: predict.load(folder, model=module.FILE))
+    predictor = functools.cache(lambda: predict.load(folder, model=target.file))
 
     def pipeline(images: Sequence[Any]) -> np.ndarray:
         return predictor().logits(images)
 
-    pipeline.precision = module.PRECISION  # type: ignore[attr-defined]
+    pipeline.precision = target.precision  # type: ignore[attr-defined]
     return {"predict.py": pipeline}
 
 
@@ -247,20 +248,10 @@ def _unchecked(verification: Verification, folder: Path) -> list[Skipped]:
 def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment()
-    bundle.recommend(part, for_cpu(verification["rows"]))
+    bundle.recommend(part, for_cpu(verification["rows"], {target.row for target in known().values() if target.predict}))
     bundle.write_json(part / "verification.json", verification)
     write_card(part, arch, bundle.read_config(part), verification, info)
     bundle.write_sums(part)
-
-
-def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Verification) -> None:
-    """Delete the variants that failed from a bundle that ships without them; their rows stay."""
-    if verification["verdict"] != "fail":
-        for row in verification["rows"]:
-            if is_variant(row) and not row["pass"]:
-                path = targets[row["name"]].path
-                for file in (path, path.with_name(f"{path.name}.json")):  # an engine has a sidecar
-                    file.unlink(missing_ok=True)
 
 
 def _data_facts(data: Any | None) -> DataFacts:

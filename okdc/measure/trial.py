@@ -23,9 +23,9 @@ from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.depth import FALLBACKS
 from okdc.cohort.replay import Replay
+from okdc.deploy import targets
 from okdc.errors import CutError, OkdcError
 from okdc.recipe import NetworkSettings
-from okdc.system import shipped
 
 COLUMNS = (
     "network", "family", "outcome", "img_size", "input", "params_m", "gflops", "stages", "cut", "cut_shape",
@@ -189,7 +189,7 @@ def _compile_breaks(network: nn.Module, images: Tensor, cut: str) -> int:
 
 def _onnx_difference(network: nn.Module, images: Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
+        return targets.find("onnx").module.write(network, images, Path(folder) / "model.onnx")["rel_error"]
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _figures(verification: Verification | None) -> dict[str, Any]:
     if verification is None:
         return {}
     rows = {row["name"]: row for row in verification["rows"]}
-    shipped = rows.get("onnx") or rows["torch"]
+    shipped = next((row for row in verification["rows"] if row["file"] and row["precision"] == "fp32"), rows["torch"])
     return {
         "verdict": verification["verdict"], "top1": rows["torch"]["top1"], "mb": shipped["mb"],
         "agreement": shipped["agreement"], "latency": shipped["latency"],

@@ -70,7 +70,7 @@ def compare(
     recommended = weigh(rows)
     return {
         "schema_version": VERSION,
-        "verdict": verdict(rows, labelled),
+        "verdict": verdict(rows, labelled, [name for name, exported in targets.items() if exported.device]),
         "recommended": recommended,
         "images": session.count,
         "device": device,
@@ -184,8 +184,7 @@ class _Session:
             rows.append(judge(row, expected, lenient, TOLERANCE, known="when last measured it was"))
             expected, gates = row["top1"], replace(gates, margin=0.0)
         for name, exported in self.targets.items():
-            megabytes = exported.path.stat().st_size / 1e6 if exported.path.is_file() else None
-            row = self._row(name, exported.path.name, megabytes, labelled)
+            row = self._row(name, exported.path.name, _size(exported.path), labelled)
             row["precision"] = self._precision(name)
             tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
             rows.append(judge(row, expected, gates, tolerance, labelled=labelled))
@@ -291,6 +290,12 @@ def _new_row(name: str, file: str | None, tally: Tally, labelled: bool) -> Row:
 def _repeat(images: np.ndarray, count: int) -> np.ndarray:
     """`count` images, over and over where there are fewer."""
     return np.ascontiguousarray(images[np.arange(count) % len(images)])
+
+
+def _size(path: Path) -> float | None:
+    """Megabytes of a file, or of all the files in a folder; None where nothing is."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6 if files else None
 
 
 def _megabytes(network: nn.Module) -> float:

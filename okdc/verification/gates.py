@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from okdc.verification.schema import Recommended, Row
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
-GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
 
@@ -107,16 +106,11 @@ def is_variant(row: Row) -> bool:
     return row["file"] is not None and row["precision"] in ("fp16", "int8")
 
 
-def is_required(row: Row) -> bool:
-    """Whether nothing ships when it fails, of what is exported: all but variants and further providers."""
-    return not is_variant(row) and row["name"] not in GPU_ROWS
-
-
-def verdict(rows: Sequence[Row], labelled: bool) -> str:
-    """pass, parity_only (there were no labelled images) or fail, by the rules above."""
+def verdict(rows: Sequence[Row], labelled: bool, further: Collection[str] = ()) -> str:
+    """pass, parity_only (there were no labelled images) or fail, by the rules above; further: rows on other devices."""
     files = [row for row in rows if row["precision"] and row["file"]]
     nothing = bool(files) and not any(row["pass"] for row in files)
-    if nothing or not all(row["pass"] for row in rows if is_required(row)):
+    if nothing or not all(row["pass"] for row in rows if not is_variant(row) and row["name"] not in further):
         return "fail"
     return "pass" if labelled else "parity_only"
 
@@ -139,9 +133,12 @@ def weigh(rows: Sequence[Row]) -> Recommended | None:
     return {"name": best["name"], "file": best["file"], "why": _why(best, rows)}
 
 
-def for_cpu(rows: Sequence[Row]) -> str | None:
-    """The file for onnxruntime on a CPU, which predict.py runs: the fastest there, else any; None where none passed."""
-    fit = [row for row in rows if row["name"] in ("onnx", "onnx_fp16", "onnx_int8") and row["pass"]]
+def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
+    """The file that predict.py runs, by onnxruntime on a CPU: the fastest there, else any; None where none passed.
+
+    runnable: the rows of the files that it can run.
+    """
+    fit = [row for row in rows if row["name"] in runnable and row["pass"]]
     here = [row for row in fit if row["worth_shipping"] and row["provider"] == "CPUExecutionProvider"]
     best = _fastest(here) or next(iter(fit), None)
     return best["file"] if best else None
