@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import yaml
 import okdc
 from okdc import deploy
 from okdc.deploy import targets
+from okdc.deploy.writing import further
 from okdc.errors import ExportError
 from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
+from okdc.verification import Exported
 from tests.networks import Tiny
 
 ROOT = Path(okdc.__file__).parents[1]
@@ -171,6 +174,18 @@ def test_the_whole_road(folder: Path, tmp_path: Path) -> None:
     assert formats["onnx_fp16"]["status"].endswith("okdc export RUN --onnx --coreml --fp16")
 
 
+def test_further_devices_are_runners_of_the_same_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    files = {name: Exported(Path(name), targets.find(name).module) for name in ("onnx", "coreml", "onnx_fp16")}
+    found = {row: (each.path.name, each.device, each.tolerance) for row, each in further(files).items()}
+    assert found == {
+        "onnx on cuda": ("onnx", "cuda", None),
+        "onnx on tensorrt": ("onnx", "tensorrt", 5e-3),
+        "coreml on elsewhere": ("coreml", "elsewhere", None),
+    }
+    assert not further({name: replace(each, problem="it could not be written") for name, each in files.items()})
+
+
 def test_one_that_fails_goes_with_everything_it_wrote(folder: Path, tmp_path: Path) -> None:
     (folder / "to_coreml.py").write_text(COREML.replace('write_text("1.0")', 'write_text("2.0")'))
     verification = export(tmp_path / "bundle", coreml=True, batch_sizes=[])
@@ -189,22 +204,31 @@ def test_predict_runs_a_file_that_says_so(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle" / "model.onnx").exists()
 
 
+COMMANDS = """
+import json, sys
+from click.testing import CliRunner
+from okdc.cli import main
+
+done = [CliRunner().invoke(main, [*words.split(), "--batch-sizes", ""]) for words in sys.argv[1:]]
+print(json.dumps([[each.exit_code, " ".join(each.stderr.split())] for each in done]))
+"""
+
+
 def test_the_command_line_with_one_file_and_one_setting_more(tmp_path: Path) -> None:
     """A checkout with them: what is asked for and missing is said, with exit code 2, and the rest is written."""
     for name in ("okdc", "export", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     (tmp_path / "export" / "to_coreml.py").write_text(COREML)
-    sections = tmp_path / "okdc" / "recipe" / "sections.py"
-    before = "    trt: bool = _setting("
+    sections, before = tmp_path / "okdc" / "recipe" / "sections.py", "    trt: bool = _setting("
     text = sections.read_text()
     assert text.count(before) == 1
     sections.write_text(text.replace(before, f'    coreml: bool = _setting(False, "write model.mlpackage")\n{before}'))
     words = "compress --model test_resnet --method baseline --data digits --img-size 32 --epochs 1 --experiment run"
-    words += " --no-onnx --coreml --batch-sizes"
+    command = [sys.executable, "-c", COMMANDS, f"{words} --no-onnx --coreml", "export runs/run --no-onnx --coreml"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "COREML_MISSING": "Type: pip install coreml"}
-    command = [sys.executable, "-m", "okdc", *words.split(), ""]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "no coreml file was written: Type: pip install coreml" in " ".join(done.stderr.split())
-    assert (tmp_path / "runs" / "run" / "export" / "model.onnx").is_file(), "of which it is made"
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    for code, said in json.loads(done.stdout.splitlines()[-1]):
+        assert code == 2 and "no coreml file was written: Type: pip install coreml" in said
+    bundle = {path.name for path in (tmp_path / "runs" / "run" / "export").iterdir()}
+    assert {"to_coreml.py", "model.onnx"} <= bundle, "with which it is made on the device"

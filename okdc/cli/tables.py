@@ -41,7 +41,8 @@ def show_result(result: Result) -> None:
             table.add_row(label, value)
     _console().print("\n", table, sep="")
     if result.verification:
-        show_verification(result.verification, f"python {folder / 'export' / 'predict.py'} IMAGE")
+        predict = folder / "export" / "predict.py"  # where there is a file that it runs
+        show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
     else:
         _next(f"okdc export {folder} --onnx")
 

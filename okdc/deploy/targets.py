@@ -45,7 +45,7 @@ class Target:
         return {self.file: self.description, **self.also}
 
     @property
-    def options(self) -> Collection[str]:
+    def options(self) -> Mapping[str, inspect.Parameter]:
         """What its `write` takes by keyword."""
         return inspect.signature(self.module.write).parameters
 
