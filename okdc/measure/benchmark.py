@@ -116,8 +116,7 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     name, folder = recipe.network.model, scratch / "export"
     network = networks.load(recipe.network, typed=[name])
     config = networks.data_config(network, recipe.network)
-    known = targets.known()
-    formats = {setting: True for target in known.values() for setting in target.asked_by}
+    formats = {setting: True for target in targets.known().values() for setting in target.asked_by}
     lenient = {"batch_sizes": [], "max_drop": 100.0, "min_agreement": 0.0}
     settings = override(recipe, {**formats, **lenient}).export
     classes = networks.check_input(network, config["input_size"]).shape[1]

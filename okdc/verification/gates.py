@@ -23,6 +23,7 @@ from okdc.verification.schema import Recommended, Row
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
+_PLAIN = "onnx"  # the row that the others are weighed against
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
 
@@ -120,7 +121,7 @@ def weigh(rows: Sequence[Row]) -> Recommended | None:
 
     None where no file passed. Without latencies, float32 ONNX is recommended, else the first file that passed.
     """
-    plain = next((row for row in rows if row["name"] == "onnx" and row["pass"]), None)
+    plain = next((row for row in rows if row["name"] == _PLAIN and row["pass"]), None)
     limit = milliseconds(plain) if plain else None
     for row in rows:
         spent = milliseconds(row)
@@ -146,7 +147,7 @@ def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
 
 def _fastest(fit: Sequence[Row]) -> Row | None:
     """The row that took least time; float32 ONNX unless another saves a twentieth of its time, or nothing was timed."""
-    plain = next((row for row in fit if row["name"] == "onnx"), None)
+    plain = next((row for row in fit if row["name"] == _PLAIN), None)
     timed = [row for row in fit if milliseconds(row)]
     best = min(timed, key=lambda row: milliseconds(row) or 0.0, default=plain or next(iter(fit), None))
     limit = milliseconds(plain) if plain else None
