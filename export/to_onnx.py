@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.onnx"
+DESCRIPTION = "the network in float32, for onnxruntime"
 PRECISION = "fp32"
+PREDICT = True
+DEVICES = {"cuda": None, "tensorrt": 5e-3}  # TensorRT's provider cannot be told to do without TF32
+PACKAGES = ("onnx", "onnxruntime")
 
 _INPUT, _OUTPUT = "input", "logits"
 # Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.fp16.onnx"
+DESCRIPTION = "in float16, with float32 inputs and outputs"
+ASKED_BY = ("fp16",)
 PRECISION = "fp16"
 TOLERANCE = 1e-2
+PREDICT = True
 
 _LARGEST = 30_000.0  # float16 ends at 65,504, and other images give larger numbers than those tried
 

@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.int8.onnx"
+DESCRIPTION = "in 8 bits, for CPUs"
+ASKED_BY = ("int8",)
 PRECISION = "int8"
 MADE_FOR = "cpu"  # no other provider of onnxruntime has kernels for it
 TOLERANCE = math.inf  # of single logits says nothing here: agreement and accuracy judge int8
+CALIBRATED = True
+PREDICT = True
 
 _MOST_FLOAT = 0.5  # share of the layers that may stay in float; beyond that, little is left to gain
 _SECONDS = 90.0  # of CPU time for trying layers one at a time; those that are not reached count as harmless

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.int8.trt.onnx"
+DESCRIPTION = "in 8 bits, from which TensorRT builds an engine"
+ASKED_BY = ("int8",)
 PRECISION = "int8"
 TOLERANCE = math.inf  # as in to_onnx_int8.py
 MADE_FOR = "cuda"  # its speed elsewhere says nothing
+CALIBRATED = True
 
 
 def available() -> str | None:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 FILE = "model.engine"
 PRECISION = "fp32"
+DESCRIPTION = "for TensorRT, on the kind of GPU that model.engine.json names"
+ALSO = {"model.engine.json": "what model.engine is tied to, and built from"}
+TOOL = "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it"
+ASKED_BY = ("trt",)
+NEEDS = ("onnx",)
+PACKAGES = ("tensorrt",)
 LATENCY = {"cuda_graph": True}  # how `runner` is asked for when its latency is measured
 
 _OLDEST = (10, 12)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.fp16.engine"
+DESCRIPTION = "the same in float16, from model.fp16.onnx"
+ALSO = {"model.fp16.engine.json": "what model.fp16.engine is tied to"}
+ASKED_BY = ("trt", "fp16")
+NEEDS = ("onnx_fp16",)
 PRECISION = "fp16"
 TOLERANCE = 1e-2
 LATENCY = {"cuda_graph": True}

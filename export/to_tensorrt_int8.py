@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.int8.trt.engine"
+DESCRIPTION = "the same in 8 bits, from model.int8.trt.onnx"
+ALSO = {"model.int8.trt.engine.json": "what model.int8.trt.engine is tied to"}
+ASKED_BY = ("trt", "int8")
+NEEDS = ("onnx_int8_trt",)
 PRECISION = "int8"
 TOLERANCE = 1.0  # errors as large as the logits; below that, agreement and accuracy judge int8
 LATENCY = {"cuda_graph": True}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 FILE = "model.pt2"
+DESCRIPTION = "the network as a program that torch alone can run"
+ROW = "torch.export"  # "torch" is the student itself
 
 # What torch.export.save writes for a network of plain tensors; anything else in an archive could be made to run code.
 _PLAIN = re.compile(

@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from okdc import deploy, networks
-from okdc.deploy import targets
-from okdc.deploy.bundle import environment, load_student, read_golden, recover, write_sums
+from okdc.deploy import targets, writing
+from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
+from okdc.deploy.machine import environment
 from okdc.errors import ExportError, GateError
 from okdc.recipe import ExportSettings, NetworkSettings
 from okdc.system import shipped
@@ -206,7 +207,7 @@ def test_wrong_classes_or_sizes_are_told_before_anything_is_written(student: tor
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(shipped.target("tensorrt").available() is None, reason="TensorRT is available on this machine")
+@pytest.mark.skipif(targets.find("tensorrt").module.available() is None, reason="TensorRT is available on this machine")
 def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch.nn.Module, tmp_path: Path) -> None:
     settings = ExportSettings(trt=True, batch_sizes=[])
     verification = export(student, None, tmp_path / "export", settings, preprocess=PREPROCESS, classes=CLASSES)
@@ -379,20 +380,20 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 
 
 def test_export_targets_are_found_by_their_file_names() -> None:
-    assert set(shipped.targets()) == {
+    assert set(targets.known()) == {
         "onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "tensorrt_int8", "torch"
     }  # fmt: skip
-    assert shipped.target("onnx") is shipped.target("onnx")
+    assert targets.find("onnx").module is targets.find("onnx").module
     with pytest.raises(ExportError, match="Did you mean onnx"):
-        shipped.target("onx")
+        targets.find("onx")
 
 
 def test_what_is_run_and_named_is_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", "the {}".format)
-    written = {"onnx": Exported(tmp_path / "model.onnx", shipped.target("onnx"))}
+    written = {"onnx": Exported(tmp_path / "model.onnx", targets.find("onnx").module)}
     for device, gpu, asked in (("cuda:1", "cuda:1", ":1"), ("cuda", "cuda", ""), ("cpu", "cuda:0", "")):
         assert environment(device)["gpu"] == f"the {gpu}"
-        rows = targets.further(written, device)
+        rows = writing.further(written, device)
         assert [row.device for row in rows.values()] == [f"cuda{asked}", f"tensorrt{asked}"]
         assert rows["onnx on tensorrt"].tolerance == 5e-3

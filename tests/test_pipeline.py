@@ -25,10 +25,10 @@ import okdc
 import okdc.networks
 from okdc import deploy, methods, pipeline
 from okdc.cli import main
+from okdc.deploy import targets
 from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
-from okdc.system import shipped
 from okdc.training import checkpoint
 from tests.networks import Tiny
 
@@ -118,7 +118,7 @@ def test_export_again_and_a_missing_tensorrt(run: tuple[Path, subprocess.Complet
     assert done.returncode == 0, done.stderr
     assert (path.parents[1] / "deploy" / "model.pt2").is_file()
     done = command(*line, "--trt", cwd=path.parents[1])
-    here = shipped.target("tensorrt").available() is None
+    here = targets.find("tensorrt").module.available() is None
     assert done.returncode == (0 if here else 2) and "Traceback" not in done.stderr, done.stderr
     assert (path.parents[1] / "deploy" / "model.engine").is_file() is here
     assert here or "tensorrt" in done.stderr.lower()

@@ -12,9 +12,8 @@ import timm
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
 from okdc import deploy
-from okdc.deploy import triton
+from okdc.deploy import targets, triton
 from okdc.recipe import ExportSettings
-from okdc.system import shipped
 
 CLASSES = ("red", "green", "blue", "grey")
 # Of ModelConfig in Triton's model_config.proto: the fields that okdc writes, with their types and numbers.
@@ -80,7 +79,7 @@ def test_the_configuration_is_that_of_the_graph(bundle: Path) -> None:
         assert batch.dim_param, "dynamic batching needs a graph whose batch is free"
     assert read.HasField("dynamic_batching") and read.dynamic_batching.max_queue_delay_microseconds > 0
     images = np.zeros((read.max_batch_size, *read.input[0].dims), dtype=np.float32)
-    run = shipped.target("onnx").runner(folder / "1" / "model.onnx")
+    run = targets.find("onnx").module.runner(folder / "1" / "model.onnx")
     assert run(images).shape == (read.max_batch_size, 4)
     labels = (folder / read.output[0].label_filename).read_text().splitlines()
     assert tuple(labels) == CLASSES

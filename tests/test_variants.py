@@ -23,7 +23,7 @@ from okdc import deploy, pipeline
 from okdc.cli import commands
 from okdc.data import Data, wrap
 from okdc.deploy import calibration
-from okdc.deploy.bundle import recommend, write_sums
+from okdc.deploy.bundle import recommend, write_json, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
 from okdc.recipe import ExportSettings
@@ -133,7 +133,7 @@ def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, 
     for target in ("onnx_int8", "onnx_int8_trt"):
         assert skipped[target].startswith("int8 is calibrated on at least two training images, and one has 0")
     with pytest.raises(ExportError, match="no int8 file was written: int8 is calibrated on") as caught:
-        commands._require_asked(verification, False, True)
+        commands._require_asked(verification, {"int8": True, "trt": False})
     assert caught.value.exit_code == 2
 
 
@@ -211,10 +211,13 @@ def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
     return [f"{where} is {value!r}, not {kind.__name__}"]
 
 
-def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result) -> None:
+def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result, tmp_path: Path) -> None:
     written = json.loads((bundle / "verification.json").read_text())
     assert written["schema_version"] == schema.VERSION == 2
     assert conforms(written, schema.Verification) == []
+    assert written == result.verification, "what is returned is what is written"
+    write_json(tmp_path / "again.json", written)
+    assert (tmp_path / "again.json").read_bytes() == (bundle / "verification.json").read_bytes()
     again = deploy.verify_bundle(bundle, result.data, ExportSettings(batch_sizes=[2]))
     assert again["verdict"] == "pass" and conforms(again, schema.Verification) == []
     assert conforms(written | {"images": "many", "extra": 1}, schema.Verification)

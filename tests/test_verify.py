@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from okdc import verification
+from okdc.deploy import targets
 from okdc.errors import DataError
 from okdc.system import shipped
 from okdc.system.wording import without_paths
@@ -75,7 +76,7 @@ def student(data: Images) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def exported(student: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    module, path = shipped.target("onnx"), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    module, path = targets.find("onnx").module, tmp_path_factory.mktemp("onnx") / "model.onnx"
     module.write(student, torch.zeros(2, *SIZE), path)
     return Exported(path, module)
 
@@ -83,7 +84,7 @@ def exported(student: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory)
 def target(folder: Path, body: str) -> Any:
     """An export target whose runner is the real one with a fault: `run` is right, `body` says what is returned."""
     file = folder / f"to_faulty{abs(hash(body))}.py"  # a shipped file is loaded once, so each has its own name
-    source = shipped.targets()["onnx"]
+    source = targets.find("onnx").path
     file.write_text(
         f"import importlib.util, sys, os\nimport numpy as np\n"
         f"spec = importlib.util.spec_from_file_location('real', {str(source)!r})\n"
@@ -295,11 +296,11 @@ def test_top5_counts_what_a_loop_counts() -> None:
 def test_a_backend_is_timed_in_a_process_of_its_own_without_torch(exported: Exported, tmp_path: Path) -> None:
     body = "assert 'torch' not in sys.modules and os.environ['OMP_NUM_THREADS'] == '1'; return run(x)"
     images = np.zeros((2, *SIZE), dtype=np.float32)
-    module = Path(target(tmp_path, body).__file__)
+    module = target(tmp_path, body).__file__
     (row,) = measure_alone(module, exported.path, "cpu", images, [2], 1)
     assert row["batch"] == 2 and row["samples"] >= 30
     with pytest.raises(RuntimeError, match="IndexError"):
-        module = Path(target(tmp_path, "raise IndexError('no')").__file__)
+        module = target(tmp_path, "raise IndexError('no')").__file__
         measure_alone(module, exported.path, "cpu", images, [1], 1)
 
 

@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -15,6 +16,9 @@ from click.core import ParameterSource
 from okdc import __version__, recipe
 from okdc.cli import flags
 from okdc.errors import ExportError, GateError, OkdcError, RecipeError
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
 
 
 class _Failure(click.ClickException):
@@ -120,7 +124,7 @@ def compress(
     from okdc.cli import tables
 
     tables.show_result(result)
-    _require_asked(result.verification, resolved.export.trt, resolved.export.int8)
+    _require_asked(result.verification, vars(resolved.export))
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Write and verify what you deploy.")
@@ -149,7 +153,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
     tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
-    _require_asked(verification, flags.given().get("trt"), flags.given().get("int8"))
+    _require_asked(verification, flags.given())
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
@@ -328,13 +332,14 @@ def _examine_all(
     tables.show_sweep(rows, zoo.summary(rows), output)
 
 
-def _require_asked(verification: dict[str, Any] | None, trt: bool | None, int8: bool | None) -> None:
+def _require_asked(verification: Verification | None, settings: Mapping[str, Any]) -> None:
     """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
-    reasons = {each["target"]: each["reason"] for each in (verification or {}).get("skipped", [])}
-    if trt and "tensorrt" in reasons:
-        raise ExportError(f"no TensorRT engine was written: {reasons['tensorrt']}")
-    if int8 and "onnx_int8" in reasons:
-        raise ExportError(f"no int8 file was written: {reasons['onnx_int8']}")
+    from okdc import deploy
+
+    on = [name for name, value in settings.items() if value is True]
+    reason = deploy.not_written(verification, on) if verification else None
+    if reason:
+        raise ExportError(reason)
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs beside the plain target's.")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
     from okdc.recipe import Recipe
+    from okdc.verification.schema import Latency, Row, Verification
 
 
 def show_result(result: Result) -> None:
@@ -40,7 +41,8 @@ def show_result(result: Result) -> None:
             table.add_row(label, value)
     _console().print("\n", table, sep="")
     if result.verification:
-        show_verification(result.verification, f"python {folder / 'export' / 'predict.py'} IMAGE")
+        predict = folder / "export" / "predict.py"  # where there is a file that it runs
+        show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
     else:
         _next(f"okdc export {folder} --onnx")
 
@@ -50,7 +52,7 @@ def _whereabouts(bundle: Path) -> str:
     return str(bundle) if bundle.is_dir() else "not exported; the report says more"
 
 
-def show_verification(verification: dict[str, Any], next_command: str | None = None) -> None:
+def show_verification(verification: Verification, next_command: str | None = None) -> None:
     """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship."""
     rows = verification["rows"]
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
@@ -85,7 +87,7 @@ def show_verification(verification: dict[str, Any], next_command: str | None = N
         _next(next_command)
 
 
-def _ships(row: dict[str, Any]) -> str:
+def _ships(row: Row) -> str:
     if not row.get("pass"):
         return "[red]no[/]"
     return "[yellow]not worth it[/]" if row.get("worth_shipping") is False else "[green]yes[/]"
@@ -294,7 +296,7 @@ def _blocks(blocks: Iterable[tuple[str, ...]]) -> str:
     return ", ".join(named) if len(named) < 4 else f"{named[0]} ... {named[-1]} ({len(named)})"
 
 
-def _latency(measured: list[dict[str, Any]]) -> str:
+def _latency(measured: list[Latency]) -> str:
     return ", ".join(f"{each['p50_ms'] / each['batch']:.2f}" for each in measured)
 
 

@@ -5,24 +5,20 @@ Export targets are the files of `export/`. Imports `verification`, `networks`, `
 
 from __future__ import annotations
 
-from okdc.deploy.export import (
-    UnfitError,
-    check_sums,
-    environment,
-    export_bundle,
-    failed_folder,
-    failures,
-    read,
-    verify_bundle,
-)
+from okdc.deploy.bundle import check_sums
+from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.machine import environment
+from okdc.deploy.targets import asked, not_written
 
 __all__ = [
     "UnfitError",
+    "asked",
     "check_sums",
     "environment",
     "export_bundle",
     "failed_folder",
     "failures",
+    "not_written",
     "read",
     "verify_bundle",
 ]

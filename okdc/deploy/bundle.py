@@ -10,16 +10,13 @@ import glob
 import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
-import torch
 import torchvision
 from safetensors.torch import load_file, save
 from timm.models._hub import save_config_for_hf  # its public caller refuses channels-last weights
@@ -47,6 +44,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read ({error}). Export the run again: okdc export RUN") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a bundle; raises ExportError if there is none, which makes the folder no bundle."""
+    if not (folder / CONFIG).is_file():
+        raise ExportError(f"{folder} is not an exported bundle (no {CONFIG}): give a run's export folder.")
+    return read_json(folder / CONFIG)
 
 
 def write_sums(folder: Path) -> None:
@@ -122,7 +126,7 @@ def write_config(
 
 def recommend(folder: Path, file: str | None) -> None:
     """Note in config.json which file predict.py runs; without any, there is none that it could."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     if file:
         write_json(folder / CONFIG, config | {"okdc": config["okdc"] | {"model": file}})
 
@@ -133,7 +137,7 @@ def settle_loader(folder: Path) -> str | None:
     Returns why they cannot although they know the architecture, else None.
     """
     inputs, logits = read_golden(folder)
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     loader = _library(base(config))
     if loader == "state_dict":
         return None
@@ -149,7 +153,7 @@ def settle_loader(folder: Path) -> str | None:
 
 def load_student(folder: Path) -> nn.Module | None:
     """The student of a bundle, or None if neither timm nor torchvision can build it."""
-    return _build(folder, read_json(folder / CONFIG)).eval() if can_load(folder) else None
+    return _build(folder, read_config(folder)).eval() if can_load(folder) else None
 
 
 def can_load(folder: Path) -> bool:
@@ -159,7 +163,7 @@ def can_load(folder: Path) -> bool:
 
 def loader(folder: Path) -> str:
     """Who builds the student of a bundle: "timm", "torchvision", or nobody: "state_dict"."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     claimed = config.get("okdc", {}).get("loader", "state_dict")
     # Not what the file claims but what the name is decides: only these two libraries may build anything.
     return claimed if claimed == _library(base(config)) else "state_dict"
@@ -194,23 +198,6 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     return network
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What the measurements on `device` depend on: versions, processor, accelerator (the first where it is the CPU)."""
-    packages = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "tensorrt")
-    versions = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in packages}
-    place = device if device.startswith("cuda") else "cuda:0"
-    gpu = torch.cuda.get_device_name(place) if torch.cuda.is_available() else None
-    facts = {"okdc": okdc.__version__, "python": platform.python_version(), "os": platform.platform()}
-    return facts | {"cpu": _processor(), "gpu": gpu} | {name: version for name, version in versions.items() if version}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[str, Any]) -> dict[str, str]:
     """What a lone file needs to be used, and where it comes from."""
     recipe = json.dumps(portable(info.get("recipe")), sort_keys=True)
@@ -225,7 +212,7 @@ def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[
 
 def contradictions(folder: Path) -> dict[str, str]:
     """How preprocess.json and labels.txt differ from what config.json and model.onnx say of the same, by file."""
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     claims = [(CONFIG, config["pretrained_cfg"], config["label_names"])]
     if (folder / "model.onnx").is_file():
         import onnx

@@ -13,30 +13,35 @@ from PIL import Image
 
 from okdc.errors import ExportError
 from okdc.system import shipped
+from okdc.verification.schema import Calibration
 
 SEED = 0
 
 
-def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarray, Calibration]:
     """Up to `count` training images (N, C, H, W) float32 as the network takes them, and where they come from.
 
     data: an okdc.data.Data. Images that are equal to one of the first `validated` validation images (all when None) are
     left out and counted. A stream or a loader of the user's gives the images of its first batches, as it trains on
     them. Raises ExportError when there are none.
     """
-    facts: dict[str, Any] = {"seed": SEED, "augmented": False, "also_validated": None}
-    if getattr(data, "training_images", None) is None:
-        images, facts["augmented"] = list(islice(_as_trained(data), count)), True
+    augmented, shared = getattr(data, "training_images", None) is None, None
+    if augmented:
+        images = list(islice(_as_trained(data), count))
     else:
         known = {_digest(image) for image, _ in islice(data.validation_images or (), validated)}
-        images, facts["also_validated"] = _raw(data, count, known)
+        images, shared = _raw(data, count, known)
     if len(images) < 2:
         raise ExportError(
             f"int8 is calibrated on at least two training images, and {data.name} has {len(images)} that are not "
             "validation images too: give other data, or leave --int8 out."
         )
     array = np.stack(images)
-    return array, facts | {"images": len(array), "sha256": hashlib.sha256(array.tobytes()).hexdigest()}
+    facts: Calibration = {
+        "images": len(array), "seed": SEED, "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        "augmented": augmented, "also_validated": shared,
+    }  # fmt: skip
+    return array, facts
 
 
 def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], int]:

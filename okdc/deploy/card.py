@@ -8,31 +8,21 @@ from typing import Any
 
 import yaml
 
+from okdc.deploy import targets, triton
 from okdc.deploy.bundle import CONFIG, WEIGHTS
 from okdc.networks import stem
 from okdc.system.wording import portable
 from okdc.verification.gates import is_variant
+from okdc.verification.schema import Row, Verification
 
 PROGRAM = "model.pt2"
 
-_FILES = {
-    "model.onnx": "the network in float32, for onnxruntime",
-    "model.fp16.onnx": "in float16, with float32 inputs and outputs",
-    "model.int8.onnx": "in 8 bits, for CPUs",
-    "model.int8.trt.onnx": "in 8 bits, from which TensorRT builds an engine",
+_FILES = {  # beside those of the export targets
     WEIGHTS: "the weights",
-    PROGRAM: "the network as a program that torch alone can run",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
     "preprocess.json": "how an image becomes an input",
     "labels.txt": "one class per line, in the order of the logits",
-    "model.engine": "for TensorRT, on the kind of GPU that model.engine.json names",
-    "model.engine.json": "what model.engine is tied to, and built from",
-    "model.fp16.engine": "the same in float16, from model.fp16.onnx",
-    "model.fp16.engine.json": "what model.fp16.engine is tied to",
-    "model.int8.trt.engine": "the same in 8 bits, from model.int8.trt.onnx",
-    "model.int8.trt.engine.json": "what model.int8.trt.engine is tied to",
-    "to_tensorrt.py": "`python to_tensorrt.py model.onnx` builds model.engine on the machine that will run it",
-    "triton": "a model repository: `tritonserver --model-repository triton`",
+    triton.FOLDER: "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
     "verification.json": "what was measured, on which machine",
@@ -41,7 +31,7 @@ _FILES = {
 }
 
 
-def write_card(folder: Path, arch: str, config: dict, verification: dict, info: Mapping[str, Any]) -> None:
+def write_card(folder: Path, arch: str, config: dict, verification: Verification, info: Mapping[str, Any]) -> None:
     """Write README.md; info may have title, licence (an id such as mit), command, recipe and metrics."""
     info = portable(dict(info))
     parts = [_head(arch, config, info), _results(verification), _run(folder, arch, config), _files(folder)]
@@ -62,14 +52,14 @@ def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
     )
 
 
-def _results(verification: dict) -> str:
+def _results(verification: Verification) -> str:
     rows = verification["rows"]
     batches = sorted({entry["batch"] for row in rows for entry in row["latency"]})
     head = ["runner", "file", "MB", "top-1 %", "top-5 %", "agrees with torch %", "rel. difference"]
     head += [f"ms at batch {batch} (p50)" for batch in batches] + ["verdict"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        shares = (_number(row[key], "{:.2f}") for key in ("top1", "top5", "agreement"))
+        shares = (_number(share, "{:.2f}") for share in (row["top1"], row["top5"], row["agreement"]))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
         verdict = _verdict(row, verification["verdict"] != "fail")
@@ -83,17 +73,18 @@ def _results(verification: dict) -> str:
     return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
 
 
-def _verdict(row: dict, left_out: bool) -> str:
+def _verdict(row: Row, left_out: bool) -> str:
     if not row["pass"]:
         return f"**fail**: {row['reason']}" + (", so it is not in this folder" if left_out and is_variant(row) else "")
     return "pass" if row["reason"] is None else f"pass; {row['reason']}"
 
 
-def _remarks(verification: dict) -> list[str]:
+def _remarks(verification: Verification) -> list[str]:
     """What is recommended, how many parameters are left after fusing, and what int8 was calibrated on."""
     recommended, exports = verification["recommended"], verification["exports"]
     lines = [f"- **Recommended here: `{recommended['file']}`**: {recommended['why']}."] if recommended else []
-    before, after = verification["parameters"], exports.get("onnx", {}).get("parameters")
+    before = verification["parameters"]
+    after = next((facts["parameters"] for facts in exports.values() if "parameters" in facts), None)
     if after and after != before:
         lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
     drawn = verification["calibration"]
@@ -146,7 +137,11 @@ def _is_timms_own(architecture: str) -> bool:
 
 def _files(folder: Path) -> str:
     present = {path.name for path in folder.iterdir()} | {"SHA256SUMS", "verification.json"}
-    return "\n".join(["## Files", "", *(f"- `{name}`: {what}" for name, what in _FILES.items() if name in present)])
+    known = targets.known().values()
+    written = {name: what for target in known for name, what in target.files.items()}
+    tools = {target.path.name: target.tool for target in known if target.tool}
+    every = {**written, **tools, **_FILES}.items()
+    return "\n".join(["## Files", "", *(f"- `{name}`: {what}" for name, what in every if name in present)])
 
 
 def _origin(config: dict, info: Mapping[str, Any]) -> str:

@@ -17,30 +17,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle
-from okdc.deploy.bundle import check_sums, environment
+from okdc.deploy import bundle, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
-from okdc.deploy.targets import existing, further, write
+from okdc.deploy.machine import environment
+from okdc.deploy.targets import asked, known
+from okdc.deploy.writing import existing, further, leave_out, write
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.verification import Exported, Gates, Pipeline, compare, failed_row, torch_runner
-from okdc.verification.gates import GPU_ROWS, for_cpu, is_variant
+from okdc.verification import Gates, Pipeline, compare, failed_row
+from okdc.verification import torch_runner as run_torch
+from okdc.verification.gates import for_cpu, is_variant
+from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
 
-__all__ = [
-    "UnfitError", "check_sums", "environment", "export_bundle", "failed_folder", "failures", "read", "verify_bundle",
-]  # fmt: skip
-
-_FP16_IMAGES = 8
+_A_FEW = 8  # training images, for the range of the activations
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 
 
 class UnfitError(GateError):
     """A bundle that failed a gate, with the verification that says where."""
 
-    def __init__(self, message: str, verification: dict[str, Any]):
+    def __init__(self, message: str, verification: Verification):
         super().__init__(message)
         self.verification = verification
 
@@ -57,7 +56,7 @@ def export_bundle(
     preprocess: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     device: str | None = None,
-) -> dict[str, Any]:
+) -> Verification:
     """Write the bundle of a student to `folder` and verify it; returns the verification.
 
     preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics; its
@@ -81,14 +80,14 @@ def export_bundle(
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
         calibration, drawn, without = _draw(data, settings)
-        targets, unavailable, notes = write(
+        exported, unavailable, notes = write(
             part, student, arch, settings, classes, preprocess, info, calibration, without, device
         )
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            targets | further(targets, device),
+            exported | further(exported, device),
             data,
             input_size=preprocess["input_size"],
             device=device,
@@ -98,13 +97,14 @@ def export_bundle(
             gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
             pipelines=_pipelines(part),
             golden=bundle.read_golden(part),
-            bundle=part if bundle.can_load(part) else None,
+            alone=_alone(part),
         )
         _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
         skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
-        facts = {"exports": notes, "calibration": drawn, "parameters": sum(p.numel() for p in student.parameters())}
-        verification |= {"skipped": skipped, "data": _data_facts(data)} | facts
-        _leave_out(part, targets, verification)
+        verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
+        verification["parameters"] = sum(p.numel() for p in student.parameters())
+        if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
+            leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
         _finish(part, arch, verification, info)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
@@ -115,24 +115,25 @@ def export_bundle(
     return verification
 
 
-def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, device: str = "cpu") -> dict[str, Any]:
+def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, device: str = "cpu") -> Verification:
     """Verify an existing bundle again, on this machine and these data; nothing in the bundle is changed.
 
     The reference is torch with model.safetensors where timm or torchvision build the network, else stored logits.
     Raises GateError if files changed since the export; a verdict "fail" is returned (`failures` words it).
     """
-    problems = check_sums(folder)
+    problems = bundle.check_sums(folder)
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
     facts = read(folder)
-    recorded = bundle.read_json(folder / "verification.json")
+    recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
-    targets, skipped = existing(folder)
+    exported, skipped = existing(folder)
+    others = further(exported, device)
     same_data = recorded.get("data") == _data_facts(data)
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
-        targets | further(targets, device),
+        exported | others,
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -142,23 +143,22 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=bundle.read_golden(folder),
-        bundle=folder if bundle.can_load(folder) else None,
+        alone=_alone(folder),
     )
     odd = bundle.contradictions(folder)
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
     for file, reason in odd.items():
         _add_failure(verification, file, reason)
-    if not all(row["pass"] for row in verification["rows"] if row["name"] not in GPU_ROWS):
+    if not all(row["pass"] for row in verification["rows"] if row["name"] not in others):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
-    return verification | {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
+    verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
+    return verification
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
-    if not (folder / bundle.CONFIG).is_file():
-        raise ExportError(f"{folder} is not an exported bundle (no {bundle.CONFIG}): give a run's export folder.")
-    config = bundle.read_json(folder / bundle.CONFIG)
+    config = bundle.read_config(folder)
     labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
     preprocess = bundle.read_json(folder / "preprocess.json")
     return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
@@ -169,7 +169,7 @@ def failed_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-failed")
 
 
-def failures(verification: Mapping[str, Any]) -> str:
+def failures(verification: Verification) -> str:
     """The failed rows of a verification in words."""
     bad = [f"{row['name']}: {row['reason']}." for row in verification["rows"] if not row["pass"]]
     return f"{len(bad)} of {len(verification['rows'])} checks failed, so this is not fit to ship. {' '.join(bad)}"
@@ -181,14 +181,14 @@ def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: S
         raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
     size = tuple(preprocess["input_size"])
     with torch.inference_mode():
-        shape = tuple(torch_runner(student)(np.zeros((2, *size), dtype=np.float32)).shape)
+        shape = tuple(run_torch(student)(np.zeros((2, *size), dtype=np.float32)).shape)
     if shape != (2, len(classes)):
         raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
 
 
 def _write_student(
     part: Path, student: nn.Module, arch: str, model_args: dict | None, classes: Sequence[str], preprocess: dict
-) -> list[dict[str, str]]:
+) -> list[Skipped]:
     """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
@@ -199,16 +199,22 @@ def _write_student(
     return [{"target": bundle.WEIGHTS, "reason": reason}] if reason else []
 
 
-def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, dict[str, Any] | None, str]:
-    """Training images for int8, where they come from, and why there are none; for fp16 alone a few, for its range."""
-    if data is None or not (settings.int8 or settings.fp16):
+def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None, Calibration | None, str]:
+    """Training images for int8, where they come from, and why there are none; a few for what can do without (fp16)."""
+    wanted = asked(settings)
+    if data is None or not any("calibration" in target.options for target in wanted):
         return None, None, _NO_IMAGES
     try:
-        if settings.int8:
+        if any(target.calibrated for target in wanted):
             return *draw(data, settings.calibration_images, settings.images), ""
-        return draw(data, _FP16_IMAGES, validated=0)[0], None, _NO_IMAGES
+        return draw(data, _A_FEW, validated=0)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
+
+
+def _alone(folder: Path) -> tuple[str, Path] | None:
+    """What times the student in a process of its own, where timm or torchvision can build it there."""
+    return (torch_runner.__name__, folder) if bundle.can_load(folder) else None
 
 
 def _pipelines(folder: Path) -> dict[str, Pipeline]:
@@ -217,21 +223,22 @@ def _pipelines(folder: Path) -> dict[str, Pipeline]:
     That shows its preprocessing to the last prediction; the other files are compared without it.
     The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
     """
-    names = [name for name in ("onnx", "onnx_fp16", "onnx_int8") if (folder / shipped.target(name).FILE).is_file()]
-    if not ((folder / "predict.py").is_file() and names):
+    fit = [target for target in known().values() if target.predict and (folder / target.file).exists()]
+    if not ((folder / "predict.py").is_file() and fit):
         return {}
-    predict, module = shipped.load(shipped.folder("export") / "predict.py"), shipped.target(names[0])
+    predict = shipped.load(shipped.folder("export") / "predict.py")
+    target = min(fit, key=lambda target: target.precision != "fp32")
     # Loaded when first run, so that its errors become its row's.
-    predictor = functools.cache(lambda: predict.load(folder, model=module.FILE))
+    predictor = functools.cache(lambda: predict.load(folder, model=target.file))
 
     def pipeline(images: Sequence[Any]) -> np.ndarray:
         return predictor().logits(images)
 
-    pipeline.precision = module.PRECISION  # type: ignore[attr-defined]
+    pipeline.precision = target.precision  # type: ignore[attr-defined]
     return {"predict.py": pipeline}
 
 
-def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str]]:
+def _unchecked(verification: Verification, folder: Path) -> list[Skipped]:
     """A "skipped" entry for predict.py where there were no raw images to try it on."""
     if not (folder / "predict.py").is_file() or any(row["name"] == "predict.py" for row in verification["rows"]):
         return []
@@ -239,32 +246,22 @@ def _unchecked(verification: dict[str, Any], folder: Path) -> list[dict[str, str
     return [{"target": "predict.py", "reason": reason}]
 
 
-def _finish(part: Path, arch: str, verification: dict[str, Any], info: Mapping[str, Any]) -> None:
+def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any]) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment(verification["device"])
-    bundle.recommend(part, for_cpu(verification["rows"]))
+    bundle.recommend(part, for_cpu(verification["rows"], {target.row for target in known().values() if target.predict}))
     bundle.write_json(part / "verification.json", verification)
-    write_card(part, arch, bundle.read_json(part / bundle.CONFIG), verification, info)
+    write_card(part, arch, bundle.read_config(part), verification, info)
     bundle.write_sums(part)
 
 
-def _leave_out(part: Path, targets: Mapping[str, Exported], verification: Mapping[str, Any]) -> None:
-    """Delete the variants that failed from a bundle that ships without them; their rows stay."""
-    if verification["verdict"] != "fail":
-        for row in verification["rows"]:
-            if is_variant(row) and not row["pass"]:
-                path = targets[row["name"]].path
-                for file in (path, path.with_name(f"{path.name}.json")):  # an engine has a sidecar
-                    file.unlink(missing_ok=True)
-
-
-def _data_facts(data: Any | None) -> dict[str, Any]:
+def _data_facts(data: Any | None) -> DataFacts:
     if data is None or data.validation is None:
         return {"name": None, "images": 0}
     return {"name": without_paths(str(data.name)), "images": data.sizes[1]}
 
 
-def _add_failure(verification: dict[str, Any], file: str, reason: str | None) -> None:
+def _add_failure(verification: Verification, file: str, reason: str | None) -> None:
     """A failed row for a file in which `reason` is wrong, if anything is."""
     if reason:
         verification["rows"].append(failed_row(file, reason))

@@ -1,126 +1,137 @@
-"""Which files a student can be written to: what asks for each, writing them into a bundle, finding them in one."""
+"""Which files a student can be written to: the export targets, what each declares, and which of them settings ask for.
+
+They are the files of `export/`, found by their names; export/README.md says what one may declare.
+"""
 
 from __future__ import annotations
 
 import inspect
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
-from okdc.deploy import bundle, triton
+from okdc.deploy import triton
+from okdc.errors import ExportError, nearest
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
-from okdc.system.wording import one_line, without_paths
-from okdc.verification import Exported, Gates
-from okdc.verification.gates import GPU_ROWS
-
-# The settings that ask for an export target, all of them, where that is not the one of its name. Engines are built
-# from the ONNX of their precision: --trt --fp16 is model.engine and model.fp16.engine.
-_FLAGS = {
-    "onnx_fp16": ("fp16",), "onnx_int8": ("int8",), "onnx_int8_trt": ("int8",),
-    "tensorrt": ("trt",), "tensorrt_fp16": ("trt", "fp16"), "tensorrt_int8": ("trt", "int8"),
-}  # fmt: skip
-_LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
-_ROWS = {"torch": "torch.export"}  # where the name of a row is not: "torch" is the reference
+from okdc.verification.schema import Verification
 
 
-def flags(name: str) -> tuple[str, ...]:
-    """The settings that together ask for an export target."""
-    return _FLAGS.get(name, (name,))
+@dataclass(frozen=True)
+class Target:
+    """One export target: the module in `export/to_NAME.py`, and what the constants at its top declare."""
+
+    name: str
+    path: Path
+    module: ModuleType
+    file: str  # what it writes, a file or a folder of the bundle
+    description: str  # of that, for the model card
+    also: Mapping[str, str]  # what else it writes, and how the card describes it
+    tool: str | None  # what its own file does beside the bundle's, to which it is then copied
+    asked_by: tuple[str, ...]  # the settings that together ask for it
+    needs: tuple[str, ...]  # the targets that must be written for it
+    row: str  # what its row of a verification is called
+    precision: str  # that it is sold as: fp32, fp16, int8
+    calibrated: bool  # not to be written without training images
+    predict: bool  # whether predict.py runs it: by onnxruntime, on a CPU
+    devices: Mapping[str, float | None]  # on which it runs too, in a row each, and the tolerance of its logits there
+    packages: tuple[str, ...]  # whose versions a verification tells
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Everything that it writes, each with its description."""
+        return {self.file: self.description, **self.also}
+
+    @property
+    def options(self) -> Mapping[str, inspect.Parameter]:
+        """What its `write` takes by keyword."""
+        return inspect.signature(self.module.write).parameters
+
+    def on(self, device: str) -> str:
+        """What the row of one of its further devices is called."""
+        return f"{self.row} on {device}"
 
 
-def row_name(name: str) -> str:
-    """What the row of an export target is called in a verification."""
-    return _ROWS.get(name, name)
+def known() -> dict[str, Target]:
+    """Every export target by its name, after those from whose files it is made, else in the order of the alphabet."""
+    found = {target.name: target for target in map(_declared, sorted(shipped.folder("export").glob("to_*.py")))}
+    ordered: dict[str, Target] = {}
+
+    def place(target: Target, waiting: tuple[str, ...]) -> None:
+        if target.name in waiting:
+            raise ExportError(f"Each of these export targets is made from another: {', '.join(waiting)}. Mend NEEDS.")
+        for name in found:
+            if name in target.needs or name in target.options:
+                place(found[name], (*waiting, target.name))
+        ordered.setdefault(target.name, target)
+
+    for target in found.values():
+        if lost := set(target.needs) - set(found):
+            names = ", ".join(found)
+            raise ExportError(f"{target.path.name} needs {lost.pop()!r}, which is no export target: {names}.")
+        place(target, ())
+    return ordered
 
 
-def write(
-    part: Path,
-    student: nn.Module,
-    arch: str,
-    settings: ExportSettings,
-    classes: Sequence[str],
-    preprocess: dict,
-    info: Mapping[str, Any],
-    calibration: np.ndarray | None,
-    without: str,
-    device: str,
-) -> tuple[dict[str, Exported], list[dict[str, str]], dict[str, Any]]:
-    """Every file that is asked for, in `part`: the files, what is not available here, and each writer's notes.
+def find(name: str) -> Target:
+    """The export target of that name; raises ExportError if there is none."""
+    found = known()
+    if name not in found:
+        raise ExportError(f"There is no export target {name!r}; okdc has {', '.join(found)}.{nearest(name, found)}")
+    return found[name]
 
-    without: why there is no int8 where there is no `calibration`. device: what a file that is for one GPU is for.
+
+def asked(settings: ExportSettings) -> list[Target]:
+    """The export targets that settings ask for, and those that these need, in the order of writing.
+
+    Raises ExportError for a target that no setting could ever ask for.
     """
-    enough = min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2)
-    metadata = bundle.metadata(arch, classes, preprocess, info)
-    example = torch.zeros(2, *preprocess["input_size"])
-    largest = max([_LARGEST_BATCH, *settings.batch_sizes])
-    targets: dict[str, Exported] = {}
-    skipped, notes = [], {}
-    for name in shipped.targets():
-        if not _wanted(name, settings):
-            continue
-        module = shipped.target(name)
-        wants_images = calibration is None and "int8" in flags(name)
-        reason = without if wants_images else module.available()
-        if reason is not None:
-            skipped.append({"target": name, "reason": without_paths(reason)})
-            continue
-        # A writer takes what it has a keyword for; among that, the files written so far (TensorRT builds on the ONNX).
-        written = {done: exported.path for done, exported in targets.items() if exported.problem is None}
-        offered = {"opset": settings.opset, "metadata": metadata, "profile": (1, 8, largest), **written}
-        offered |= {
-            "workspace": int(settings.workspace * 2**30),
-            "calibration": calibration,
-            "enough": enough,
-            "device": device,
-        }
-        options = {key: offered[key] for key in inspect.signature(module.write).parameters if key in offered}
-        problem = None
-        try:
-            notes[name] = module.write(student, example, part / module.FILE, **options)
-        except Exception as error:  # an exporter may raise anything; the other files are still written
-            problem = f"it could not be written: {one_line(error)}"
-        targets[row_name(name)] = Exported(part / module.FILE, module, problem)
-    if any(name.startswith("onnx") for name in targets):
-        shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
-        (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
-    if settings.trt:  # it builds the engine where it cannot be built here
-        shutil.copyfile(shipped.targets()["tensorrt"], part / "to_tensorrt.py")
-    if settings.triton:
-        triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
-    return targets, skipped, notes
+    found = known()
+    for target in found.values():
+        for setting in target.asked_by:
+            if not hasattr(settings, setting):
+                raise ExportError(
+                    f"{target.path.name} is asked for by {setting!r}, which is no setting: add a field of that name to "
+                    "ExportSettings (okdc/recipe/sections.py), or say in ASKED_BY which ones ask for it."
+                )
+    names = {name for name, target in found.items() if all(getattr(settings, each) for each in target.asked_by)}
+    names |= set(triton.NEEDS) if settings.triton else set()
+    for name in reversed(found):  # what is needed comes before
+        names |= set(found[name].needs) if name in names else set()
+    return [target for name, target in found.items() if name in names]
 
 
-def further(targets: Mapping[str, Exported], device: str) -> dict[str, Exported]:
-    """onnxruntime's providers for GPUs, where there is one, on `device` if it is one: more runners of model.onnx."""
-    onnx = targets.get("onnx")
-    if onnx is None or onnx.problem or not torch.cuda.is_available():
-        return {}
-    tf32 = {"tensorrt": 5e-3}  # this provider cannot be told to do without
-    number = device.removeprefix("cuda") if device.startswith("cuda") else ""
-    return {row: replace(onnx, device=kind + number, tolerance=tf32.get(kind)) for row, kind in GPU_ROWS.items()}
+def not_written(verification: Verification, typed: Collection[str]) -> str | None:
+    """Why a file that the settings `typed` ask for is not there, in a sentence; None when nothing is missing."""
+    reasons = {each["target"]: each["reason"] for each in verification["skipped"]}
+    for name, target in known().items():
+        if name in reasons and set(target.asked_by) <= set(typed):
+            return f"no {' '.join(target.asked_by)} file was written: {reasons[name]}"
+    return None
 
 
-def existing(folder: Path) -> tuple[dict[str, Exported], list[dict[str, str]]]:
-    """The files that a bundle has, and why some of them cannot be run here."""
-    targets, skipped = {}, []
-    for name in shipped.targets():
-        module = shipped.target(name)
-        if (folder / module.FILE).is_file():
-            reason = module.available()
-            if reason is None:
-                targets[row_name(name)] = Exported(folder / module.FILE, module)
-            else:
-                skipped.append({"target": name, "reason": without_paths(reason)})
-    return targets, skipped
+def _declared(path: Path) -> Target:
+    module, name = shipped.load(path), path.stem.removeprefix("to_")
 
+    def constant(called: str, default: Any) -> Any:
+        return getattr(module, called, default)
 
-def _wanted(name: str, settings: ExportSettings) -> bool:
-    asked = all(getattr(settings, flag, False) for flag in flags(name))
-    return asked or (name == "onnx" and (settings.trt or settings.triton))  # from which those are made
+    return Target(
+        name=name,
+        path=path,
+        module=module,
+        file=module.FILE,
+        description=module.DESCRIPTION,
+        also=constant("ALSO", {}),
+        tool=constant("TOOL", None),
+        asked_by=constant("ASKED_BY", (name,)),
+        needs=constant("NEEDS", ()),
+        row=constant("ROW", name),
+        precision=constant("PRECISION", "fp32"),
+        calibrated=constant("CALIBRATED", False),
+        predict=constant("PREDICT", False),
+        devices=constant("DEVICES", {}),
+        packages=constant("PACKAGES", ()),
+    )

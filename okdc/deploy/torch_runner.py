@@ -1,4 +1,4 @@
-"""The student of a bundle as a runner, eager or compiled: loaded by path like an export target, to be timed alone."""
+"""The student of a bundle as a runner, eager or compiled: the module that times it, in a process of its own."""
 
 from __future__ import annotations
 

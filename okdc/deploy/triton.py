@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = "triton"
+NEEDS = ("onnx",)  # the export targets without which there is nothing to serve
 
 _QUEUE_DELAY = 2000  # microseconds that an image waits for others to share its batch
 _CONFIG = """\

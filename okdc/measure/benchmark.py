@@ -19,18 +19,16 @@ import torch
 
 from okdc import deploy, networks, pipeline
 from okdc.data import wrap
-from okdc.deploy import bundle, targets
+from okdc.deploy import bundle, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
 from okdc.recipe import ExportSettings, Recipe, override
-from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
-from okdc.verification import comparison
-from okdc.verification.gates import GPU_ROWS
+from okdc.verification import latency
+from okdc.verification.schema import Row, Verification
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
-_FORMATS = ("onnx", "fp16", "int8", "trt")  # settings that write one
 _CALIBRATION = 16  # images
 _BUILDING = ("img_size", "in_chans", "num_classes", "model_kwargs")  # settings of a network that is built here
 
@@ -61,8 +59,8 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
         export = override(Recipe(), settings).export
         rows = _torch(folder, verification, export, compiled)
         rows += [_row(each) for each in verification["rows"] if each["name"] not in ("torch", "predict.py")]
-        skipped = {each["target"]: each["reason"] for each in verification["skipped"] if each["target"] != "predict.py"}
-        rows += [_absent(name, reason) for name, reason in (_missing(folder) | reasons | skipped).items()]
+        absent = _missing(folder) | reasons | _skipped(verification)
+        rows += [_absent(name, reason) for name, reason in absent.items()]
     facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
     return {"schema_version": 1, "source": without_paths(str(source)), **facts, "rows": rows}
 
@@ -118,8 +116,9 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     name, folder = recipe.network.model, scratch / "export"
     network = networks.load(recipe.network, typed=[name])
     config = networks.data_config(network, recipe.network)
-    formats = {name: True for name in _FORMATS if hasattr(ExportSettings, name)}
-    settings = ExportSettings(**formats, batch_sizes=[], max_drop=100.0, min_agreement=0.0)  # type: ignore[arg-type]
+    formats = {setting: True for target in targets.known().values() for setting in target.asked_by}
+    lenient = {"batch_sizes": [], "max_drop": 100.0, "min_agreement": 0.0}
+    settings = override(recipe, {**formats, **lenient}).export
     classes = networks.check_input(network, config["input_size"]).shape[1]
     noise = torch.randn(_CALIBRATION, *config["input_size"], generator=torch.Generator().manual_seed(0))
     data = wrap([(noise, torch.arange(_CALIBRATION) % classes)], num_classes=classes, preprocess=config, name="noise")
@@ -129,16 +128,11 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
         )
     except deploy.UnfitError as error:
         verification, folder = error.verification, deploy.failed_folder(folder)
-    reasons = {
-        each["target"]: each["reason"] for each in verification["skipped"] if each["target"] in shipped.targets()
-    }
-    missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).is_file())
-    return folder, reasons | {row["name"]: row["reason"] for row in missing}
+    missing = (row for row in verification["rows"] if row["file"] and not (folder / row["file"]).exists())
+    return folder, _skipped(verification) | {row["name"]: str(row["reason"]) for row in missing}
 
 
-def _torch(
-    folder: Path, verification: dict[str, Any], settings: ExportSettings, compiled: bool
-) -> list[dict[str, Any]]:
+def _torch(folder: Path, verification: Verification, settings: ExportSettings, compiled: bool) -> list[dict[str, Any]]:
     """The rows of torch, eager and compiled."""
     found = [row for row in verification["rows"] if row["name"] == "torch"]
     if not found:
@@ -150,34 +144,44 @@ def _torch(
     shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
-        latency = comparison.time_torch(folder, verification["device"], images, sizes, threads, compiled=True)
+        timed = latency.measure_alone(
+            torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}
+        )
     except RuntimeError as error:
         return [eager, _absent("torch compiled", without_paths(str(error)))]
-    return [eager, eager | {"format": "torch compiled", "latency": latency}]
+    return [eager, eager | {"format": "torch compiled", "latency": timed}]
+
+
+def _skipped(verification: Verification) -> dict[str, str]:
+    """The rows that a verification would have if their formats were available here, and why they are not."""
+    known = targets.known()
+    rows = {name: target.row for name, target in known.items()}
+    rows |= {target.on(device): target.on(device) for target in known.values() for device in target.devices}
+    return {rows[each["target"]]: each["reason"] for each in verification["skipped"] if each["target"] in rows}
 
 
 def _missing(folder: Path) -> dict[str, str]:
     """The formats that are not in a bundle, and why, or how to get them."""
-    gpu = torch.cuda.is_available()
-    missing = {} if gpu else dict.fromkeys(GPU_ROWS, "torch sees no CUDA device here")
-    exported = bundle.read_json(folder / "verification.json")["rows"]
+    known, missing = targets.known().values(), dict[str, str]()
+    if not torch.cuda.is_available():
+        missing = {each.on(device): "torch sees no CUDA device here" for each in known for device in each.devices}
+    exported: list[Row] = bundle.read_json(folder / "verification.json")["rows"]
     failed = {row["name"]: f"not in the bundle: {row['reason']}" for row in exported if not row["pass"]}
     # An export replaces the bundle, so what is in it is asked for again.
-    files = {name: folder / shipped.load(path).FILE for name, path in shipped.targets().items()}
-    there = [flag for name, file in files.items() if file.is_file() for flag in targets.flags(name)]
-    for name, path in shipped.targets().items():
-        module, row = shipped.load(path), targets.row_name(name)
-        if not (folder / module.FILE).is_file():
-            typed = " ".join(f"--{flag}" for flag in dict.fromkeys([*there, *targets.flags(name)]))
-            missing[row] = module.available() or failed.get(row) or f"not in the bundle: okdc export RUN {typed}"
+    there = [setting for target in known if (folder / target.file).exists() for setting in target.asked_by]
+    for target in known:
+        if not (folder / target.file).exists():
+            settings = dict.fromkeys([*there, *target.asked_by])
+            typed = " ".join(f"--{setting.replace('_', '-')}" for setting in settings)
+            reason = target.module.available() or failed.get(target.row)
+            missing[target.row] = reason or f"not in the bundle: okdc export RUN {typed}"
     return {name: without_paths(reason) for name, reason in missing.items()}
 
 
-def _row(row: dict[str, Any]) -> dict[str, Any]:
+def _row(row: Row) -> dict[str, Any]:
     status = "; ".join(filter(None, ["ok", row["reason"]])) if row["pass"] else f"not fit: {row['reason']}"
-    return {"format": row["name"], "status": status} | {
-        key: row[key] for key in ("file", "mb", "top1", "provider", "latency")
-    }
+    measured = {"file": row["file"], "mb": row["mb"], "top1": row["top1"], "provider": row["provider"]}
+    return {"format": row["name"], "status": status, **measured, "latency": row["latency"]}
 
 
 def _absent(name: str, reason: str) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from okdc.anatomy.modes import unchanged
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.depth import FALLBACKS
 from okdc.cohort.replay import Replay
+from okdc.deploy import targets
 from okdc.errors import CutError, OkdcError, first_line
 from okdc.recipe import NetworkSettings
-from okdc.system import shipped
 from okdc.system.waiting import Alarm
 
 COLUMNS = (
@@ -189,7 +189,7 @@ def _compile_breaks(network: nn.Module, images: Tensor, anatomy: Anatomy) -> int
 
 def _onnx_difference(network: nn.Module, images: Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return shipped.target("onnx").write(network, images, Path(folder) / "model.onnx")["rel_error"]
+        return targets.find("onnx").module.write(network, images, Path(folder) / "model.onnx")["rel_error"]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -19,6 +19,9 @@ from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.recipe import ExportSettings
 from okdc.training import checkpoint
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
 
 FOLDER = "byproducts"
 
@@ -70,16 +73,16 @@ def export(
     return rows + ([nothing | {"reason": lost}] if lost else [])
 
 
-def student_row(name: str, network: nn.Module, data: Data, verification: dict[str, Any] | None) -> dict[str, Any]:
+def student_row(name: str, network: nn.Module, data: Data, verification: Verification | None) -> dict[str, Any]:
     """The student's own row, to compare the by-products with."""
     return {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None, **_figures(verification)}
 
 
-def _figures(verification: dict[str, Any] | None) -> dict[str, Any]:
+def _figures(verification: Verification | None) -> dict[str, Any]:
     if verification is None:
         return {}
     rows = {row["name"]: row for row in verification["rows"]}
-    shipped = rows.get("onnx") or rows["torch"]
+    shipped = next((row for row in verification["rows"] if row["file"] and row["precision"] == "fp32"), rows["torch"])
     return {
         "verdict": verification["verdict"], "top1": rows["torch"]["top1"], "mb": shipped["mb"],
         "agreement": shipped["agreement"], "latency": shipped["latency"],

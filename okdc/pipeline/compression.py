@@ -110,7 +110,7 @@ def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
     try:
-        if any((formats.onnx, formats.fp16, formats.int8, formats.torch, formats.trt, formats.triton)):
+        if deploy.asked(formats):
             result.verification = result.bundle(formats)
             if (result.byproducts or lost) and formats.byproducts:
                 further = [byproducts.student_row(result.arch, result.student, data, result.verification)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
 
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
+
 
 def export(
     source: str | Path | nn.Module,
@@ -26,7 +29,7 @@ def export(
     model: str | None = None,
     push_to_hub: str | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Verification:
     """Write a bundle of a run's student, a saved student or a named network, and verify it; returns the verification.
 
     output: the bundle's folder, by default `source`/export. model: the package.module:function that a run trained,
@@ -55,7 +58,7 @@ def export(
     return verification
 
 
-def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> dict[str, Any]:
+def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verification:
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     folder = Path(bundle)
     run = folder if run_folder.is_run(folder) else folder.parent

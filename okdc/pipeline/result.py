@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import ExportSettings, Recipe, override
 
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
+
 
 @dataclass
 class Result:
@@ -22,19 +25,19 @@ class Result:
     student: nn.Module
     metrics: dict[str, Any]
     path: Path
-    verification: dict[str, Any] | None
+    verification: Verification | None
     data: Data
     recipe: Recipe
     arch: str
     byproducts: dict[str, nn.Module] = field(default_factory=dict)  # further networks of the same training, by name
 
-    def export(self, **settings: Any) -> dict[str, Any]:
+    def export(self, **settings: Any) -> Verification:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
         with run_folder.alone(self.path):
             self.verification = self.bundle(override(self.recipe, settings).export)
         return self.verification
 
-    def bundle(self, settings: ExportSettings) -> dict[str, Any]:
+    def bundle(self, settings: ExportSettings) -> Verification:
         """The same with settings that are whole, for whoever holds the run folder already."""
         return deploy.export_bundle(
             self.student, self.data, settings, self.path / "export", arch=self.arch,

@@ -8,11 +8,14 @@ import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from okdc.recipe import LOADER
 from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
 from okdc.system import files
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
 
 DASH = "–"  # what is not known
 PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # the facts that are dicts, or missing
@@ -147,7 +150,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "losses": _losses(facts),
         "best": best,
         "milestones": [history[at] for at in spaced(len(history), 10)],
-        "latency": _latency(facts.get("verification") or {}),
+        "latency": _latency(facts.get("verification")),
         "uses": _uses(folder, facts),
         "recipe": yaml.safe_dump(facts.get("recipe") or {}, sort_keys=False, allow_unicode=True),
     }
@@ -254,24 +257,24 @@ def _control(facts: dict[str, Any], best: dict[str, Any]) -> dict[str, Any] | No
     }
 
 
-def _latency(verification: dict[str, Any]) -> dict[str, Any]:
+def _latency(verification: Verification | None) -> dict[str, Any]:
     """Bars per batch size, in per cent of the longest, and the figure of the card: onnx at the smallest batch."""
     groups: dict[int, list[dict[str, Any]]] = {}
-    for row in verification.get("rows") or []:
-        for timing in row.get("latency") or []:
-            if _number(timing.get("p50_ms")):
-                groups.setdefault(timing.get("batch"), []).append(timing | {"name": row.get("name")})
-    for rows in groups.values():
-        torch = next((row["p50_ms"] for row in rows if row["name"] == "torch"), None)
-        for row in rows:
-            row["marks"] = [_number(row.get(key)) or row["p50_ms"] for key in ("p50_ms", "p90_ms", "p99_ms")]
+    for row in verification["rows"] if verification else ():
+        for timing in row["latency"]:
+            if _number(timing["p50_ms"]):
+                groups.setdefault(timing["batch"], []).append({**timing, "name": row["name"]})
+    for bars in groups.values():
+        torch = next((bar["p50_ms"] for bar in bars if bar["name"] == "torch"), None)
+        for bar in bars:
+            bar["marks"] = [_number(bar.get(key)) or bar["p50_ms"] for key in ("p50_ms", "p90_ms", "p99_ms")]
         # one slow outlier must not shrink the bars to nothing: no whisker goes beyond three times the longest bar
-        width = min(max(max(row["marks"]) for row in rows), 3 * max(row["p50_ms"] for row in rows))
-        for row in rows:
-            row["at"] = [round(min(100 * mark / width, 100), 2) for mark in row["marks"]]
-            row["speedup"] = torch / row["p50_ms"] if torch and row["name"] != "torch" else None
-    fastest = [row for batch in sorted(groups)[:1] for row in groups[batch] if row["name"] != "torch"]
-    card = next((row for row in fastest if row["name"] == "onnx"), fastest[0] if fastest else {})
+        width = min(max(max(bar["marks"]) for bar in bars), 3 * max(bar["p50_ms"] for bar in bars))
+        for bar in bars:
+            bar["at"] = [round(min(100 * mark / width, 100), 2) for mark in bar["marks"]]
+            bar["speedup"] = torch / bar["p50_ms"] if torch and bar["name"] != "torch" else None
+    fastest = [bar for batch in sorted(groups)[:1] for bar in groups[batch] if bar["name"] != "torch"]
+    card = next((bar for bar in fastest if bar["name"] == "onnx"), fastest[0] if fastest else {})
     return {"groups": sorted(groups.items()), "card": card}
 
 

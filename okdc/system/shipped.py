@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from okdc.errors import ExportError, OkdcError, nearest
+from okdc.errors import OkdcError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -22,19 +22,6 @@ def folder(name: str) -> Path:
         if place.is_dir():
             return place
     raise OkdcError(f"This installation of okdc has no {name}/ folder: pip install --force-reinstall okdc")
-
-
-def targets() -> dict[str, Path]:
-    """The export targets by name, from the file listing: `export/to_NAME.py`."""
-    return {path.stem.removeprefix("to_"): path for path in sorted(folder("export").glob("to_*.py"))}
-
-
-def target(name: str) -> ModuleType:
-    """The module of one export target; raises ExportError if there is none of that name."""
-    known = targets()
-    if name not in known:
-        raise ExportError(f"There is no export target {name!r}; okdc has {', '.join(known)}.{nearest(name, known)}")
-    return load(known[name])
 
 
 @cache

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from okdc.tasks.tally import Tally
 from okdc.verification import latency
 from okdc.verification.gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
 from okdc.verification.runners import Exported, Pipeline, Run, logits_of, start, torch_runner
-from okdc.verification.schema import VERSION
+from okdc.verification.schema import VERSION, Figures, Latency, Row, Verification
 
 TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
 ROUNDING = 1e-5  # the same, of one sum added up in another order
@@ -49,16 +49,16 @@ def compare(
     gates: Gates = NO_WISHES,
     pipelines: Mapping[str, Pipeline] | None = None,
     golden: tuple[np.ndarray, np.ndarray] | None = None,
-    bundle: Path | None = None,
-) -> dict[str, Any]:
+    alone: tuple[str, Path] | None = None,
+) -> Verification:
     """Run every exported file and the student on the same validation images, and judge them: a verification.
 
     student: None where the network cannot be rebuilt; the files are then held to `gates.expected_top1` and `golden`.
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
     pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
-    bundle: a folder with the student's weights, so that torch too is timed in a process of its own. "skipped" holds
-    the targets whose own device is not here, "environment" nothing: only the caller knows more.
+    alone: a module that can run the student in a process of its own, so that torch too is timed there, and its file.
+    "skipped" holds the targets whose own device is not here, "environment" and "data" nothing: only the caller knows.
     """
     session = _Session(student, targets, pipelines or {}, device)
     labelled = data is not None and data.validation is not None
@@ -66,11 +66,11 @@ def compare(
     session.probe(first, golden)
     rows = session.rows(labelled, gates)
     if batch_sizes:
-        session.time(rows, first, batch_sizes, threads, bundle)
+        session.time(rows, first, batch_sizes, threads, alone)
     recommended = weigh(rows)
     return {
         "schema_version": VERSION,
-        "verdict": verdict(rows, labelled),
+        "verdict": verdict(rows, labelled, [name for name, exported in targets.items() if exported.device]),
         "recommended": recommended,
         "images": session.count,
         "device": device,
@@ -78,6 +78,7 @@ def compare(
         "rows": rows,
         "skipped": [{"target": name, "reason": reason} for name, reason in session.absent.items()],
         "environment": {},
+        "data": {"name": None, "images": 0},
     }
 
 
@@ -169,27 +170,27 @@ class _Session:
                         if expected is not None:
                             self.tallies[name].difference(out, expected)
 
-    def rows(self, labelled: bool, gates: Gates) -> list[dict[str, Any]]:
+    def rows(self, labelled: bool, gates: Gates) -> list[Row]:
         """One judged row for torch, each exported file and each pipeline that was run."""
-        rows = []
+        rows: list[Row] = []
         expected = gates.expected_top1
         gates = replace(gates, margin=chance(gates, self.labels))
         if self.student is not None:
-            row = self._row("torch", None, _megabytes(self.student), labelled) | {"precision": "fp32"}
+            row = self._row("torch", None, _megabytes(self.student), labelled)
+            row["precision"] = "fp32"
             # Wrong weights, labels or preprocessing show here, before they are blamed on a file. Three images more may
             # fall: when it was last measured, in training, it may have been in mixed precision.
             lenient = replace(gates, margin=gates.margin + 300 / self.count)
             rows.append(judge(row, expected, lenient, TOLERANCE, known="when last measured it was"))
             expected, gates = row["top1"], replace(gates, margin=0.0)
         for name, exported in self.targets.items():
-            megabytes = exported.path.stat().st_size / 1e6 if exported.path.is_file() else None
-            row = self._row(name, exported.path.name, megabytes, labelled)
+            row = self._row(name, exported.path.name, _size(exported.path), labelled)
             row["precision"] = self._precision(name)
             tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
             rows.append(judge(row, expected, gates, tolerance, labelled=labelled))
             made_for = getattr(exported.module, "MADE_FOR", None)
             if row["pass"] and made_for and made_for != torch.device(self.devices[name]).type:
-                row.update(worth_shipping=None, reason=f"made for {made_for}: what its speed is here says nothing")
+                row["worth_shipping"], row["reason"] = None, f"made for {made_for}: what its speed is here says nothing"
         for name, pipeline in self.pipelines.items():
             if self.tallies[name].images or name in self.problems:
                 row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
@@ -204,11 +205,10 @@ class _Session:
     def _precision(self, name: str) -> str:
         return getattr(self.targets[name].module, "PRECISION", "fp32") if name in self.targets else "fp32"
 
-    def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> dict[str, Any]:
+    def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> Row:
         tally = self.tallies[name]
-        row: dict[str, Any] = {"name": name, "file": file, "mb": megabytes, "provider": self.providers.get(name)}
-        row |= {"precision": None, "layers": self.layers.get(name) or None} | tally.row(labelled)
-        row |= {"latency": [], "pass": True, "worth_shipping": True, "reason": None}
+        row = _new_row(name, file, tally, labelled)
+        row |= {"mb": megabytes, "provider": self.providers.get(name), "layers": self.layers.get(name) or None}
         reason = self.problems.get(name) or (None if tally.finite else "it gives logits that are not finite")
         if reason:
             fail(row, reason)
@@ -216,11 +216,11 @@ class _Session:
 
     def time(
         self,
-        rows: list[dict[str, Any]],
+        rows: list[Row],
         images: np.ndarray,
         batch_sizes: Sequence[int],
         threads: int,
-        bundle: Path | None,
+        alone: tuple[str, Path] | None,
     ) -> None:
         """Fill in the latency of torch and of every file that runs: one process each, and nothing beside it."""
         self.runners.clear()  # no idle thread pool disturbs the clock
@@ -230,16 +230,16 @@ class _Session:
             try:
                 if name in self.targets and name not in self.problems and row["worth_shipping"] is not None:
                     exported = self.targets[name]
-                    module, where = Path(str(exported.module.__file__)), self.devices[name]
+                    module, where = str(exported.module.__file__), self.devices[name]
                     row["latency"] = latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
-                elif name == "torch" and bundle is not None:
-                    row["latency"] = time_torch(bundle, self.device, images, batch_sizes, threads)
+                elif name == "torch" and alone is not None:
+                    row["latency"] = latency.measure_alone(*alone, self.device, images, batch_sizes, threads)
                 elif name == "torch" and self.reference is not None:  # nobody else can build the network
                     row["latency"] = self._time_torch(images, batch_sizes, threads)
             except RuntimeError as error:
                 fail(row, f"it does not run in a process of its own: {without_paths(str(error))}")
 
-    def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[dict[str, Any]]:
+    def _time_torch(self, images: np.ndarray, batch_sizes: Sequence[int], threads: int) -> list[Latency]:
         assert self.reference is not None
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -248,14 +248,6 @@ class _Session:
             return latency.measure(self.reference, images, batch_sizes, on_cpu)
         finally:
             torch.set_num_threads(before)
-
-
-def time_torch(
-    bundle: Path, device: str, images: np.ndarray, batch_sizes: Sequence[int], threads: int, compiled: bool = False
-) -> list[dict[str, Any]]:
-    """The latency of a bundle's student in torch, in a process of its own; RuntimeError where it cannot be built."""
-    module = Path(__file__).parents[1] / "deploy/torch_runner.py"
-    return latency.measure_alone(module, bundle, device, images, batch_sizes, threads, {"compiled": compiled})
 
 
 def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw: bool) -> Iterator[Batch]:
@@ -279,16 +271,31 @@ def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw
             return
 
 
-def failed_row(name: str, reason: str) -> dict[str, Any]:
+def failed_row(name: str, reason: str) -> Row:
     """The row of a file that is wrong without having been run."""
-    row = {"name": name, "file": name, "mb": None, "provider": None, "precision": None, "layers": None}
-    row |= Tally().row(labelled=False)
-    return row | {"latency": [], "pass": False, "worth_shipping": False, "reason": reason}
+    row = _new_row(name, name, Tally(), labelled=False)
+    fail(row, reason)
+    return row
+
+
+def _new_row(name: str, file: str | None, tally: Tally, labelled: bool) -> Row:
+    """A row with what was counted, that has not failed yet."""
+    return {
+        "name": name, "file": file, "mb": None, "provider": None, "precision": None, "layers": None,
+        **cast(Figures, tally.row(labelled)),
+        "latency": [], "pass": True, "worth_shipping": True, "reason": None,
+    }  # fmt: skip
 
 
 def _repeat(images: np.ndarray, count: int) -> np.ndarray:
     """`count` images, over and over where there are fewer."""
     return np.ascontiguousarray(images[np.arange(count) % len(images)])
+
+
+def _size(path: Path) -> float | None:
+    """Megabytes of a file, or of all the files in a folder; None where nothing is."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6 if files else None
 
 
 def _megabytes(network: nn.Module) -> float:

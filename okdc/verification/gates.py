@@ -14,15 +14,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from okdc.verification.schema import Recommended, Row
+
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
-GPU_ROWS = {"onnx on cuda": "cuda", "onnx on tensorrt": "tensorrt"}  # and the device that onnxruntime is asked for
+_PLAIN = "onnx"  # the row that the others are weighed against
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
 
@@ -63,21 +64,21 @@ def chance(gates: Gates, labels: Sequence[int]) -> float:
     return 300 * math.sqrt(share * (1 - share) / (draws * min(1, gates.known_from / len(labels))))
 
 
-def fail(row: dict[str, Any], reason: str) -> None:
+def fail(row: Row, reason: str) -> None:
     """Mark a row as failed; the first reason stays."""
     if row["pass"]:
-        row.update({"pass": False, "worth_shipping": False, "reason": reason})
+        row |= {"pass": False, "worth_shipping": False, "reason": reason}
 
 
 def judge(
-    row: dict[str, Any],
+    row: Row,
     expected: float | None,
     gates: Gates,
     tolerance: float,
     *,
     labelled: bool = True,
     known: str = "with torch it is",
-) -> dict[str, Any]:
+) -> Row:
     """The row with its verdict: the first gate it fails is the reason. expected: the top-1 that it must keep, %.
 
     On noise (not `labelled`) a variant may differ ten times as much, and nothing is asked of its predictions, of which
@@ -101,31 +102,26 @@ def judge(
     return row
 
 
-def is_variant(row: Mapping[str, Any]) -> bool:
+def is_variant(row: Row) -> bool:
     """Whether the others may ship without it: a file in less than float32."""
     return row["file"] is not None and row["precision"] in ("fp16", "int8")
 
 
-def is_required(row: Mapping[str, Any]) -> bool:
-    """Whether nothing ships when it fails, of what is exported: all but variants and further providers."""
-    return not is_variant(row) and row["name"] not in GPU_ROWS
-
-
-def verdict(rows: Sequence[Mapping[str, Any]], labelled: bool) -> str:
-    """pass, parity_only (there were no labelled images) or fail, by the rules above."""
+def verdict(rows: Sequence[Row], labelled: bool, further: Collection[str] = ()) -> str:
+    """pass, parity_only (there were no labelled images) or fail, by the rules above; further: rows on other devices."""
     files = [row for row in rows if row["precision"] and row["file"]]
     nothing = bool(files) and not any(row["pass"] for row in files)
-    if nothing or not all(row["pass"] for row in rows if is_required(row)):
+    if nothing or not all(row["pass"] for row in rows if not is_variant(row) and row["name"] not in further):
         return "fail"
     return "pass" if labelled else "parity_only"
 
 
-def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def weigh(rows: Sequence[Row]) -> Recommended | None:
     """Mark the variants that are not worth shipping for their speed; returns the recommended file, and why it is.
 
     None where no file passed. Without latencies, float32 ONNX is recommended, else the first file that passed.
     """
-    plain = next((row for row in rows if row["name"] == "onnx" and row["pass"]), None)
+    plain = next((row for row in rows if row["name"] == _PLAIN and row["pass"]), None)
     limit = milliseconds(plain) if plain else None
     for row in rows:
         spent = milliseconds(row)
@@ -133,27 +129,32 @@ def weigh(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
             row["worth_shipping"] = False
             row["reason"] = f"not clearly faster than onnx on this device: {_time(row)} against {limit:.2f} ms"
     best = _fastest([row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]])
-    return {"name": best["name"], "file": best["file"], "why": _why(best, rows)} if best else None
+    if best is None or best["file"] is None:
+        return None
+    return {"name": best["name"], "file": best["file"], "why": _why(best, rows)}
 
 
-def for_cpu(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The file for onnxruntime on a CPU, which predict.py runs: the fastest there, else any; None where none passed."""
-    fit = [row for row in rows if row["name"] in ("onnx", "onnx_fp16", "onnx_int8") and row["pass"]]
+def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
+    """The file that predict.py runs, by onnxruntime on a CPU: the fastest there, else any; None where none passed.
+
+    runnable: the rows of the files that it can run.
+    """
+    fit = [row for row in rows if row["name"] in runnable and row["pass"]]
     here = [row for row in fit if row["worth_shipping"] and row["provider"] == "CPUExecutionProvider"]
     best = _fastest(here) or next(iter(fit), None)
     return best["file"] if best else None
 
 
-def _fastest(fit: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _fastest(fit: Sequence[Row]) -> Row | None:
     """The row that took least time; float32 ONNX unless another saves a twentieth of its time, or nothing was timed."""
-    plain = next((row for row in fit if row["name"] == "onnx"), None)
+    plain = next((row for row in fit if row["name"] == _PLAIN), None)
     timed = [row for row in fit if milliseconds(row)]
     best = min(timed, key=lambda row: milliseconds(row) or 0.0, default=plain or next(iter(fit), None))
     limit = milliseconds(plain) if plain else None
     return plain if best and limit and (milliseconds(best) or 0.0) > _PAYS * limit else best
 
 
-def milliseconds(row: Mapping[str, Any]) -> float | None:
+def milliseconds(row: Row) -> float | None:
     """The time of the smallest batch; on one thread of a CPU its processor time, which other programs disturb less."""
     first = min(row["latency"], key=lambda entry: entry["batch"], default=None)
     if first is None:
@@ -161,7 +162,7 @@ def milliseconds(row: Mapping[str, Any]) -> float | None:
     return first["p50_ms"] if first["contended"] is None else first["cpu_ms"]
 
 
-def _time(row: Mapping[str, Any]) -> str:
+def _time(row: Row) -> str:
     """`milliseconds` in words: the table beside it shows the time on the wall."""
     spent, first = milliseconds(row), min(row["latency"], key=lambda entry: entry["batch"], default=None)
     if spent is None or first is None:
@@ -169,7 +170,7 @@ def _time(row: Mapping[str, Any]) -> str:
     return f"{spent:.2f} ms{' of CPU time' if first['contended'] is not None else ''} at batch {first['batch']}"
 
 
-def _why(best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _why(best: Row, rows: Sequence[Row]) -> str:
     torch = next((row for row in rows if row["name"] == "torch"), None)
     spent, before = milliseconds(best), milliseconds(torch) if torch else None
     parts = [_time(best)]

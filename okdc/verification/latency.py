@@ -6,6 +6,7 @@ Backends that spin their threads slow each other down by up to three times when 
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -15,9 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Latency
 
 WARM_UP = 0.5  # seconds; caches, clocks and lazily built kernels need time, not a number of calls
 SAMPLES = 30  # at least
@@ -27,7 +32,7 @@ LIMIT = 20.0  # seconds of sampling after which a slow network is left at fewer 
 
 def measure(
     run: Callable[[np.ndarray], Any], images: np.ndarray, batch_sizes: Sequence[int], threads: int | None = None
-) -> list[dict[str, Any]]:
+) -> list[Latency]:
     """One row per batch size: percentiles and CPU time (ms), images per second, samples, whether others were busy.
 
     images: (B, C, H, W), B at least the largest batch size; threads: what `run` may use on a CPU, None elsewhere.
@@ -35,7 +40,7 @@ def measure(
     return [_measure_batch(run, np.ascontiguousarray(images[:batch]), threads) for batch in batch_sizes]
 
 
-def _measure_batch(run: Callable[[np.ndarray], Any], images: np.ndarray, threads: int | None) -> dict[str, Any]:
+def _measure_batch(run: Callable[[np.ndarray], Any], images: np.ndarray, threads: int | None) -> Latency:
     run(images)  # may compile, or capture a graph, for as long as a whole warm-up
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_UP:
@@ -78,15 +83,17 @@ def _sample(run: Callable[[np.ndarray], Any], images: np.ndarray) -> tuple[list[
 
 
 def measure_alone(
-    module: Path,
+    module: str,
     file: Path,
     device: str,
     images: np.ndarray,
     batch_sizes: Sequence[int],
     threads: int,
     options: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """`measure` of the runner in `module` (an export target's file) in a process of its own.
+) -> list[Latency]:
+    """`measure` of the runner in `module` in a process of its own.
+
+    module: the file of an export target, which is no part of any package, or the name of a module that can be imported.
 
     options: further keywords of the runner; when not given, those in the module's LATENCY, where it has that. Raises
     RuntimeError with the last line of what that process said when it failed.
@@ -96,7 +103,7 @@ def measure_alone(
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "images.npy"
         np.save(saved, images, allow_pickle=False)
-        paths = {"module": str(module), "file": str(file), "images": str(saved)}
+        paths = {"module": module, "file": str(file), "images": str(saved)}
         job = paths | {"device": device, "threads": threads, "batch_sizes": list(batch_sizes), "options": options}
         # -P: the script's own folder holds modules whose names must not shadow other people's.
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
@@ -110,14 +117,21 @@ def measure_alone(
 def main() -> None:
     """Time what the job on stdin names, and print the latency rows as one line of JSON."""
     job = json.load(sys.stdin)
-    spec = importlib.util.spec_from_file_location("export_target", job["module"])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _loaded(job["module"])
     options = getattr(module, "LATENCY", {}) if job["options"] is None else job["options"]
     run = module.runner(Path(job["file"]), device=job["device"], threads=job["threads"], **options)
     images = np.load(job["images"], allow_pickle=False)
     print(json.dumps(measure(run, images, job["batch_sizes"], job["threads"] if job["device"] == "cpu" else None)))
+
+
+def _loaded(module: str) -> ModuleType:
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location("export_target", module)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 if __name__ == "__main__":

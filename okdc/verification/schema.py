@@ -1,5 +1,6 @@
-"""verification.json, version 2: what its fields are called, their types and units; a test holds real ones against this.
+"""verification.json, version 2: what its fields are called, their types and units, for all who write and read it.
 
+Plain dictionaries, as they are in the file; the names and types of their keys are checked wherever they are used.
 Whoever adds, removes or renames a field raises `VERSION`. Shares are per cent, times milliseconds, sizes megabytes.
 """
 
@@ -32,18 +33,9 @@ class Difference(TypedDict):
     mean_abs: float
 
 
-_Verdict = TypedDict("_Verdict", {"pass": bool})  # a word of Python's own
+class Figures(TypedDict):
+    """What a runner's logits are worth beside the labels and torch's logits; None: not measured."""
 
-
-class Row(_Verdict):
-    """One runner: the student in torch, an exported file, or predict.py on raw images."""
-
-    name: str
-    file: str | None
-    mb: float | None
-    provider: str | None  # the backend that really ran
-    precision: str | None  # what the file is sold as: fp32, fp16, int8
-    layers: dict[str, int] | None  # multiplying layers by the number type found in the file
     top1: float | None
     top5: float | None
     agreement: float | None  # with torch
@@ -52,6 +44,20 @@ class Row(_Verdict):
     mean_abs: float | None
     rel: float | None  # max_abs over the largest logit
     differences: list[Difference]
+
+
+_Verdict = TypedDict("_Verdict", {"pass": bool})  # a word of Python's own
+
+
+class Row(Figures, _Verdict):
+    """One runner: the student in torch, an exported file, or predict.py on raw images."""
+
+    name: str
+    file: str | None
+    mb: float | None
+    provider: str | None  # the backend that really ran
+    precision: str | None  # what the file is sold as: fp32, fp16, int8
+    layers: dict[str, int] | None  # multiplying layers by the number type found in the file
     latency: list[Latency]
     worth_shipping: bool | None  # None: made for another device
     reason: str | None
@@ -72,7 +78,7 @@ class Skipped(TypedDict):
     reason: str
 
 
-class Data(TypedDict):
+class DataFacts(TypedDict):
     """The validation images."""
 
     name: str | None
@@ -109,4 +115,4 @@ class Verification(_OfExport):
     rows: list[Row]
     skipped: list[Skipped]
     environment: dict[str, Any]
-    data: Data
+    data: DataFacts

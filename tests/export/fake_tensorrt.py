@@ -24,7 +24,7 @@ import onnxruntime
 import pytest
 import torch
 
-from okdc.system import shipped
+from okdc.deploy import targets
 
 NAMES = json.loads(Path(__file__).with_name("tensorrt_names.json").read_text())
 _KINDS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT8: "INT8"}
@@ -342,7 +342,7 @@ class Graph:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> Package:
     """The fake as `tensorrt`, on a machine that claims to have a GPU; tensors stay on the CPU."""
-    package, target = Package(version, Plan()), shipped.target("tensorrt")
+    package, target = Package(version, Plan()), targets.find("tensorrt").module
     monkeypatch.setitem(sys.modules, "tensorrt", package)
     stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
     nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
@@ -355,6 +355,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> Package:
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(target, "_gpu", lambda device: torch.device("cpu"))
     for name in ("tensorrt_fp16", "tensorrt_int8"):  # else each loads to_tensorrt.py for itself
-        monkeypatch.setattr(shipped.target(name), "_to_tensorrt", lambda: target)
+        monkeypatch.setattr(targets.find(name).module, "_to_tensorrt", lambda: target)
     Graph.plan = package.plan
     return package

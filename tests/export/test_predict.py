@@ -20,6 +20,7 @@ from timm.data import create_transform
 from torch import nn
 
 from okdc.data.transforms import convert
+from okdc.deploy import targets
 from okdc.system import shipped
 
 SCRIPT = shipped.folder("export") / "predict.py"
@@ -106,7 +107,7 @@ def bundle(tmp_path_factory) -> Path:
     with torch.no_grad():
         network[2].weight.copy_(torch.eye(3))
     config = {"input_size": [3, 16, 16], "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center", **IMAGENET}
-    shipped.target("onnx").write(network, torch.zeros(2, 3, 16, 16), folder / "model.onnx")
+    targets.find("onnx").module.write(network, torch.zeros(2, 3, 16, 16), folder / "model.onnx")
     (folder / "preprocess.json").write_text(json.dumps(config))
     (folder / "labels.txt").write_text("red\ngrün\nblue\n", encoding="utf-8")
     shutil.copy(SCRIPT, folder)

@@ -16,9 +16,9 @@ import torch
 from timm.models.byobnet import MobileOneBlock
 from torch import nn
 
-from okdc.system import shipped
+from okdc.deploy import targets
 
-to_onnx = shipped.target("onnx")
+to_onnx = targets.find("onnx").module
 EXAMPLE = torch.zeros(4, 3, 32, 32)
 
 

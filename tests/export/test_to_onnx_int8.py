@@ -11,10 +11,10 @@ import timm
 import torch
 from onnx import numpy_helper
 
-from okdc.system import shipped
+from okdc.deploy import targets
 
-to_onnx, to_fp16 = shipped.target("onnx"), shipped.target("onnx_fp16")
-to_int8, to_trt = shipped.target("onnx_int8"), shipped.target("onnx_int8_trt")
+to_onnx, to_fp16 = targets.find("onnx").module, targets.find("onnx_fp16").module
+to_int8, to_trt = targets.find("onnx_int8").module, targets.find("onnx_int8_trt").module
 METADATA = {"okdc.labels": '["a"]'}
 
 

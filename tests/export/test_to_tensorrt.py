@@ -20,12 +20,12 @@ import onnx
 import pytest
 import torch
 
+from okdc.deploy import targets
 from okdc.deploy.bundle import check_sums, listed, refuse_foreign, write_sums
-from okdc.system import shipped
 from tests.export import fake_tensorrt
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
-to_tensorrt = shipped.target("tensorrt")
+to_tensorrt = targets.find("tensorrt").module
 SOURCE = Path(to_tensorrt.__file__)
 # Public names of the tensorrt bindings by version, read from the real packages (dir() of each class).
 NAMES = fake_tensorrt.NAMES
@@ -89,7 +89,7 @@ def test_without_tensorrt_one_sentence(monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize(("target", "source"), [("tensorrt_fp16", "fp16.onnx"), ("tensorrt_int8", "int8.trt.onnx")])
 def test_the_command_to_type_names_the_onnx_of_its_precision(target, source):
-    sentence = shipped.target(target).available()
+    sentence = targets.find(target).module.available()
     assert sentence.endswith(f"type there: python to_tensorrt.py model.{source}") and sentence.count(source) == 2
 
 
@@ -192,7 +192,7 @@ def trt(request, monkeypatch):
 @pytest.fixture(scope="module")
 def onnx_file(tmp_path_factory):
     folder, network = tmp_path_factory.mktemp("contract"), tiny()
-    shipped.target("onnx").write(network, EXAMPLE, folder / "model.onnx")
+    targets.find("onnx").module.write(network, EXAMPLE, folder / "model.onnx")
     return network, folder / "model.onnx"
 
 
@@ -396,13 +396,13 @@ def built(tmp_path_factory):
         pytest.skip(REASON)
     folder = tmp_path_factory.mktemp("tensorrt")
     network, source = tiny(), folder / "model.onnx"
-    shipped.target("onnx").write(network, EXAMPLE, source)
+    targets.find("onnx").module.write(network, EXAMPLE, source)
     calibration = np.random.default_rng(0).standard_normal((16, 3, 32, 32), dtype=np.float32)
     options = {"profile": (1, 3, 4), "timing_cache": folder / "timing"}
     facts = {"tensorrt": to_tensorrt.write(None, None, folder / to_tensorrt.FILE, onnx=source, **options)}
     for name, before in {"tensorrt_fp16": "onnx_fp16", "tensorrt_int8": "onnx_int8_trt"}.items():
-        target, given = shipped.target(name), folder / shipped.target(before).FILE
-        shipped.target(before).write(None, None, given, onnx=source, calibration=calibration)
+        target, given = targets.find(name).module, folder / targets.find(before).module.FILE
+        targets.find(before).module.write(None, None, given, onnx=source, calibration=calibration)
         facts[name] = target.write(None, None, folder / target.FILE, **{before: given}, profile=(1, 3, 4))
     return network, folder, facts
 
@@ -415,7 +415,7 @@ def built(tmp_path_factory):
 )
 def test_engine_equals_torch(built, cuda_graph, name, precision, limit):
     network, folder, facts = built
-    target = shipped.target(name)
+    target = targets.find(name).module
     run = target.runner(folder / target.FILE, device="cuda", cuda_graph=cuda_graph)
     assert run.provider.startswith("TensorRT") and run.precisions == facts[name]["precisions"]
     assert set(run.precisions) - {"fp32"} == {precision} - {"fp32"}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from okdc.system import shipped
+from okdc.deploy import targets
 from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
 
-to_torch = shipped.target("torch")
+to_torch = targets.find("torch").module
 
 
 @pytest.fixture(scope="module")

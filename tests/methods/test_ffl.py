@@ -10,10 +10,10 @@ from torch import Tensor
 
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
+from okdc.deploy import targets
 from okdc.losses import rampup
 from okdc.methods.ffl import Ffl, Fusion
 from okdc.methods.shared.parts import on_one_grid
-from okdc.system import shipped
 from tests.methods.golden import assert_same, load
 from tests.networks import Depthwise, Tiny, Tokens
 
@@ -160,7 +160,7 @@ def test_the_fused_classifier_is_a_network_that_can_be_exported(peers: list, tmp
         for p in ffl.parameters():
             p.zero_()
         torch.testing.assert_close(fused(images), expected)
-    to_onnx = shipped.target("onnx")
+    to_onnx = targets.find("onnx").module
     facts = to_onnx.write(fused, images, tmp_path / "fused.onnx")
     assert facts["path"] == "dynamo" and facts["dynamic_batch"]
     run = to_onnx.runner(tmp_path / "fused.onnx")

@@ -1,0 +1,140 @@
+"""Writing the export targets that are asked for into a bundle, and finding them in one again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from okdc.deploy import bundle, targets, triton
+from okdc.deploy.targets import Target
+from okdc.recipe import ExportSettings
+from okdc.system import shipped
+from okdc.system.wording import one_line, without_paths
+from okdc.verification import Exported, Gates
+from okdc.verification.schema import Skipped
+
+_LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
+
+
+def write(
+    part: Path,
+    student: nn.Module,
+    arch: str,
+    settings: ExportSettings,
+    classes: Sequence[str],
+    preprocess: dict,
+    info: Mapping[str, Any],
+    calibration: np.ndarray | None,
+    without: str,
+    device: str,
+) -> tuple[dict[str, Exported], list[Skipped], dict[str, Any]]:
+    """Every file that is asked for, in `part`: the files by their rows, what is not available, each writer's notes.
+
+    without: why there is no int8 where there is no `calibration`. device: what a file that is for one GPU is for.
+    """
+    largest = max([_LARGEST_BATCH, *settings.batch_sizes])
+    offered = _offered(settings, bundle.metadata(arch, classes, preprocess, info), calibration, largest, device)
+    example = torch.zeros(2, *preprocess["input_size"])
+    exported: dict[str, Exported] = {}
+    reasons: dict[str, str] = {}
+    notes: dict[str, Any] = {}
+    wanted = targets.asked(settings)
+    for target in wanted:
+        reason = without if target.calibrated and calibration is None else _unavailable(target, reasons)
+        if reason is not None:
+            reasons[target.name] = without_paths(reason)
+            continue
+        path, problem = part / target.file, _unfounded(target, offered)
+        if problem is None:
+            # A writer takes what it has a keyword for; among that, the files of other targets.
+            options = {key: offered[key] for key in target.options if key in offered}
+            try:
+                notes[target.name] = target.module.write(student, example, path, **options)
+                offered[target.name] = path
+            except Exception as error:  # an exporter may raise anything; the other files are still written
+                problem = f"it could not be written: {one_line(error)}"
+        exported[target.row] = Exported(path, target.module, problem)
+    _add_programs(part, wanted, exported)
+    if settings.triton:
+        triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
+    return exported, [{"target": name, "reason": reason} for name, reason in reasons.items()], notes
+
+
+def further(exported: Mapping[str, Exported], device: str) -> dict[str, Exported]:
+    """The further devices that files run on, where there is a GPU (`device` if it is one): other runners of the same
+    file, by their rows."""
+    found, number = {}, device.removeprefix("cuda") if device.startswith("cuda") else ""
+    for target in targets.known().values() if torch.cuda.is_available() else ():
+        file = exported.get(target.row)
+        if file is not None and not file.problem:
+            for kind, tolerance in target.devices.items():
+                found[target.on(kind)] = replace(file, device=kind + number, tolerance=tolerance)
+    return found
+
+
+def existing(folder: Path) -> tuple[dict[str, Exported], list[Skipped]]:
+    """The files that a bundle has, by their rows, and why some of them cannot be run here."""
+    exported: dict[str, Exported] = {}
+    skipped: list[Skipped] = []
+    for name, target in targets.known().items():
+        if (folder / target.file).exists():
+            reason = target.module.available()
+            if reason is None:
+                exported[target.row] = Exported(folder / target.file, target.module)
+            else:
+                skipped.append({"target": name, "reason": without_paths(reason)})
+    return exported, skipped
+
+
+def leave_out(folder: Path, rows: set[str]) -> None:
+    """Delete everything that the targets of these rows wrote."""
+    for target in targets.known().values():
+        for name in target.files if target.row in rows else ():
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _offered(
+    settings: ExportSettings, metadata: dict[str, str], calibration: np.ndarray | None, largest: int, device: str
+) -> dict[str, Any]:
+    """What a writer may take by keyword, beside the files of other targets. largest: number of images in a batch."""
+    return {
+        "opset": settings.opset,
+        "metadata": metadata,
+        "profile": (1, 8, largest),
+        "workspace": int(settings.workspace * 2**30),
+        "device": device,
+        "calibration": calibration,
+        "enough": min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2),
+    }
+
+
+def _unavailable(target: Target, skipped: Mapping[str, str]) -> str | None:
+    """Why a target cannot be written here; None where it can."""
+    lost = next((name for name in target.needs if name in skipped), None)
+    return f"it is made from {lost}, which was skipped: {skipped[lost]}" if lost else target.module.available()
+
+
+def _unfounded(target: Target, written: Mapping[str, Any]) -> str | None:
+    """Which of the files that a target is made from could not be written."""
+    lost = next((name for name in target.needs if name not in written), None)
+    return f"it is made from {lost}, which could not be written" if lost else None
+
+
+def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported]) -> None:
+    """predict.py where there is a file that it runs, and the export targets that are of use on the device."""
+    if any(target.predict and target.row in exported for target in wanted):
+        shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
+        (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
+    for target in wanted:
+        if target.tool:
+            shutil.copyfile(target.path, part / target.path.name)
