@@ -177,13 +177,13 @@ def test_the_whole_road(folder: Path, tmp_path: Path) -> None:
 def test_further_devices_are_runners_of_the_same_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     files = {name: Exported(Path(name), targets.find(name).module) for name in ("onnx", "coreml", "onnx_fp16")}
-    found = {row: (each.path.name, each.device, each.tolerance) for row, each in further(files).items()}
+    found = {row: (each.path.name, each.device, each.tolerance) for row, each in further(files, "cuda").items()}
     assert found == {
         "onnx on cuda": ("onnx", "cuda", None),
         "onnx on tensorrt": ("onnx", "tensorrt", 5e-3),
         "coreml on elsewhere": ("coreml", "elsewhere", None),
     }
-    assert not further({name: replace(each, problem="it could not be written") for name, each in files.items()})
+    assert not further({name: replace(each, problem="it could not be written") for name, each in files.items()}, "cuda")
 
 
 def test_one_that_fails_goes_with_everything_it_wrote(folder: Path, tmp_path: Path) -> None:

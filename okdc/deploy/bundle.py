@@ -25,10 +25,11 @@ from torch import nn
 import okdc
 from okdc.errors import ExportError
 from okdc.networks import stem
+from okdc.networks.saved import CONFIG, config_of
 from okdc.system.wording import one_line, portable, without_paths
 from okdc.verification import torch_runner
 
-SUMS, CONFIG, WEIGHTS, GOLDEN = "SHA256SUMS", "config.json", "model.safetensors", "golden.npz"
+SUMS, WEIGHTS, GOLDEN = "SHA256SUMS", "model.safetensors", "golden.npz"
 CACHE = "__pycache__"  # what Python leaves where predict.py was imported
 
 
@@ -48,9 +49,10 @@ def read_json(path: Path) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a bundle; raises ExportError if there is none, which makes the folder no bundle."""
-    if not (folder / CONFIG).is_file():
+    config = config_of(folder)
+    if config is None:
         raise ExportError(f"{folder} is not an exported bundle (no {CONFIG}): give a run's export folder.")
-    return read_json(folder / CONFIG)
+    return config
 
 
 def write_sums(folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from okdc.deploy import targets, triton
-from okdc.deploy.bundle import CONFIG, WEIGHTS
+from okdc.deploy.bundle import WEIGHTS
 from okdc.networks import stem
+from okdc.networks.saved import CONFIG
 from okdc.system.wording import portable
 from okdc.verification.gates import is_variant
 from okdc.verification.schema import Row, Verification

@@ -24,6 +24,7 @@ from okdc.deploy.machine import environment
 from okdc.deploy.targets import asked, known
 from okdc.deploy.writing import existing, further, leave_out, write
 from okdc.errors import ExportError, GateError, OkdcError
+from okdc.networks.saved import CONFIG
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
@@ -192,7 +193,7 @@ def _write_student(
     """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
-    bundle.write_config(student, part / bundle.CONFIG, arch, classes, preprocess, model_args)
+    bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args)
     bundle.write_json(part / "preprocess.json", preprocess)
     (part / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     reason = bundle.settle_loader(part)

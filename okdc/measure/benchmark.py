@@ -21,6 +21,7 @@ from okdc import deploy, networks, pipeline
 from okdc.data import wrap
 from okdc.deploy import bundle, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
+from okdc.networks.saved import config_of
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
@@ -104,7 +105,7 @@ def title(report: dict[str, Any]) -> str:
 def _find(path: Path) -> Path | None:
     """The bundle at `path` or of the run there; None for what is not a path."""
     for folder in (path, path / "export"):
-        if (folder / bundle.CONFIG).is_file():
+        if config_of(folder) is not None:
             return folder
     if path.exists():
         raise ExportError(f"{path} holds no exported bundle. Write one first: okdc export {path} --onnx")

@@ -23,7 +23,7 @@ from okdc.networks import (
     weights,
 )
 from okdc.networks.input import data_config
-from okdc.networks.saved import is_folder, settings_of
+from okdc.networks.saved import CONFIG, config_of, is_folder, settings_of
 from okdc.recipe import NetworkSettings, runs_code
 
 _TORCHVISION = from_torchvision.PREFIX
@@ -101,8 +101,8 @@ def _from_timm(settings: NetworkSettings, classes: int | None) -> nn.Module:
     name = settings.model
     local = name.startswith("local-dir:")
     remote = name.startswith(("hf-hub:", "hf_hub:"))
-    if local and not (Path(name.partition(":")[2]) / "config.json").is_file():
-        raise NetworkError(f"{name} has no config.json: expected a folder that timm or okdc export saved.")
+    if local and config_of(Path(name.partition(":")[2])) is None:
+        raise NetworkError(f"{name} has no {CONFIG}: expected a folder that timm or okdc export saved.")
     if not local and not remote and not timm.is_model(name.partition(".")[0]):
         raise _unknown(name)
     for argument in settings.model_kwargs.keys() & _FLAGS.keys():

@@ -21,17 +21,26 @@ def is_folder(name: str) -> bool:
     return not special and Path(name).is_dir()
 
 
+CONFIG = "config.json"
+
+
+def config_of(folder: Path) -> dict[str, Any] | None:
+    """What timm or okdc noted of the network that it saved in this folder; None where it is none of theirs."""
+    file = folder / CONFIG
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def settings_of(folder: Path, asked: NetworkSettings, typed: Collection[str | None]) -> NetworkSettings:
     """The settings that rebuild, with its weights, the network saved in a bundle or run folder."""
     recipe, best = folder / "recipe.yaml", folder / "model_best.pth.tar"
-    if (folder / "config.json").is_file():
-        saved = _of_bundle(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")), asked)
+    if (config := config_of(folder)) is not None:
+        saved = _of_bundle(folder, config, asked)
     elif recipe.is_file() and best.is_file():
         network = load_recipe(recipe, typed=None).network
         saved = _merged(replace(network, pretrained=False, checkpoint=asked.checkpoint or str(best)), asked)
     else:
         raise NetworkError(
-            f"{folder} is neither a bundle (config.json) nor a run (recipe.yaml and model_best.pth.tar) of okdc."
+            f"{folder} is neither a bundle ({CONFIG}) nor a run (recipe.yaml and model_best.pth.tar) of okdc."
         )
     if runs_code(saved.model) and saved.model not in typed:
         raise NetworkError(
