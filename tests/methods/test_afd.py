@@ -9,8 +9,8 @@ from torch import Tensor
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.methods.afd import Afd, Critic, Transfer
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 IMAGES = torch.randn(4, 3, 32, 32)
 NAMES = {"conv": "0", "bn": "1"}  # the golden files' words for the parts of a transfer layer

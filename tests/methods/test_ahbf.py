@@ -14,8 +14,8 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
 from okdc.methods import get
 from okdc.methods.ahbf import Ahbf, Fusion
+from tests.helpers.networks import Depthwise, Tiny
 from tests.methods.golden import assert_same, load
-from tests.networks import Depthwise, Tiny
 
 NAMES = {"conv": "fusion.conv", "bn": "fusion.bn", "gate_fc": "gate.fc", "gate_bn": "gate.bn"}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from okdc.cohort import Cohort
 from okdc.methods.baseline import Baseline
-from tests.networks import Tiny
+from tests.helpers.networks import Tiny
 
 
 def test_is_the_target_alone() -> None:

@@ -13,8 +13,8 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
 from okdc.methods.clilr import Clilr
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 How = Literal["sum", "mean"]
 

@@ -14,7 +14,7 @@ from okdc import methods, recipe
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort
 from okdc.methods import Method
-from tests.networks import Depthwise, Tiny, Tokens
+from tests.helpers.networks import Depthwise, Tiny, Tokens
 
 NAMES = methods.names()
 HERE = Path(__file__).parent

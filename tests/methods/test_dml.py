@@ -7,8 +7,8 @@ import torch
 
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.methods.dml import Dml
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 
 def method(peers: int, **settings: object) -> Dml:

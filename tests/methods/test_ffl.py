@@ -14,8 +14,8 @@ from okdc.deploy import targets
 from okdc.losses import rampup
 from okdc.methods.ffl import Ffl, Fusion
 from okdc.methods.shared.parts import on_one_grid
+from tests.helpers.networks import Depthwise, Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Depthwise, Tiny, Tokens
 
 
 def method(members: int = 2, **settings: object) -> Ffl:

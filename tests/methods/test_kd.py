@@ -11,8 +11,8 @@ from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import kl
 from okdc.methods import settings
 from okdc.methods.kd import Kd
+from tests.helpers.networks import Tiny
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
 
 
 def method(teacher: nn.Module | None = None) -> Kd:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.methods.kdcl import Kdcl, best_mixture, joint_errors, least_error, linear, minlogit, naive
+from tests.helpers.networks import Tiny
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
 
 VARIANTS = ("naive", "linear", "minlogit", "general")
 

@@ -24,9 +24,9 @@ from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast
 from okdc.methods.shared.lookahead import Objective, descend, hypergradient
 from okdc.methods.shared.towers import Aggregator, Matching, Taps, Towers, tap_places
 from okdc.needs import Needs
+from tests.helpers.networks import Depthwise, Tiny, Tokens
+from tests.helpers.training import SETTINGS, Batches, run
 from tests.methods.golden import assert_same, load
-from tests.networks import Depthwise, Tiny, Tokens
-from tests.training import SETTINGS, Batches, run
 
 IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
 TRAIN_LABELS = torch.arange(40) % 4

@@ -14,8 +14,8 @@ from okdc.errors import DataError
 from okdc.methods.mcl import Mcl
 from okdc.methods.shared.contrast import Bank, EmbeddingHead, contrast, mutual_contrast
 from okdc.needs import Needs
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 IMAGES, LABELS = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
 TRAIN_LABELS = torch.arange(40) % 4

@@ -12,8 +12,8 @@ from okdc.losses import memory_scores, nce
 from okdc.methods.mcl_okd import MclOkd
 from okdc.networks import load as load_network
 from okdc.recipe import NetworkSettings
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 LABELS = torch.tensor([0, 1, 2, 3, 1, 2, 3, 3, 2, 3] * 4)  # classes of 4, 8, 12 and 16 images
 ORDER = [2, 0, 1]  # members 0, 1, 2 are the authors' peers 2, 0, 1: their student is the last, okdc's is the target

@@ -17,8 +17,8 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
 from okdc.methods.oemc import Oemc, stem
+from tests.helpers.networks import Tiny, Tokens, conv
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens, conv
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -11,8 +11,8 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
 from okdc.losses import rampup
 from okdc.methods.okddip import Attention, Okddip
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 IMAGES = torch.randn(4, 3, 32, 32)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
 from okdc.methods.one import One
+from tests.helpers.networks import Tiny
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny
 
 
 def method(members: int, **settings: object) -> One:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
 from okdc.methods.pcl import Pcl
+from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Tiny, Tokens
 
 IMAGES, LABELS = torch.randn(3, 8, 3, 32, 32), torch.arange(8) % 4
 

@@ -15,8 +15,8 @@ from okdc.errors import RecipeError
 from okdc.losses import attention_transfer, feature_mse, similarity
 from okdc.methods import settings
 from okdc.methods.sokd import Sokd
+from tests.helpers.networks import Depthwise, Tiny, Tokens
 from tests.methods.golden import assert_same, load
-from tests.networks import Depthwise, Tiny, Tokens
 
 
 def method(teacher: nn.Module | None = None, target: nn.Module | None = None, **given: object) -> Sokd:

@@ -15,7 +15,7 @@ from okdc.data import Data, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.pipeline import teachers
 from okdc.recipe import CohortSettings
-from tests.networks import Tiny
+from tests.helpers.networks import Tiny
 
 CPU = torch.device("cpu")
 
@@ -98,9 +98,9 @@ def test_the_whole_way(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run of the user's own code may teach the same code, which was typed; one that knows nothing may not."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     loaders = DataLoaders()
-    common = {"output": tmp_path, "epochs": 3, "lr": 0.05, "onnx": False, "model": "tests.networks:Tiny"}
+    common = {"output": tmp_path, "epochs": 3, "lr": 0.05, "onnx": False, "model": "tests.helpers.networks:Tiny"}
     okdc.compress(loader=loaders.train, validation=loaders.validation, method="baseline", experiment="t", **common)
     teacher = str(tmp_path / "t")
     capsys.readouterr()

@@ -30,9 +30,9 @@ from okdc.errors import DataError, NetworkError, RecipeError, RunError
 from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
 from okdc.training import checkpoint
-from tests.networks import Tiny
+from tests.helpers.networks import Tiny
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FAST = {"epochs": 1, "batch_size": 16, "workers": 0, "img_size": 32, "crop_padding": 2, "hflip": 0.0, "lr": 0.05}
 QUICK_EXPORT = {"batch_sizes": [1]}
 

@@ -1,6 +1,7 @@
 """Runs okdc's command line in processes that are killed, or whose disk fails, at a chosen place.
 
-`python -m tests.crashing` is a server: it imports everything once and forks a process for every command that it reads.
+`python -m tests.helpers.crashing` is a server: it imports everything once and forks a process for every command that it
+reads.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Server:
     """The other side of the pipe; a context manager."""
 
     def __enter__(self) -> Server:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-        line = [sys.executable, "-m", "tests.crashing"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "tests.helpers.crashing"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(line, stdin=pipe, stdout=pipe, env=environment, text=True)
         return self

@@ -16,8 +16,8 @@ from okdc.data import wrap
 from okdc.pipeline import byproducts
 from okdc.recipe import ExportSettings
 from okdc.training import checkpoint
-from tests.networks import Tiny
-from tests.test_teacher import DataLoaders
+from tests.helpers.networks import Tiny
+from tests.pipeline.test_teacher import DataLoaders
 
 QUICK = {"epochs": 2, "lr": 0.05, "batch_sizes": [1]}
 

@@ -22,7 +22,7 @@ from okdc.errors import RunError
 from okdc.pipeline.facts import metrics_of
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState, checkpoint
-from tests.training import (
+from tests.helpers.training import (
     SETTINGS,
     STEPS,
     Crash,
@@ -214,7 +214,7 @@ def run_and_be_killed(root: str) -> None:
 def killed(tmp_path_factory) -> Path:
     """A folder of runs that got each signal in the middle of their second epoch."""
     root = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, root], env=environment, check=True, timeout=300)
     return root
 

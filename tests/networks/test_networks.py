@@ -21,7 +21,7 @@ from okdc.errors import NetworkError
 from okdc.networks import cifar, from_torchvision, weights
 from okdc.pipeline import assemble
 from okdc.recipe import LOADER, NetworkSettings, Recipe, resolve
-from tests.networks import Gated
+from tests.helpers.networks import Gated
 
 # Parameters with 100 classes, and where that number is stated. "golden" are exact counts of the authors' own code.
 CIFAR_PARAMETERS = {
@@ -70,7 +70,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def grey(classes: int = 10, width: int = 4) -> nn.Module:
-    """A network of the user's own, found as tests.test_networks:grey."""
+    """A network of the user's own, found as tests.networks.test_networks:grey."""
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
@@ -95,7 +95,7 @@ def test_cifar_networks_have_the_parameters_that_the_papers_state() -> None:
      ("vgg16_cifar", "cifar_vgg16_M4_a4_K100")],
 )  # fmt: skip
 def test_cifar_networks_are_those_of_the_golden_vectors(name: str, key: str) -> None:
-    golden = Path(__file__).parent / "golden" / "ahbf_structure.safetensors"
+    golden = Path(__file__).parents[1] / "golden" / "ahbf_structure.safetensors"
     with safe_open(golden, "pt") as file:
         *_, deployed = file.get_tensor(f"{key}.totals").tolist()
     assert parameters(timm.create_model(name)) == deployed
@@ -210,8 +210,8 @@ def test_a_function_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ({"model": "local-dir:nowhere"}, "config.json"),
         ({"model": "resnet18.no_such_tag"}, "no_such_tag"),
         ({"model": "no_such_module:build"}, "no Python module no_such_module"),
-        ({"model": "tests.test_networks:gray"}, "Did you mean grey"),
-        ({"model": "tests.test_networks:parameters"}, "missing a required argument: 'network'"),
+        ({"model": "tests.networks.test_networks:gray"}, "Did you mean grey"),
+        ({"model": "tests.networks.test_networks:parameters"}, "missing a required argument: 'network'"),
         ({"model": "collections:Counter"}, "not a torch.nn.Module"),
         ({"model": "vgg11", "drop_path": 0.1}, "Leave out network.drop_path"),
         ({"model": "resnet18", "model_kwargs": {"dpeth": 3}}, "network.model_kwargs: dpeth"),
@@ -275,9 +275,9 @@ def test_a_checkpoint_of_other_classes_keeps_all_but_the_classifier(tmp_path: Pa
 
 
 def test_the_classifier_is_what_is_called_last_not_what_is_registered_last(tmp_path: Path) -> None:
-    source = load("tests.networks:Gated", 10)
+    source = load("tests.helpers.networks:Gated", 10)
     torch.save(source.state_dict(), tmp_path / "ten.pth")
-    network = load("tests.networks:Gated", 4, checkpoint=str(tmp_path / "ten.pth"), img_size=32)
+    network = load("tests.helpers.networks:Gated", 4, checkpoint=str(tmp_path / "ten.pth"), img_size=32)
     assert inspect(network, (3, 32, 32)).classifier == "head" == weights.classifier_names(network, (3, 32, 32))[0]
     assert weights.classifier_names(network) == ["gate"], "without a run there is but the order of its modules"
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in source.state_dict().items() if "head" not in k)
@@ -337,7 +337,7 @@ def test_a_bundle_of_torchvisions(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"architecture": "torchvision/squeezenet1_1", "num_classes": 10}))
     assert same(source, load(str(tmp_path)), images)
-    config.write_text(json.dumps({"architecture": "tests.test_networks:coloured"}))
+    config.write_text(json.dumps({"architecture": "tests.networks.test_networks:coloured"}))
     with pytest.raises(NetworkError, match="not run unasked"):
         load(str(tmp_path))
 
@@ -351,12 +351,12 @@ def test_a_run_folder_is_a_network(tmp_path: Path) -> None:
     torch.save({"state_dict": source.state_dict(), "arch": "resnet20_cifar"}, tmp_path / "model_best.pth.tar")
     assert same(source, load(str(tmp_path)), images)
     assert load(str(tmp_path), 3)(images).shape == (2, 3)
-    own = Recipe(network=replace(recipe.network, model="tests.test_networks:coloured"))
+    own = Recipe(network=replace(recipe.network, model="tests.networks.test_networks:coloured"))
     (tmp_path / "recipe.yaml").write_text(own.to_yaml())
     torch.save({"state_dict": coloured(10).state_dict()}, tmp_path / "model_best.pth.tar")
-    with pytest.raises(NetworkError, match=r"--model tests.test_networks:coloured"):
+    with pytest.raises(NetworkError, match=r"--model tests.networks.test_networks:coloured"):
         load(str(tmp_path))
-    network = networks.load(NetworkSettings(model=str(tmp_path)), 10, typed=["tests.test_networks:coloured"])
+    network = networks.load(NetworkSettings(model=str(tmp_path)), 10, typed=["tests.networks.test_networks:coloured"])
     assert network(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 

@@ -16,7 +16,7 @@ from okdc.deploy import bundle
 from okdc.errors import NetworkError
 from okdc.networks import stem
 from okdc.recipe import ExportSettings, NetworkSettings
-from tests import networks as own
+from tests.helpers import networks as own
 
 STEMS = {
     "resnet10t": ["conv1.0", "maxpool"],

@@ -16,7 +16,7 @@ from okdc.data.pairs import images_per_class, paired_order
 from okdc.errors import DataError
 from okdc.needs import Needs
 from okdc.recipe import DataSettings
-from tests.networks import Depthwise, Tiny, Tokens
+from tests.helpers.networks import Depthwise, Tiny, Tokens
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.25,) * 3,

@@ -37,7 +37,7 @@ from okdc.recipe import DataSettings, Recipe, TrainSettings
 from okdc.training import fit
 from okdc.training.launch import _end_with_launcher, _first_node, as_started, joined, launch, place
 from okdc.training.parallel import synchronised
-from tests.networks import Tiny
+from tests.helpers.networks import Tiny
 
 PRECISION = torch.float64  # in which nothing but a mistake makes a difference: rounding grows with every step
 BATCH, EPOCHS, SIZE = 8, 2, 16  # images per step of all processes together
@@ -152,7 +152,7 @@ def is_free(port: int) -> bool:
 
 def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
+        "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
     }  # fmt: skip
     return [
@@ -623,7 +623,7 @@ def test_the_command_line_trains_with_four_processes_and_goes_on_with_two(tmp_pa
 
 
 def okdc(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "okdc", "compress", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

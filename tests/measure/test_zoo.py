@@ -20,7 +20,7 @@ from okdc.errors import NetworkError, RunError
 from okdc.measure import trial, zoo
 from okdc.recipe import NetworkSettings
 
-TABLES = Path(__file__).parent / "zoo"
+TABLES = Path(__file__).parents[1] / "zoo"
 NO_TIME = zoo.Limits(seconds=0.0)
 FAST = {  # name: default cut and what is appended, on images of 64 x 64
     "test_resnet": ("layer3", "1 x BasicBlock after layer4.0"),

@@ -24,7 +24,7 @@ from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.verification import Exported
-from tests.networks import Tiny
+from tests.helpers.networks import Tiny
 
 ROOT = Path(okdc.__file__).parents[1]
 KNOWN = {"preprocess": {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}, "classes": tuple("abcd")}

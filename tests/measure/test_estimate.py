@@ -17,7 +17,7 @@ from okdc.methods.baseline import Baseline
 from okdc.methods.ffl import Ffl
 from okdc.methods.kd import Kd
 from okdc.recipe import Recipe
-from tests.networks import Tiny, Tokens
+from tests.helpers.networks import Tiny, Tokens
 
 IMAGES = torch.randn(2, 3, 32, 32)
 

@@ -30,7 +30,7 @@ from okdc.training import checkpoint
 from okdc.training.machine import Machine, choose_device
 from okdc.training.progress import Display, faster_data
 from okdc.training.state import save
-from tests.training import (
+from tests.helpers.training import (
     BATCH,
     CLASSES,
     SETTINGS,

@@ -11,7 +11,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.depth import ResidualAttention
 from okdc.cohort.refit import Reprojected, refit
-from tests import networks
+from tests.helpers import networks
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import okdc
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, DataError, NetworkError
-from tests import networks
+from tests.helpers import networks
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 EARLY = torch.ones(1, 8, 4, 4)  # what Tiny's second part takes
@@ -313,7 +313,7 @@ def test_other_outputs_than_logits_are_refused() -> None:
     ("model", "advice"),
     [
         (networks.Tiny(), "name it instead of passing the object"),
-        ("tests.networks:Tiny", "Give the function an argument num_classes"),
+        ("tests.helpers.networks:Tiny", "Give the function an argument num_classes"),
     ],
     ids=["object", "function"],
 )

@@ -14,7 +14,7 @@ from okdc.cohort import Branch, Cohort
 from okdc.errors import NetworkError
 from okdc.networks import load as build
 from okdc.recipe import NetworkSettings
-from tests import networks
+from tests.helpers import networks
 
 
 def test_hierarchical_network() -> None:

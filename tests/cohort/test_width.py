@@ -13,7 +13,7 @@ import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.replay import Record, Replay, Tap
 from okdc.errors import CutError, NetworkError
-from tests import networks
+from tests.helpers import networks
 
 KINDS = {  # network, side of its images, where it is cut
     "Tiny": (networks.Tiny, 32, "stem"),

@@ -21,7 +21,7 @@ from okdc.cohort.replay import Record, Replay
 from okdc.errors import CutError, NetworkError
 from okdc.pipeline import assemble_cohort
 from okdc.system.randomness import random_state, set_random_state
-from tests import networks
+from tests.helpers import networks
 
 TRAPS = [
     networks.ControlFlow,
