@@ -50,7 +50,8 @@ class Plan:
     def words(self, images: Path) -> list[str]:
         """The command line of the run, without a place to be."""
         words = f"compress --model tests.helpers.networks:Tiny --method {self.method} --data {images} --img-size 16"
-        words += f" -b {BATCH} --epochs {self.epochs} -j {self.workers} --crop-padding 2 --lr .02 --no-onnx --log-interval 1"
+        words += f" -b {BATCH} --epochs {self.epochs} -j {self.workers}"
+        words += " --crop-padding 2 --lr 0.02 --no-onnx --log-interval 1"
         words += " --model-ema --model-ema-decay 0.9" * self.ema + " --mixup 0.4" * self.mixup + " --amp" * self.bf16
         words += f" --devices {self.devices}" * (self.devices > 1)
         words += " --resident off" * (self.workers > 0)  # else nothing is left for workers to do
