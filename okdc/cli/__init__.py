@@ -5,6 +5,9 @@ Nothing heavy is imported before a command runs: `okdc --help` comes without tor
 
 from __future__ import annotations
 
-from okdc.cli.commands import main
+from okdc.cli.group import main
+
+# isort: off
+from okdc.cli import run_commands, measure_commands, list_commands  # noqa: F401  (the order is that of --help)
 
 __all__ = ["main"]

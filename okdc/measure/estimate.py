@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc import methods, networks
+from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
@@ -58,10 +59,10 @@ def estimate(recipe: Recipe) -> Estimate:
         return measure(method, assemble_cohort.needs(recipe)[0], stands_in)
 
 
-def refusal(network: nn.Module, input_size: tuple[int, ...], cut: str) -> str | None:
+def refusal(network: nn.Module, anatomy: Anatomy, cut: str) -> str | None:
     """Why no branch can part from the network after `cut`, found by letting one part; None where one can."""
     try:
-        Cohort(network, torch.randn(2, *input_size), [Branch(cut)]).strip()
+        Cohort(network, torch.randn(2, *anatomy.input_size), [Branch(cut)], anatomy=anatomy).strip()
     except OkdcError as error:
         return str(error)
     return None

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 import okdc
 from okdc import deploy, pipeline
-from okdc.cli import commands
+from okdc.cli import run_commands
 from okdc.data import Data, wrap
 from okdc.deploy import calibration
 from okdc.deploy.bundle import recommend, write_json, write_sums
@@ -133,7 +133,7 @@ def test_without_images_to_calibrate_on_all_but_int8_is_written(result: Result, 
     for target in ("onnx_int8", "onnx_int8_trt"):
         assert skipped[target].startswith("int8 is calibrated on at least two training images, and one has 0")
     with pytest.raises(ExportError, match="no int8 file was written: int8 is calibrated on") as caught:
-        commands._require_asked(verification, {"int8": True, "trt": False})
+        run_commands.require_asked(verification, {"int8": True, "trt": False})
     assert caught.value.exit_code == 2
 
 

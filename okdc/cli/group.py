@@ -1,0 +1,66 @@
+"""The group of all commands: what they have in common, and how an error is shown."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from okdc import __version__
+from okdc.errors import OkdcError
+
+if TYPE_CHECKING:
+    pass
+
+
+class _Failure(click.ClickException):
+    """An OkdcError as click shows it: one paragraph on stderr, no traceback."""
+
+    def __init__(self, error: OkdcError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+    def show(self, file: Any = None) -> None:
+        width = max(40, shutil.get_terminal_size().columns - 1)
+        who = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
+        for line in f"okdc: error{who}: {self.message}".splitlines():
+            hang = " " * (len(line) - len(line.lstrip()) + 2)
+            click.echo(
+                textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False),
+                err=True,
+            )
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OkdcError as error:
+            if getattr(error, "verification", None):
+                from okdc.cli import tables
+
+                tables.show_verification(error.verification)  # type: ignore[attr-defined]
+            raise _Failure(error) from error
+        except KeyboardInterrupt:
+            click.echo("\nokdc: interrupted.", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they are used
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "-V", "--version", message="okdc %(version)s")
+def main() -> None:
+    """Make a vision network more accurate without making it bigger, then export it, verified.
+
+    okdc trains your network together with branches that teach it, throws the branches away, and ships the same network.
+
+    \b
+    okdc compress                                             try it: real digits, any machine, about a minute
+    okdc compress --model resnet18 --method ahbf --data DIR   your images, in DIR/train and DIR/val
+    okdc export runs/NAME --onnx --trt                        write and verify what you deploy
+    """

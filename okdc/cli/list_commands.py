@@ -1,0 +1,67 @@
+"""methods, recipes: what there is to choose from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from okdc import recipe
+from okdc.cli.group import main
+from okdc.errors import RecipeError
+
+
+@main.command(short_help="List the methods, or show the card of one.")
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or show the card of one.
+
+    \b
+    okdc methods
+    okdc methods ahbf
+    """
+    from okdc import methods as known
+    from okdc.cli import tables
+
+    if name:
+        click.echo(known.card(name).strip())
+        click.echo(f"\n{tables.settings_of(name)}")
+    else:
+        tables.show_methods()
+
+
+@main.command()
+@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]")
+def recipes(words: tuple[str, ...]) -> None:
+    """List the recipes, print one, or copy one to change it.
+
+    \b
+    okdc recipes
+    okdc recipes cifar100/resnet32-ahbf
+    okdc recipes copy cifar100/resnet32-ahbf .
+    """
+    if not words:
+        width = max(map(len, recipe.names()), default=0)
+        for name in recipe.names():
+            click.echo(f"{name:{width}}  {_first_line(recipe.path(name).read_text(encoding='utf-8'))}")
+    elif words[0] == "copy" and len(words) in (2, 3):
+        click.echo(f"wrote {_copy(words[1], Path(words[2] if words[2:] else '.'))}")
+    elif len(words) == 1:
+        click.echo(recipe.path(words[0]).read_text(encoding="utf-8").rstrip())
+    else:
+        raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
+
+
+def _copy(name: str, folder: Path) -> Path:
+    source = recipe.path(name)
+    target = folder / source.name
+    if target.exists():
+        raise RecipeError(f"{target} is there already: give another folder, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target
+
+
+def _first_line(text: str) -> str:
+    return next((line.lstrip("# ").strip() for line in text.splitlines() if line.strip("# ")), "")

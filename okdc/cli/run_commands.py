@@ -1,0 +1,135 @@
+"""compress, export, verify: a run, and what it ships."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from okdc import recipe
+from okdc.cli import flags
+from okdc.cli.group import main
+from okdc.errors import ExportError, GateError
+
+if TYPE_CHECKING:
+    from okdc.verification.schema import Verification
+
+
+@main.command(cls=flags.GroupedCommand, short_help="Train a network with others, keep it alone, export it.")
+@click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
+@click.option(
+    "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
+)
+@click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
+@click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
+@click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
+@flags.settings("network", "cohort", "data", "train", "export")
+def compress(
+    recipe_name: str | Path | None,
+    sets: tuple[str, ...],
+    method: str | None,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    output: str,
+    experiment: str | None,
+    resume: str | None,
+    rendezvous: str | None,
+    **_: Any,
+) -> None:
+    """Train a network together with others, keep it alone, export and verify it.
+
+    The command line wins over --set, which wins over the recipe. With neither a recipe nor data, a small real data set
+    (digits/resnet18-ahbf) is used. The values in brackets are those of a recipe that leaves a setting out.
+
+    \b
+    okdc compress
+    okdc compress --model resnet18 --method ahbf --data /imagenet
+    okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --set train.epochs=60
+    okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
+    """
+    typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+
+    from okdc import methods, pipeline
+    from okdc.pipeline import run_folder
+    from okdc.training import launch
+
+    recipe_name = recipe_name or run_folder.recipe_of(resume)
+    resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
+    if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
+        command = [sys.executable, "-m", "okdc", *sys.argv[1:]]
+        raise SystemExit(launch.launch(command, resolved.train, rendezvous))
+    result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
+    here = launch.place(resolved.train)
+    if here is not None and here[0] > 0:
+        return  # the first of several processes speaks
+
+    from okdc.cli import tables
+
+    tables.show_result(result)
+    require_asked(result.verification, vars(resolved.export))
+
+
+@main.command(cls=flags.GroupedCommand, short_help="Write and verify what you deploy.")
+@click.argument("source", metavar="SOURCE")
+@click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
+@click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
+@click.option(
+    "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
+)
+@flags.settings("export", "data.data")
+def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
+    """Write SOURCE in deployable formats, and verify each against torch on the same images.
+
+    SOURCE is a run folder, a saved student, or the name of a network.
+
+    \b
+    okdc export runs/NAME --int8 --fp16 --trt
+    okdc export runs/NAME --onnx --data /imagenet --output deploy
+    okdc export runs/NAME --triton --push-to-hub USER/NAME
+    """
+    from okdc import pipeline
+    from okdc.cli import tables
+
+    # `model` is among the settings, if it was typed
+    verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
+    places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
+    folder = next((place for place in places if (place / "predict.py").is_file()), None)
+    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+    require_asked(verification, flags.given())
+
+
+@main.command(cls=flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
+@click.argument("bundle", metavar="BUNDLE|RUN")
+@flags.settings(
+    "data.data", "export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"
+)
+def verify(bundle: str, **_: Any) -> None:
+    """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
+
+    Exit code 3 when a file is not good enough to ship.
+
+    \b
+    okdc verify runs/NAME/export --data /imagenet
+    """
+    from okdc import deploy, pipeline
+    from okdc.cli import tables
+
+    verification = pipeline.verify(Path(bundle), **flags.given())
+    tables.show_verification(verification)
+    if verification["verdict"] == "fail":
+        raise GateError(deploy.failures(verification))
+
+
+def require_asked(verification: Verification | None, settings: Mapping[str, Any]) -> None:
+    """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
+    from okdc import deploy
+
+    on = [name for name, value in settings.items() if value is True]
+    reason = deploy.not_written(verification, on) if verification else None
+    if reason:
+        raise ExportError(reason)
