@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
-from timm.utils.misc import natural_key
 
-from okdc.data.images import Images, labels_of, listed, names_by_index, split_in_two
+from okdc.data.images import Images, listed, names_by_index, split_in_two
+from okdc.data.names import by_index, spelled
+from okdc.data.scan import EXTENSIONS, Scan, files, folders, scan
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
@@ -26,16 +24,18 @@ def open_folder(settings: DataSettings) -> Source:
     _check_path(root, settings.data)
     train, validation = _split_folders(root, settings)
     name = root.resolve().name
-    classes = _classes(train or root)
+    found = scan(train or root)
+    classes = _classes(found)
     if settings.class_map:
         classes = _read_class_map(settings.class_map, root)
-    train_images = _open(train or root, classes)
+    train_images = _open(found, classes)
     if validation is None:
         return split_in_two(train_images, names_by_index(classes), name)
-    there = _classes(validation)
+    found = scan(validation)
+    there = _classes(found)
     if not settings.class_map:
         _check_same_classes(str(train), classes, str(validation), there)
-    return Source(train_images, _open(validation, classes), names_by_index(classes), name)
+    return Source(train_images, _open(found, classes), names_by_index(classes), name)
 
 
 def _check_path(root: Path, given: str) -> None:
@@ -45,7 +45,7 @@ def _check_path(root: Path, given: str) -> None:
         )
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
-        hint = nearest(root.name, _folders(found)) or nearest(given, ["digits"])
+        hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
         if _first(found, TRAIN_NAMES):
             hint = f" '{found}' has a train/ folder: --data {found}"
         raise DataError(
@@ -59,7 +59,7 @@ def _check_path(root: Path, given: str) -> None:
         and _first(above, VALIDATION_NAMES)
     ):
         raise DataError(f"'{root}' is one split of '{above}'; expected the folder that holds both: --data {above}")
-    inner = _folders(root)
+    inner = folders(root)
     if len(inner) == 1 and inner[0] not in TRAIN_NAMES and _first(root / inner[0], TRAIN_NAMES):
         raise DataError(f"'{root}' itself has no train/, but the only folder in it does: --data {root / inner[0]}")
 
@@ -75,19 +75,11 @@ def _split_folders(root: Path, settings: DataSettings) -> tuple[Path | None, Pat
     ):
         if custom and path is None:
             raise DataError(
-                f"'{root}' has no folder '{name}'; it has {listed(_folders(root)) or 'no folders'}. Expected one of "
+                f"'{root}' has no folder '{name}'; it has {listed(folders(root)) or 'no folders'}. Expected one of "
                 f"class folders to {'train on' if 'train' in flag else 'validate with'}: {flag} "
-                f"NAME.{nearest(name, _folders(root))}"
+                f"NAME.{nearest(name, folders(root))}"
             )
     return train, validation
-
-
-def _folders(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and _is_visible(path.name))
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith((".", "__MACOSX"))
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:
@@ -96,40 +88,50 @@ def _first(root: Path, names: Sequence[str]) -> Path | None:
 
 def _is_split(path: Path) -> bool:
     # A class may be called train (CIFAR-100 has one): then it holds no folders and stands among other classes.
-    return bool(_folders(path)) or set(_folders(path.parent)) <= {path.name, *TRAIN_NAMES, *VALIDATION_NAMES}
+    return bool(folders(path)) or set(folders(path.parent)) <= {path.name, *TRAIN_NAMES, *VALIDATION_NAMES}
 
 
-def _classes(folder: Path) -> dict[str, int]:
-    """Class folder -> index, in natural order; raises DataError for images or folders that are out of place."""
-    filled, leaves = set(), set()
-    for path, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if _is_visible(name)]
-        if any(file.lower().endswith(EXTENSIONS) for file in files):
-            filled.add(Path(path))
-        elif not folders:
-            leaves.add(Path(path))
-    layout = f"expected one folder per class, as in {folder / 'cat' / '1.jpg'}"
-    if folder in filled:
+def _classes(found: Scan) -> dict[str, int]:
+    """Class -> index, in natural order; raises DataError for images or folders that are out of place."""
+    layout = f"expected one folder per class, as in {found.folder / 'cat' / '1.jpg'}"
+    if () in found.images:
         raise DataError(
-            f"'{folder}' holds images {'beside its' if len(filled) > 1 else 'but no'} class folders; {layout}. Move "
-            "each image into the folder of its class."
+            f"'{found.folder}' holds images {'beside its' if len(found.images) > 1 else 'but no'} class folders; "
+            f"{layout}. Move each image into the folder of its class."
         )
-    names = {path.name for path in filled}
-    if not names:
+    if not found.images:
         raise DataError(
-            f"'{folder}' is empty: no folder in it holds an image ({', '.join(EXTENSIONS)}); {layout}. Check --data."
+            f"'{found.folder}' is empty: no folder in it holds an image ({', '.join(EXTENSIONS)}); {layout}. Check "
+            "--data."
         )
-    if empty := sorted({path.name for path in leaves} - names):
+    _check_spelling(found)
+    names = {spelled(place[-1]) for place in found.images}
+    if empty := sorted({spelled(place[-1]) for place in found.empty} - names):
         raise DataError(
-            f"no image in class folder {listed(empty)} of '{folder}'; expected at least one file that ends in "
+            f"no image in class folder {listed(empty)} of '{found.folder}'; expected at least one file that ends in "
             f"{', '.join(EXTENSIONS)}. Add images or delete the folder."
         )
-    return {name: index for index, name in enumerate(sorted(names, key=natural_key))}
+    return by_index(names)
+
+
+def _check_spelling(found: Scan) -> None:
+    names = sorted({place[-1] for place in found.images})
+    if twice := [spelled(name) for name in names if name != spelled(name) and spelled(name) in names]:
+        raise DataError(
+            f"'{found.folder}' has two folders that are both called {listed(twice)}, spelled with other bytes (Unicode "
+            "NFC and NFD); expected one folder per class. Put their images together."
+        )
+    for name in names:
+        if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise DataError(
+                f"the class folder {name!r} of '{found.folder}' has a name that is no line of text, and it is to be "
+                "one of labels.txt: rename it."
+            )
 
 
 def _read_class_map(path: str, root: Path) -> dict[str, int]:
     try:
-        return load_class_map(path, str(root))
+        return {spelled(str(name)): index for name, index in load_class_map(path, str(root)).items()}
     except (AssertionError, OSError, ValueError) as error:
         raise DataError(
             f"cannot read the class map '{path}' ({error}); expected a text file with one class name per line: "
@@ -137,17 +139,15 @@ def _read_class_map(path: str, root: Path) -> dict[str, int]:
         ) from error
 
 
-def _open(folder: Path, classes: dict[str, int]) -> Images:
-    try:
-        dataset = create_dataset(
-            "", root=str(folder), search_split=False, class_map=classes, input_key=";".join(EXTENSIONS)
-        )
-    except RuntimeError as error:
+def _open(found: Scan, classes: dict[str, int]) -> Images:
+    dataset = files(found, classes, lambda place: place[-1])
+    if not len(dataset):
         raise DataError(
-            f"the class map and '{folder}' have no class in common: the map names {listed(classes)}, the folders are "
-            f"{listed(_folders(folder))}. Expected the names of the folders, one per line: --class-map FILE.txt"
-        ) from error
-    return Images(dataset, labels_of(dataset, str(folder)), str(folder))
+            f"the class map and '{found.folder}' have no class in common: the map names {listed(classes)}, the folders "
+            f"are {listed(folders(found.folder))}. Expected the names of the folders, one per line: --class-map "
+            "FILE.txt"
+        )
+    return Images(dataset, dataset.labels, str(found.folder))
 
 
 def _check_same_classes(train: str, classes: dict[str, int], validation: str, there: dict[str, int]) -> None:

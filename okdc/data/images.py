@@ -39,7 +39,7 @@ class Images(Dataset):
     def name(self, position: int) -> str:
         """The file of an image, or its number where it has no file of its own."""
         index = int(self.indices[position])
-        path = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "reader") else None
+        path = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else None
         return path or f"image {index} of {self.origin}"
 
     def split(self, every: int) -> tuple[Images, Images]:

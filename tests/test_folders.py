@@ -1,0 +1,113 @@
+"""How folders are read: which is a class, which is a split, in which order, and which files are images."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import unicodedata
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from timm.utils.misc import natural_key as timm_key
+
+from okdc.data import Source, names, open_source
+from okdc.data.images import Images
+from okdc.errors import DataError
+from okdc.recipe import DataSettings
+
+
+def write(root: Path, *places: str, count: int = 3) -> Path:
+    """`count` images in each of the folders."""
+    for place in places:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (40 * i, len(place), 99)).save(root / place / f"{i}.png")
+    return root
+
+
+def opened(root: Path, **changes: Any) -> Source:
+    return open_source(replace(DataSettings(data=str(root), workers=0), **changes), 0)
+
+
+def places(images: Images, source: Source) -> set[tuple[str, str]]:
+    """(class, path) of each image."""
+    return {
+        (source.classes[int(label)], images.dataset.filename(int(index), absolute=False))
+        for index, label in zip(images.indices, images.labels, strict=True)
+    }
+
+
+def fails(root: Path, *words: str, **changes: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        opened(root, **changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# --- the order of classes -------------------------------------------------------------------------------------------
+
+TIED = ["b", "A", "a", "B", "01", "1", "001", "10", "9", "10²", "²", "Über", "über", "x٣", "x3"]
+ORDER = ["001", "01", "1", "9", "10", "10²", "A", "a", "B", "b", "x3", "x٣", "²", "Über", "über"]
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "3"])
+def test_the_order_of_classes_is_the_same_in_every_process(seed: str) -> None:
+    code = f"import runpy; print(*runpy.run_path({names.__file__!r})['by_index']({set(TIED)!r}))"
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout
+    assert printed.decode().split() == ORDER
+
+
+def test_names_without_ties_are_in_the_order_of_bundles_that_are_out_there() -> None:
+    classes = ["n02", "n1", "Cat 10", "cat 9", "dog", "Éclair", "zoo", "10", "9", "_x", "a-b", "a b"]
+    assert list(names.by_index(classes)) == sorted(classes, key=timm_key)
+
+
+def test_no_two_names_are_tied_and_accents_sort_alike_however_they_are_stored() -> None:
+    spellings = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    for order in permutations(["cafz", "Café", *spellings]):
+        found = sorted(order, key=names.natural_key)
+        assert found[:2] == ["cafz", "Café"] and set(found[2:]) == set(spellings)
+        assert found == sorted(found, key=names.natural_key)
+
+
+def test_classes_that_differ_in_case_or_zeros_keep_their_images(tmp_path: Path) -> None:
+    classes = ("001", "01", "1", "10²", "A", "a", "b")
+    for split in ("train", "val"):
+        write(tmp_path / split, *classes)
+    source = opened(tmp_path)
+    assert source.classes == classes
+    for images in (source.train, source.validation):
+        assert places(images, source) == {(name, f"{name}/{i}.png") for name in classes for i in range(3)}
+
+
+def test_images_with_tied_names_are_in_one_order_whatever_the_disk_says(tmp_path: Path) -> None:
+    for name in ("1", "01", "A", "a"):
+        for cls in ("x", "y"):
+            Image.new("RGB", (8, 8)).save(write(tmp_path, cls, count=0) / cls / f"{name}.png")
+    source = opened(tmp_path)
+    assert source.train.dataset.paths == [f"{cls}/{name}.png" for cls in "xy" for name in ("01", "1", "A", "a")]
+
+
+def test_an_accent_stored_in_two_ways_is_one_class(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write(tmp_path / "train", composed, "tea")
+    write(tmp_path / "val", apart, "tea")
+    (tmp_path / "map.txt").write_text(f"tea\n{apart}\n", encoding="utf-8")
+    assert opened(tmp_path).classes == (composed, "tea")
+    source = opened(tmp_path, class_map=str(tmp_path / "map.txt"))
+    assert source.classes == ("tea", composed) and len(source.train) == len(source.validation) == 6
+    write(tmp_path / "train", apart)
+    fails(tmp_path, "two folders that are both called café", "Put their images together")
+
+
+def test_names_that_are_no_line_of_text_are_refused_before_training(tmp_path: Path) -> None:
+    write(tmp_path, "cat", "dog\nfox")
+    fails(tmp_path, r"'dog\nfox'", "rename it")
+    (tmp_path / "dog\nfox").rename(tmp_path / os.fsdecode(b"\xff"))
+    fails(tmp_path, "no line of text", "rename it")
