@@ -111,3 +111,75 @@ def test_names_that_are_no_line_of_text_are_refused_before_training(tmp_path: Pa
     fails(tmp_path, r"'dog\nfox'", "rename it")
     (tmp_path / "dog\nfox").rename(tmp_path / os.fsdecode(b"\xff"))
     fails(tmp_path, "no line of text", "rename it")
+
+
+# --- what is a class ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "."])
+def test_a_class_is_a_folder_of_the_first_level(tmp_path: Path, split: str) -> None:
+    deep = write(tmp_path, *(f"{split}/{cls}/images" for cls in ("cat", "dog")))
+    assert opened(deep).classes == ("cat", "dog")
+    write(tmp_path, f"{split}/cat", f"{split}/cat/extra/more")
+    source = opened(tmp_path)
+    assert source.classes == ("cat", "dog") and len(source.train) + len(source.validation) == 12
+    assert {cls for cls, path in places(source.train, source) if path.startswith("cat/")} == {"cat"}
+
+
+def test_folders_inside_of_classes_do_not_replace_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / split, "cat/indoor", "cat/outdoor", "dog/indoor", "dog/outdoor")
+    source = opened(tmp_path)
+    assert source.classes == ("cat", "dog") and len(source.train) == len(source.validation) == 12
+    assert all(path.startswith(cls) for cls, path in places(source.train, source))
+
+
+def test_groups_of_folders_are_asked_about_and_a_class_map_answers(tmp_path: Path) -> None:
+    write(tmp_path / "train", "animals/cat", "animals/dog", "vehicles/bus", "vehicles/car")
+    fails(tmp_path, "2 of the first level (animals, vehicles) or 4 inside (cat, dog, bus, car)", "--class-map FILE.txt")
+    answers = {"outer": ["vehicles", "animals"], "inner": ["bus", "car", "cat", "dog"]}
+    for name, classes in answers.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(classes))
+        source = opened(tmp_path, class_map=str(tmp_path / f"{name}.txt"))
+        assert source.classes == tuple(classes) and len(source.train) + len(source.validation) == 12
+        assert all(cls in path.split("/") for cls, path in places(source.train, source))
+
+
+def test_class_folders_one_level_too_low(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / split, "images/cat", "images/dog")
+    fails(tmp_path, "holds one folder only, 'images'", "(cat, dog)", "--train-split")
+    source = opened(tmp_path, train_split="train/images", val_split="val/images")
+    assert source.classes == ("cat", "dog")
+
+
+def test_links_that_lead_back_are_not_followed_and_others_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "pets", "train/cat", "train/dog", "val/cat", "val/dog", "val/cow")
+    write(tmp_path / "store", "cow/angus")
+    for place, target in (
+        ("cat/me", "."), ("cat/up", ".."), ("cat/root", "../../.."), ("cat/dogs", "../dog"), ("cat/self", "self"),
+        ("cow", "../../store/cow"), ("dog/images", "."), ("kitty", "cat"),
+    ):  # fmt: skip
+        (tmp_path / "pets" / "train" / place).symlink_to(target)
+    (tmp_path / "store" / "cow" / "back").symlink_to(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "dog" / "linked.png").symlink_to("0.png")
+    source = opened(tmp_path / "pets")
+    assert source.classes == ("cat", "cow", "dog") and len(source.train) == 10
+    assert ("cow", "cow/angus/0.png") in places(source.train, source)
+    for link in ("cat/me", "cat/up", "cat/dogs", "cat/root"):
+        assert link in caplog.text
+    assert "not followed" in caplog.text
+
+
+def test_what_a_class_map_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "cat", "dog", "Cow")
+    (tmp_path / "map.txt").write_text("cat\ndog")
+    source = opened(tmp_path, class_map="map.txt")
+    assert len(source.train) + len(source.validation) == 6
+    assert "leaves out images" in caplog.text and "Cow" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_an_error_not_a_class_less(tmp_path: Path) -> None:
+    (write(tmp_path, "cat", "dog") / "cat").chmod(0)
+    fails(tmp_path, "cannot be read", "permissions")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
 
-from okdc.data.images import Images, listed, names_by_index, split_in_two
-from okdc.data.names import by_index, spelled
-from okdc.data.scan import EXTENSIONS, Scan, files, folders, scan
-from okdc.data.values import Source
+from okdc.data.images import Images, names_by_index, split_in_two
+from okdc.data.names import by_index, listed, spelled
+from okdc.data.scan import EXTENSIONS, Naming, Place, Scan, files, folders, scan
+from okdc.data.values import Source, log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
@@ -24,18 +24,13 @@ def open_folder(settings: DataSettings) -> Source:
     _check_path(root, settings.data)
     train, validation = _split_folders(root, settings)
     name = root.resolve().name
-    found = scan(train or root)
-    classes = _classes(found)
-    if settings.class_map:
-        classes = _read_class_map(settings.class_map, root)
-    train_images = _open(found, classes)
+    named = _read_class_map(settings.class_map, root) if settings.class_map else None
+    train_images, classes = _open(train or root, named)
     if validation is None:
         return split_in_two(train_images, names_by_index(classes), name)
-    found = scan(validation)
-    there = _classes(found)
-    if not settings.class_map:
-        _check_same_classes(str(train), classes, str(validation), there)
-    return Source(train_images, _open(found, classes), names_by_index(classes), name)
+    validation_images, there = _open(validation, named)
+    _check_same_classes(str(train), classes, str(validation), there)
+    return Source(train_images, validation_images, names_by_index(classes), name)
 
 
 def _check_path(root: Path, given: str) -> None:
@@ -46,7 +41,7 @@ def _check_path(root: Path, given: str) -> None:
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
         hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
-        if _first(found, TRAIN_NAMES):
+        if _existing(found, TRAIN_NAMES):
             hint = f" '{found}' has a train/ folder: --data {found}"
         raise DataError(
             f"--data '{given}' does not exist ('{found}' does); expected a folder with train/ and val/ of class "
@@ -55,20 +50,20 @@ def _check_path(root: Path, given: str) -> None:
     above = root.absolute().parent
     if (
         root.name in (*TRAIN_NAMES, *VALIDATION_NAMES)
-        and _first(above, TRAIN_NAMES)
-        and _first(above, VALIDATION_NAMES)
+        and _existing(above, TRAIN_NAMES)
+        and _existing(above, VALIDATION_NAMES)
     ):
         raise DataError(f"'{root}' is one split of '{above}'; expected the folder that holds both: --data {above}")
     inner = folders(root)
-    if len(inner) == 1 and inner[0] not in TRAIN_NAMES and _first(root / inner[0], TRAIN_NAMES):
+    if len(inner) == 1 and inner[0] not in TRAIN_NAMES and _existing(root / inner[0], TRAIN_NAMES):
         raise DataError(f"'{root}' itself has no train/, but the only folder in it does: --data {root / inner[0]}")
 
 
 def _split_folders(root: Path, settings: DataSettings) -> tuple[Path | None, Path | None]:
     defaults = DataSettings()
     custom_train, custom_val = settings.train_split != defaults.train_split, settings.val_split != defaults.val_split
-    train = _first(root, [settings.train_split] if custom_train else TRAIN_NAMES)
-    validation = _first(root, [settings.val_split] if custom_val else VALIDATION_NAMES)
+    train = _existing(root, [settings.train_split] if custom_train else TRAIN_NAMES)
+    validation = _existing(root, [settings.val_split] if custom_val else VALIDATION_NAMES)
     for flag, name, path, custom in (
         ("--train-split", settings.train_split, train, custom_train or validation is not None),
         ("--val-split", settings.val_split, validation, custom_val),
@@ -82,7 +77,7 @@ def _split_folders(root: Path, settings: DataSettings) -> tuple[Path | None, Pat
     return train, validation
 
 
-def _first(root: Path, names: Sequence[str]) -> Path | None:
+def _existing(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if name and (root / name).is_dir() and _is_split(root / name)), None)
 
 
@@ -91,8 +86,28 @@ def _is_split(path: Path) -> bool:
     return bool(folders(path)) or set(folders(path.parent)) <= {path.name, *TRAIN_NAMES, *VALIDATION_NAMES}
 
 
-def _classes(found: Scan) -> dict[str, int]:
-    """Class -> index, in natural order; raises DataError for images or folders that are out of place."""
+def _open(folder: Path, named: dict[str, int] | None) -> tuple[Images, dict[str, int]]:
+    """The images of a split, and class -> index, in natural order where it is not `named`."""
+    found = scan(folder)
+    _check_layout(found)
+    name_of = _naming(found, named or {})
+    names = {name_of(place) for place in found.images}
+    classes = by_index(map(spelled, names)) if named is None else named
+    dataset = files(found, classes, name_of)
+    if not len(dataset):
+        raise DataError(
+            f"the class map and '{folder}' have no class in common: the map names {listed(classes)}, the folders are "
+            f"{listed(folders(folder))}. Expected the names of the folders, one per line: --class-map FILE.txt"
+        )
+    if named is None:
+        _check_names(names, folder)
+    elif unnamed := [name for name in by_index(names) if spelled(name) not in named]:
+        log.warning("the class map leaves out images of '%s': %s", folder, listed(unnamed))
+    return Images(dataset, dataset.labels, str(folder)), classes
+
+
+def _check_layout(found: Scan) -> None:
+    """Raise DataError for images or folders that are out of place."""
     layout = f"expected one folder per class, as in {found.folder / 'cat' / '1.jpg'}"
     if () in found.images:
         raise DataError(
@@ -104,28 +119,59 @@ def _classes(found: Scan) -> dict[str, int]:
             f"'{found.folder}' is empty: no folder in it holds an image ({', '.join(EXTENSIONS)}); {layout}. Check "
             "--data."
         )
-    _check_spelling(found)
-    names = {spelled(place[-1]) for place in found.images}
-    if empty := sorted({spelled(place[-1]) for place in found.empty} - names):
+    filled = {place[0] for place in found.images} | set(found.links)
+    if empty := [name for name in folders(found.folder) if name not in filled]:
         raise DataError(
             f"no image in class folder {listed(empty)} of '{found.folder}'; expected at least one file that ends in "
             f"{', '.join(EXTENSIONS)}. Add images or delete the folder."
         )
-    return by_index(names)
 
 
-def _check_spelling(found: Scan) -> None:
-    names = sorted({place[-1] for place in found.images})
+def _first(place: Place) -> str:
+    return place[0]
+
+
+def _last(place: Place) -> str:
+    return place[-1]
+
+
+def _naming(found: Scan, named: dict[str, int]) -> Naming:
+    """Which folder is the class: the first level, as torchvision reads it, unless only the last is `named`.
+
+    DataError where all images are deeper and it may as well be those folders that are the classes.
+    """
+    first, last = ({spelled(name_of(place)) for place in found.images} for name_of in (_first, _last))
+    if named:
+        return _first if first & named.keys() or not last & named.keys() else _last
+    owners: dict[str, set[str]] = {}
+    for place in found.images:
+        owners.setdefault(place[1] if len(place) > 1 else "", set()).add(place[0])
+    if "" in owners or max(map(len, owners.values())) > 1 or len(owners) == len(first):
+        return _first
+    if len(first) == 1:
+        (only,) = first
+        raise DataError(
+            f"'{found.folder}' holds one folder only, '{only}', and class folders are in that ({listed(owners)}). Move "
+            f"them up, or name '{only}' too: with --data, or with --train-split and --val-split."
+        )
+    raise DataError(
+        f"the folders of '{found.folder}' hold folders, and either may be the classes: {len(first)} of the first level "
+        f"({listed(by_index(first))}) or {len(owners)} inside ({listed(owners)}). Say which: list them in a file, one "
+        "per line (--class-map FILE.txt), or move the images up."
+    )
+
+
+def _check_names(names: set[str], folder: Path) -> None:
     if twice := [spelled(name) for name in names if name != spelled(name) and spelled(name) in names]:
         raise DataError(
-            f"'{found.folder}' has two folders that are both called {listed(twice)}, spelled with other bytes (Unicode "
-            "NFC and NFD); expected one folder per class. Put their images together."
+            f"'{folder}' has two folders that are both called {listed(twice)}, spelled with other bytes (Unicode NFC "
+            "and NFD); expected one folder per class. Put their images together."
         )
     for name in names:
         if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
             raise DataError(
-                f"the class folder {name!r} of '{found.folder}' has a name that is no line of text, and it is to be "
-                "one of labels.txt: rename it."
+                f"the class folder {name!r} of '{folder}' has a name that is no line of text, and it is to be one of "
+                "labels.txt: rename it."
             )
 
 
@@ -137,17 +183,6 @@ def _read_class_map(path: str, root: Path) -> dict[str, int]:
             f"cannot read the class map '{path}' ({error}); expected a text file with one class name per line: "
             "--class-map FILE.txt"
         ) from error
-
-
-def _open(found: Scan, classes: dict[str, int]) -> Images:
-    dataset = files(found, classes, lambda place: place[-1])
-    if not len(dataset):
-        raise DataError(
-            f"the class map and '{found.folder}' have no class in common: the map names {listed(classes)}, the folders "
-            f"are {listed(folders(found.folder))}. Expected the names of the folders, one per line: --class-map "
-            "FILE.txt"
-        )
-    return Images(dataset, dataset.labels, str(found.folder))
 
 
 def _check_same_classes(train: str, classes: dict[str, int], validation: str, there: dict[str, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from okdc.data.names import listed
 from okdc.data.values import Source, log
 from okdc.errors import DataError
 
@@ -81,13 +82,6 @@ def names_by_index(class_to_idx: dict[Any, int]) -> tuple[str, ...]:
     """Class names in the order of their indices; an index without a name is named by its number."""
     names = {index: str(name) for name, index in class_to_idx.items()}
     return tuple(names.get(index, str(index)) for index in range(max(names) + 1))
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names as part of a sentence: `a, b, c and 12 more`."""
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:

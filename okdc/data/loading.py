@@ -11,7 +11,8 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
 from okdc.data.batchwise import Law
-from okdc.data.images import Images, listed
+from okdc.data.images import Images
+from okdc.data.names import listed
 from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
 from okdc.data.samples import EpochPlaces, Order, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded
 from okdc.data.streams import Stream, load_stream

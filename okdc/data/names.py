@@ -26,3 +26,10 @@ def natural_key(name: str) -> Any:
 def by_index(names: Iterable[str]) -> dict[str, int]:
     """Class name -> index, in natural order."""
     return {name: index for index, name in enumerate(sorted(set(names), key=natural_key))}
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names as part of a sentence: `a, b, c and 12 more`."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -11,21 +11,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from okdc.data.names import natural_key, spelled
+from okdc.data.names import listed, natural_key, spelled
+from okdc.data.values import log
 from okdc.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 Place = tuple[str, ...]  # the folders from the split down to the one that is meant
+Naming = Callable[[Place], str]  # the class of the images there
 
 
 @dataclass
 class Scan:
-    """What there is below `folder`: the images of each folder that holds some, and folders that hold nothing."""
+    """What there is below `folder`: the images of each folder that holds some, and links that were not followed."""
 
     folder: Path
     images: dict[Place, list[str]] = field(default_factory=dict)
-    empty: list[Place] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
 
 class Files:
@@ -59,7 +61,12 @@ def is_visible(name: str) -> bool:
 
 def folders(root: Path) -> list[str]:
     """The names of the folders in one, in natural order; DataError where it may not be read."""
-    return sorted((entry.name for entry in entries(root) if entry.is_dir() and is_visible(entry.name)), key=natural_key)
+    return [entry.name for entry in entries(root) if _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # DirEntry.is_dir() raises where a link leads to itself.
+    return is_visible(entry.name) and (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
 
 
 def entries(root: Path) -> list[os.DirEntry[str]]:
@@ -72,24 +79,34 @@ def entries(root: Path) -> list[os.DirEntry[str]]:
 
 
 def scan(folder: Path) -> Scan:
-    """Find the images below a folder."""
+    """Find the images below a folder; links are followed out of it, but not back, or images would come twice."""
     found = Scan(folder)
-    _walk(folder, (), found)
+    _walk(folder, (), (folder.resolve(),), found)
+    if found.links:
+        log.warning("links that lead back into '%s' are not followed: %s", folder, listed(found.links))
     return found
 
 
-def _walk(path: Path, place: Place, found: Scan) -> None:
+def _walk(path: Path, place: Place, above: tuple[Path, ...], found: Scan) -> None:
+    """`above` are the folder itself and those that it is in, without links, the split's first."""
     here = entries(path)
-    inner = [entry for entry in here if entry.is_dir() and is_visible(entry.name)]
-    if images := [entry.name for entry in here if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir()]:
+    inner = [entry for entry in here if _is_folder(entry)]
+    names = {entry.name for entry in inner}
+    if images := [e.name for e in here if e.name.lower().endswith(EXTENSIONS) and e.name not in names]:
         found.images[place] = images
-    elif not inner:
-        found.empty.append(place)
     for entry in inner:
-        _walk(path / entry.name, (*place, entry.name), found)
+        real = Path(entry.path).resolve() if entry.is_symlink() else above[-1] / entry.name
+        if entry.is_symlink() and _leads_back(real, above):
+            found.links.append("/".join((*place, entry.name)))
+        else:
+            _walk(path / entry.name, (*place, entry.name), (*above, real), found)
 
 
-def files(found: Scan, classes: dict[str, int], name_of: Callable[[Place], str]) -> Files:
+def _leads_back(target: Path, above: tuple[Path, ...]) -> bool:
+    return target.is_relative_to(above[0]) or any(folder.is_relative_to(target) for folder in above)
+
+
+def files(found: Scan, classes: dict[str, int], name_of: Naming) -> Files:
     """The images of those folders whose class is one of `classes`."""
     samples = [
         ("/".join((*place, image)), classes[name])
