@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from timm.utils.misc import natural_key as timm_key
 
-from okdc.data import Source, names, open_source
+from okdc.data import Source, names, open_source, splits
 from okdc.data.images import Images
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
@@ -183,3 +183,72 @@ def test_what_a_class_map_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogC
 def test_a_folder_that_may_not_be_read_is_an_error_not_a_class_less(tmp_path: Path) -> None:
     (write(tmp_path, "cat", "dog") / "cat").chmod(0)
     fails(tmp_path, "cannot be read", "permissions")
+
+
+# --- what is a split ------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    "train/val", "Train/Val", "TRAIN/TEST", "Training/Testing", "training/dev", "train_images/test_images",
+    "training_set/test_set", "seg_train/seg_test", "trainset/valset", "train2017/val2017", "TrainImages/EvalImages",
+    "train/eval", "train/Test", "train/testing", "train/Valid", "imgs-train/imgs-validation", "01 train/02 test",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_splits_are_found_by_their_names_as_people_write_them(tmp_path: Path, pair: str) -> None:
+    train, validation = pair.split("/")
+    write(tmp_path, *(f"{split}/{cls}" for split in (train, validation) for cls in ("cat", "dog")))
+    source = opened(tmp_path)
+    assert len(source.train) == len(source.validation) == 6 and source.classes == ("cat", "dog")
+    assert source.train.origin.endswith(train) and source.validation.origin.endswith(validation)
+    fails(tmp_path / validation, "is one split of", f"--data {tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["contest", "latest", "evaluate_me", "trainval", "train_test", "terrain", "valley"])
+def test_names_that_are_not_of_one_split(name: str) -> None:
+    assert splits.role(name) is None
+
+
+def test_a_validation_split_comes_before_a_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, *(f"{split}/{cls}" for split in ("Train", "Val", "test", "more") for cls in ("cat", "dog")))
+    assert opened(tmp_path).validation.origin.endswith("Val")
+    assert "not used: more" in caplog.text and "test" not in caplog.text.partition("not used: ")[2]
+
+
+def test_folders_that_hold_the_same_classes_are_asked_about(tmp_path: Path) -> None:
+    write(tmp_path / "folds", *(f"{fold}/{cls}" for fold in ("one", "two", "three") for cls in ("cat", "dog")))
+    fails(tmp_path / "folds", "the same names (cat, dog)", "--train-split one --val-split", "--class-map FILE.txt")
+    (tmp_path / "folds" / "map.txt").write_text("two\none\nthree")
+    assert opened(tmp_path / "folds", class_map="map.txt").classes == ("two", "one", "three")
+    assert len(opened(tmp_path / "folds", train_split="one", val_split="two").validation) == 6
+    write(tmp_path / "more", *(f"{fold}/{cls}" for fold in ("train", "other") for cls in ("cat", "dog")))
+    fails(tmp_path / "more", "'train' and 'other'", "--val-split other")
+    write(tmp_path / "years", *(f"{fold}/{cls}" for fold in ("train2014", "train2017") for cls in ("cat", "dog")))
+    fails(tmp_path / "years", "2 folders for training (train2014, train2017)", "--train-split train2014")
+
+
+def test_a_class_called_train_that_holds_folders_is_asked_about(tmp_path: Path) -> None:
+    write(tmp_path, "bus", "tram", "train/steam", "train/electric")
+    fails(tmp_path, "'train' the training split, or one class of several", "bus, tram", "--class-map")
+    (tmp_path / "map.txt").write_text("bus\ntrain\ntram")
+    source = opened(tmp_path, class_map="map.txt")
+    assert source.classes == ("bus", "train", "tram") and len(source.train) + len(source.validation) == 12
+
+
+def test_splits_inside_of_classes_are_not_one_pile(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{cls}/{split}" for cls in ("cat", "dog") for split in ("train", "test")))
+    fails(tmp_path, "each of cat, dog in it holds test, train", f"--data {tmp_path / 'cat'}", "train/cat")
+
+
+def test_the_splits_that_are_named_are_two(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{cls}" for split in ("val", "test") for cls in ("cat", "dog")))
+    assert opened(tmp_path, train_split="val").validation.origin.endswith("test")
+
+
+def test_the_layout_of_object_detection(tmp_path: Path) -> None:
+    write(tmp_path / "boxes", "images/train", "images/val")
+    write(tmp_path / "boxes", "labels/train", "labels/val", count=0)
+    fails(tmp_path / "boxes", "images' holds train/", "object detection", "one folder per class")
+    write(tmp_path / "both", "images/train/cat", "images/val/cat", "images/train/dog", "images/val/dog")
+    write(tmp_path / "both", "labels/train/cat", count=0)
+    fails(tmp_path / "both", f"--data {tmp_path / 'both' / 'images'}")

@@ -2,93 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
 
+from okdc.data import splits
 from okdc.data.images import Images, names_by_index, split_in_two
 from okdc.data.names import by_index, listed, spelled
 from okdc.data.scan import EXTENSIONS, Naming, Place, Scan, files, folders, scan
 from okdc.data.values import Source, log
-from okdc.errors import DataError, nearest
+from okdc.errors import DataError
 from okdc.recipe import DataSettings
-
-TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("validation", "val", "valid", "test")
 
 
 def open_folder(settings: DataSettings) -> Source:
     """The images below `settings.data`; raises DataError where the folders are not laid out as expected."""
     root = Path(settings.data).expanduser()
-    _check_path(root, settings.data)
-    train, validation = _split_folders(root, settings)
+    splits.check_path(root, settings.data)
     name = root.resolve().name
     named = _read_class_map(settings.class_map, root) if settings.class_map else None
-    train_images, classes = _open(train or root, named)
+    flat = named is not None and splits.lists_all(root, named)
+    train, validation = (None, None) if flat else splits.choose(root, settings)
+    train_images, classes = _open(train or root, named, settled=bool(train or named))
     if validation is None:
         return split_in_two(train_images, names_by_index(classes), name)
-    validation_images, there = _open(validation, named)
+    validation_images, there = _open(validation, named, settled=True)
     _check_same_classes(str(train), classes, str(validation), there)
     return Source(train_images, validation_images, names_by_index(classes), name)
 
 
-def _check_path(root: Path, given: str) -> None:
-    if root.is_file():
-        raise DataError(
-            f"--data '{given}' is a file; expected a folder with train/ and val/. Unpack it, then name the folder."
-        )
-    if not root.exists():
-        found = next(parent for parent in root.absolute().parents if parent.is_dir())
-        hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
-        if _existing(found, TRAIN_NAMES):
-            hint = f" '{found}' has a train/ folder: --data {found}"
-        raise DataError(
-            f"--data '{given}' does not exist ('{found}' does); expected a folder with train/ and val/ of class "
-            f"folders, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
-        )
-    above = root.absolute().parent
-    if (
-        root.name in (*TRAIN_NAMES, *VALIDATION_NAMES)
-        and _existing(above, TRAIN_NAMES)
-        and _existing(above, VALIDATION_NAMES)
-    ):
-        raise DataError(f"'{root}' is one split of '{above}'; expected the folder that holds both: --data {above}")
-    inner = folders(root)
-    if len(inner) == 1 and inner[0] not in TRAIN_NAMES and _existing(root / inner[0], TRAIN_NAMES):
-        raise DataError(f"'{root}' itself has no train/, but the only folder in it does: --data {root / inner[0]}")
+def _open(folder: Path, named: dict[str, int] | None, settled: bool) -> tuple[Images, dict[str, int]]:
+    """The images of a split, and class -> index, in natural order where it is not `named`.
 
-
-def _split_folders(root: Path, settings: DataSettings) -> tuple[Path | None, Path | None]:
-    defaults = DataSettings()
-    custom_train, custom_val = settings.train_split != defaults.train_split, settings.val_split != defaults.val_split
-    train = _existing(root, [settings.train_split] if custom_train else TRAIN_NAMES)
-    validation = _existing(root, [settings.val_split] if custom_val else VALIDATION_NAMES)
-    for flag, name, path, custom in (
-        ("--train-split", settings.train_split, train, custom_train or validation is not None),
-        ("--val-split", settings.val_split, validation, custom_val),
-    ):
-        if custom and path is None:
-            raise DataError(
-                f"'{root}' has no folder '{name}'; it has {listed(folders(root)) or 'no folders'}. Expected one of "
-                f"class folders to {'train on' if 'train' in flag else 'validate with'}: {flag} "
-                f"NAME.{nearest(name, folders(root))}"
-            )
-    return train, validation
-
-
-def _existing(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if name and (root / name).is_dir() and _is_split(root / name)), None)
-
-
-def _is_split(path: Path) -> bool:
-    # A class may be called train (CIFAR-100 has one): then it holds no folders and stands among other classes.
-    return bool(folders(path)) or set(folders(path.parent)) <= {path.name, *TRAIN_NAMES, *VALIDATION_NAMES}
-
-
-def _open(folder: Path, named: dict[str, int] | None) -> tuple[Images, dict[str, int]]:
-    """The images of a split, and class -> index, in natural order where it is not `named`."""
+    That it is one split is `settled`, or to be asked.
+    """
     found = scan(folder)
+    if not settled:
+        splits.check_flat(found)
     _check_layout(found)
     name_of = _naming(found, named or {})
     names = {name_of(place) for place in found.images}

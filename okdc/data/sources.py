@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from okdc.data.folders import VALIDATION_NAMES, open_folder
+from okdc.data.folders import open_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
 from okdc.data.streams import Stream, stream_classes
 from okdc.data.values import Source
@@ -22,6 +22,8 @@ TORCH_NAMES = (
     *("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"),
     *("imagenet", "places365", "inaturalist"),
 )
+
+VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data sets that have no folders
 
 Split = TypeVar("Split")
 
