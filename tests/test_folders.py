@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from timm.utils.misc import natural_key as timm_key
 
@@ -252,3 +253,31 @@ def test_the_layout_of_object_detection(tmp_path: Path) -> None:
     write(tmp_path / "both", "images/train/cat", "images/val/cat", "images/train/dog", "images/val/dog")
     write(tmp_path / "both", "labels/train/cat", count=0)
     fails(tmp_path / "both", f"--data {tmp_path / 'both' / 'images'}")
+
+
+# --- what is an image -----------------------------------------------------------------------------------------------
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / split, "cat", "dog", ".cache", "cat/.thumbs", "__MACOSX/cat", "dog/@eaDir/0.png")
+        for cls in ("cat", "dog"):
+            for i in range(3):
+                (tmp_path / split / cls / f"._{i}.png").write_bytes(b"\0\5\26\7")
+        (tmp_path / split / "._0.png").write_bytes(b"\0\5\26\7")
+    source = opened(tmp_path)
+    assert source.classes == ("cat", "dog") and len(source.train) == len(source.validation) == 6
+
+
+@pytest.mark.parametrize("name", ["imagenet", "inaturalist"])
+def test_hidden_files_are_no_images_where_torchvision_reads_folders(tmp_path: Path, name: str) -> None:
+    classes = [f"{i:05d}_Animalia_a_b_c_d_e_{cls}" for i, cls in enumerate(("cat", "dog"))]
+    if name == "imagenet":
+        torch.save(({cls: (cls,) for cls in classes}, []), tmp_path / "meta.bin")
+    for split in ("train", "val") if name == "imagenet" else ("2021_train", "2021_valid"):
+        for cls in classes:
+            (write(tmp_path / split, cls) / cls / "._0.png").write_bytes(b"\0\5\26\7")
+    source = open_source(DataSettings(data=f"torch/{name}:{tmp_path}"), 0)
+    for images in (source.train, source.validation):
+        assert len(images) == len(images.labels) == 6
+        assert [images[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]

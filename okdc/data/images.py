@@ -35,6 +35,7 @@ class Images(Dataset):
                 image.load()
         else:
             image = self.dataset[index][0]
+            image.load()  # torchvision's INaturalist leaves it, and its file, to whoever looks at it
         return image, int(self.labels[position])
 
     def name(self, position: int) -> str:
@@ -66,6 +67,8 @@ def labels_of(dataset: Any, given: str) -> Tensor:
         labels: Sequence[Any] = [label for _, label in reader.samples]
     elif hasattr(reader, "iter_targets"):
         labels = list(reader.iter_targets())
+    elif hasattr(dataset, "index"):  # torchvision's INaturalist
+        labels = [label for label, _ in dataset.index]
     else:
         labels = dataset.targets if hasattr(dataset, "targets") else [label for _, label in dataset]
     try:

@@ -55,8 +55,8 @@ class Files:
 
 
 def is_visible(name: str) -> bool:
-    """Whether a folder is the user's own, not a system's."""
-    return not name.startswith((".", "__MACOSX"))
+    """Whether a file or folder is the user's own, not a system's: macOS keeps a ._cat.png beside cat.png."""
+    return not name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def folders(root: Path) -> list[str]:
@@ -89,7 +89,7 @@ def scan(folder: Path) -> Scan:
 
 def _walk(path: Path, place: Place, above: tuple[Path, ...], found: Scan) -> None:
     """`above` are the folder itself and those that it is in, without links, the split's first."""
-    here = entries(path)
+    here = [entry for entry in entries(path) if is_visible(entry.name)]
     inner = [entry for entry in here if _is_folder(entry)]
     names = {entry.name for entry in inner}
     if images := [e.name for e in here if e.name.lower().endswith(EXTENSIONS) and e.name not in names]:

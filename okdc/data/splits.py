@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from okdc.data.names import listed, spelled
-from okdc.data.scan import EXTENSIONS, Scan, entries, folders
+from okdc.data.scan import EXTENSIONS, Scan, entries, folders, is_visible
 from okdc.data.values import log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
@@ -125,7 +125,7 @@ def _check_beside(root: Path, train: Path, validation: Path | None) -> None:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(entry.name.lower().endswith(EXTENSIONS) for entry in entries(folder))
+    return any(is_visible(entry.name) and entry.name.lower().endswith(EXTENSIONS) for entry in entries(folder))
 
 
 def check_flat(found: Scan) -> None:
