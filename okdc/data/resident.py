@@ -21,9 +21,10 @@ from torchvision import transforms
 
 from okdc.data.batchwise import FILTERS, Law, mix
 from okdc.data.images import Images
+from okdc.data.readable import BadImages
 from okdc.data.samples import as_loaded
 from okdc.data.transforms import MODES, image_transform, read
-from okdc.data.values import BadImages, Batch, log
+from okdc.data.values import BadImage, Batch, log
 from okdc.errors import DataError
 from okdc.ranks import rank
 from okdc.recipe import DataSettings
@@ -126,7 +127,7 @@ def _decode(
         return "they are too many, or too large"
     images = torch.empty(len(split), *example.shape, dtype=torch.uint8)
     readable = torch.zeros(len(split), dtype=torch.bool)
-    unread: list[tuple[str, str]] = []
+    unread: list[BadImage] = []
     for positions, decoded, failed in _chunks(source, settings.workers, timeout):
         unread += failed
         if any(image.shape != example.shape for image in decoded):
@@ -134,8 +135,8 @@ def _decode(
         if positions:
             images[positions] = decoded
             readable[positions] = True
-    for name, reason in unread:
-        bad.add(name, reason)
+    for image in unread:
+        bad.add(*image)
     return Decoded(images.to(device), readable)
 
 
@@ -160,8 +161,8 @@ class _Decoding(Dataset):
         sample = read(self.split, position, self.mode, [])
         return sample and self.transform(sample[0])
 
-    def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[tuple[str, str]]]:
-        failed: list[tuple[str, str]] = []
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[BadImage]]:
+        failed: list[BadImage] = []
         samples = [(position, read(self.split, position, self.mode, failed)) for position in positions]
         found = [(position, self.transform(sample[0])) for position, sample in samples if sample]
         images = [image for _, image in found]

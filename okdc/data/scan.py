@@ -17,6 +17,8 @@ from okdc.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
+LFS = b"version https://git-lfs"
+
 Place = tuple[str, ...]  # the folders from the split down to the one that is meant
 Naming = Callable[[Place], str]  # the class of the images there
 
@@ -40,8 +42,12 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.filename(index)) as image:
-            image.load()
+        with open(self.filename(index), "rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise OSError("it is a pointer of Git LFS, not the image: git lfs pull")
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
         return image, self.targets[index]
 
     def filename(self, index: int, absolute: bool = True) -> str:

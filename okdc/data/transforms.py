@@ -82,7 +82,7 @@ def read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tuple
         image, label = images[position]
         return convert(image, mode), label
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        bad.append((images.name(position), f"{type(error).__name__}: {error}"))
+        bad.append((images.name(position), f"{type(error).__name__}: {error}", int(images.labels[position])))
         return None
 
 
