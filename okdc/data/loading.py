@@ -11,6 +11,7 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
 from okdc.data.batchwise import Law
+from okdc.data.depth import find_bits
 from okdc.data.images import Images
 from okdc.data.names import listed
 from okdc.data.readable import BadImages, check_readable
@@ -52,7 +53,6 @@ def load(
     """
     device = torch.device(device)
     config = preprocessing(settings, config)
-    mode = MODES[config["input_size"][0]]
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}; expected 1 or more: -b 128")
     augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
@@ -64,6 +64,8 @@ def load(
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
     images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
     _check_fills(part, len(images), source.name)
+    if "pixel_bits" not in config and (bits := find_bits(source.train, timeout)):
+        config["pixel_bits"] = bits
     order = Order(images.labels, seed, part.whole if needs.pairs else None)
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
@@ -85,14 +87,14 @@ def load(
     if kept := keep(images, settings, config, True, bad, device, timeout):
         resident = kept, law(settings, config)
     else:
-        check_readable(images, bad, mode, timeout)
+        check_readable(images, bad, config, timeout)
     validation = in_order(source.validation, validation_bad)
     if not validation.kept:
-        check_readable(source.validation, validation_bad, mode, timeout)
+        check_readable(source.validation, validation_bad, config, timeout)
     return Data(
         train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs, resident),
         validation=validation,
-        validation_images=RawImages(source.validation, mode, validation_bad),
+        validation_images=RawImages(source.validation, config, validation_bad),
         classes=source.classes,
         preprocess=config,
         name=source.name,
@@ -255,14 +257,16 @@ class OrderedBatches:
 class RawImages:
     """(PIL image as stored, class index) of every readable validation image, in the order of the batches."""
 
-    def __init__(self, images: Images, mode: str, bad: BadImages):
-        self.images, self.mode, self.bad = images, mode, bad
+    def __init__(self, images: Images, config: dict[str, Any], bad: BadImages):
+        self.images, self.config, self.bad = images, config, bad
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         for position in range(len(self.images)):
             try:
                 image, label = self.images[position]
-                convert(image, self.mode)  # what cannot be converted is in no batch either
+                convert(
+                    image, MODES[self.config["input_size"][0]], self.config.get("pixel_bits")
+                )  # what cannot be converted is in no batch either
             except Exception as error:
                 name, reason = self.images.name(position), f"{type(error).__name__}: {error}"
                 self.bad.add(name, reason, int(self.images.labels[position]))

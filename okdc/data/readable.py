@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -53,13 +54,13 @@ class BadImages:
             )
 
 
-def check_readable(images: Images, bad: BadImages, mode: str, timeout: float) -> None:
+def check_readable(images: Images, bad: BadImages, config: dict[str, Any], timeout: float) -> None:
     """Read one image of each class; DataError for classes that have none to read, or none that comes in `timeout`."""
 
     def near(count: int) -> str:
         return f"while reading an image of each class of {images.origin}, after {count} classes"
 
-    lost = [found for found in limited(_first_unreadable(images, mode), timeout, near) if found]
+    lost = [found for found in limited(_first_unreadable(images, config), timeout, near) if found]
     if not lost:
         return
     name, reason, _ = lost[0]
@@ -70,10 +71,10 @@ def check_readable(images: Images, bad: BadImages, mode: str, timeout: float) ->
     )
 
 
-def _first_unreadable(images: Images, mode: str) -> Iterator[BadImage | None]:
+def _first_unreadable(images: Images, config: dict[str, Any]) -> Iterator[BadImage | None]:
     """For each class the first of its images if none of them can be read, else None."""
     for label in images.labels.unique().tolist():
         bad: list[BadImage] = []
         positions = (images.labels == label).nonzero().flatten().tolist()
-        found = any(read(images, position, mode, bad) for position in positions)
+        found = any(read(images, position, config, bad) for position in positions)
         yield None if found else bad[0]

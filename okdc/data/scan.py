@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from okdc.data.depth import DEEP_COLOURS
 from okdc.data.names import listed, natural_key, spelled
 from okdc.data.values import log
 from okdc.errors import DataError
@@ -47,6 +48,7 @@ class Files:
                 raise OSError("it is a pointer of Git LFS, not the image: git lfs pull")
             file.seek(0)
             with Image.open(file) as image:
+                image.info[DEEP_COLOURS] = ";16" in str(image.tile) and not image.mode.startswith("I")
                 image.load()
         return image, self.targets[index]
 
