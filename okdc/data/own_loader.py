@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from okdc.data.labels import checked_labels
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
@@ -220,28 +220,4 @@ def _checked(batch: Any, role: str, num_classes: int) -> Batch:
             "(B, C, H, W), normalised. Add torchvision's ToTensor() and Normalize(mean, std) to the data set's "
             "transform."
         )
-    _check_labels(labels, len(images), role, num_classes)
-    return images, labels
-
-
-def _check_labels(labels: Tensor, count: int, role: str, num_classes: int) -> None:
-    soft = labels.ndim == 2 and labels.is_floating_point() and role == "training"
-    if not count or len(labels) != count or not (soft or (labels.ndim == 1 and labels.dtype == torch.int64)):
-        raise DataError(
-            f"the {role} loader gave labels of shape {tuple(labels.shape)} and type {labels.dtype} for {count} "
-            f"images; expected one int64 class index per image, shape ({count},): labels.long()"
-        )
-    if soft:
-        if num_classes and labels.shape[1] != num_classes:
-            raise DataError(
-                f"the {role} labels have {labels.shape[1]} columns; expected {num_classes}, one per class: "
-                "num_classes=N"
-            )
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes and high >= num_classes):
-        expected = f"0 to {num_classes - 1}" if num_classes else "0 and up"
-        raise DataError(
-            f"the {role} loader gave labels from {low} to {high}; expected {expected}. Say num_classes=N if there "
-            "are more."
-        )
+    return images, checked_labels(labels, len(images), role, num_classes)
