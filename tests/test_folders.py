@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from timm.utils.misc import natural_key as timm_key
 
 from okdc.data import Source, names, open_source, splits
@@ -281,3 +281,21 @@ def test_hidden_files_are_no_images_where_torchvision_reads_folders(tmp_path: Pa
     for images in (source.train, source.validation):
         assert len(images) == len(images.labels) == 6
         assert [images[i][1] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_of_all_usual_kinds_are_read_and_other_files_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = {"gif": "GIF", "jfif": "JPEG", "jpe": "JPEG", "JPG": "JPEG", "webp": "WEBP", "bmp": "BMP"}
+    if features.check("avif"):  # Pillow may be built without it
+        kinds |= {"avif": "AVIF"}
+    for cls in ("cat", "dog"):
+        for ending, kind in kinds.items():
+            Image.new("RGB", (8, 8)).save(write(tmp_path, cls, count=0) / cls / f"x.{ending}", kind)
+        for name in ("a.txt", "b.txt", "c.heic", "README", "Thumbs.db", ".DS_Store"):
+            (tmp_path / cls / name).write_text("x")
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    source = opened(tmp_path)
+    assert len(source.train) + len(source.validation) == 2 * len(kinds)
+    assert all(images[i][0].size == (8, 8) for images in (source.train, source.validation) for i in range(len(images)))
+    assert "left out: 4 of .txt, 2 of .heic, 2 of no ending" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,10 @@ from okdc.data.names import listed, natural_key, spelled
 from okdc.data.values import log
 from okdc.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
+    *(".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"),
+)
 
 LFS = b"version https://git-lfs"
 
@@ -26,10 +30,14 @@ Naming = Callable[[Place], str]  # the class of the images there
 
 @dataclass
 class Scan:
-    """What there is below `folder`: the images of each folder that holds some, and links that were not followed."""
+    """What there is below `folder`: the images of each folder that holds some, and what is not looked at.
+
+    `others` counts the files that are no images by how their names end, `links` are those that were not followed.
+    """
 
     folder: Path
     images: dict[Place, list[str]] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
     links: list[str] = field(default_factory=list)
 
 
@@ -64,7 +72,7 @@ class Files:
 
 def is_visible(name: str) -> bool:
     """Whether a file or folder is the user's own, not a system's: macOS keeps a ._cat.png beside cat.png."""
-    return not name.startswith((".", "__MACOSX", "@eaDir"))
+    return not name.startswith((".", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"))
 
 
 def folders(root: Path) -> list[str]:
@@ -92,6 +100,9 @@ def scan(folder: Path) -> Scan:
     _walk(folder, (), (folder.resolve(),), found)
     if found.links:
         log.warning("links that lead back into '%s' are not followed: %s", folder, listed(found.links))
+    if found.others:
+        kinds = listed(f"{count} of {kind}" for kind, count in found.others.most_common())
+        log.warning("files beside the images of '%s' are left out: %s", folder, kinds)
     return found
 
 
@@ -102,6 +113,12 @@ def _walk(path: Path, place: Place, above: tuple[Path, ...], found: Scan) -> Non
     names = {entry.name for entry in inner}
     if images := [e.name for e in here if e.name.lower().endswith(EXTENSIONS) and e.name not in names]:
         found.images[place] = images
+    if place:
+        found.others.update(
+            os.path.splitext(e.name)[1].lower() or "no ending"
+            for e in here
+            if e.name not in names and not e.name.lower().endswith(EXTENSIONS)
+        )
     for entry in inner:
         real = Path(entry.path).resolve() if entry.is_symlink() else above[-1] / entry.name
         if entry.is_symlink() and _leads_back(real, above):
