@@ -68,3 +68,16 @@ def test_one_hot_rows_validate_as_they_train_and_shares_do_not() -> None:
 def test_shares_of_sixteen_bits_are_shares(dtype: torch.dtype) -> None:
     smooth = (torch.eye(1000)[[0, 5, 999, 2]] * 0.9 + 0.1 / 1000).to(dtype)
     assert next(wrap([(IMAGES, smooth)]).train.batches(0))[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_other_float_types_train_as_float32(dtype: torch.dtype) -> None:
+    images = torch.rand(4, 3, 32, 32).to(dtype)
+    data = wrap([(images, LABELS)], [(images, LABELS)])
+    for given, _ in (next(data.train.batches(0)), next(iter(data.validation or ()))):
+        assert given.dtype == torch.float32 and torch.equal(given, images.float())
+
+
+def test_images_that_hold_nan_are_refused_before_training() -> None:
+    with pytest.raises(DataError, match="validation loader gave images that hold NaN"):
+        wrap([(IMAGES, LABELS)], [(IMAGES / 0, LABELS)])
