@@ -241,6 +241,24 @@ def test_splits_inside_of_classes_are_not_one_pile(tmp_path: Path) -> None:
     fails(tmp_path, "each of cat, dog in it holds test, train", f"--data {tmp_path / 'cat'}", "train/cat")
 
 
+def test_a_class_map_does_not_make_one_pile_of_splits_either(tmp_path: Path) -> None:
+    write(tmp_path, *(f"images/{split}/{cls}" for split in ("train", "val") for cls in ("cat", "dog")))
+    (tmp_path / "map.txt").write_text("\ufeffdog\ncat\n\n", encoding="utf-8")
+    fails(tmp_path, f"--data {tmp_path / 'images'}", class_map="map.txt")
+    source = opened(tmp_path / "images", class_map=str(tmp_path / "map.txt"))
+    assert source.classes == ("dog", "cat") and len(source.train) == len(source.validation) == 6
+
+
+def test_a_class_called_train_inside_of_a_group_is_no_split(tmp_path: Path) -> None:
+    write(tmp_path, "vehicles/train", "vehicles/bus", "animals/cat", "animals/dog")
+    fails(tmp_path, "2 of the first level (animals, vehicles) or 4 inside (cat, dog, bus, train)")
+
+
+def test_a_folder_called_like_a_split_beside_other_things_is_a_data_set(tmp_path: Path) -> None:
+    write(tmp_path, "test_data/cat", "test_data/dog", "train/scripts", "val/scripts")
+    assert opened(tmp_path / "test_data").classes == ("cat", "dog")
+
+
 def test_the_splits_that_are_named_are_two(tmp_path: Path) -> None:
     write(tmp_path, *(f"{split}/{cls}" for split in ("val", "test") for cls in ("cat", "dog")))
     assert opened(tmp_path, train_split="val").validation.origin.endswith("test")

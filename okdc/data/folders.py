@@ -23,7 +23,7 @@ def open_folder(settings: DataSettings) -> Source:
     named = _read_class_map(settings.class_map, root) if settings.class_map else None
     flat = named is not None and splits.lists_all(root, named)
     train, validation = (None, None) if flat else splits.choose(root, settings)
-    train_images, classes = _open(train or root, named, settled=bool(train or named))
+    train_images, classes = _open(train or root, named, settled=flat or train is not None)
     if validation is None:
         return split_in_two(train_images, names_by_index(classes), name)
     validation_images, there = _open(validation, named, settled=True)
@@ -112,12 +112,12 @@ def _naming(found: Scan, named: dict[str, int]) -> Naming:
 
 
 def _check_names(names: set[str], folder: Path) -> None:
-    if twice := [spelled(name) for name in names if name != spelled(name) and spelled(name) in names]:
+    if twice := [spelled(name) for name in sorted(names) if name != spelled(name) and spelled(name) in names]:
         raise DataError(
             f"'{folder}' has two folders that are both called {listed(twice)}, spelled with other bytes (Unicode NFC "
             "and NFD); expected one folder per class. Put their images together."
         )
-    for name in names:
+    for name in sorted(names):
         if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
             raise DataError(
                 f"the class folder {name!r} of '{folder}' has a name that is no line of text, and it is to be one of "
@@ -127,12 +127,15 @@ def _check_names(names: set[str], folder: Path) -> None:
 
 def _read_class_map(path: str, root: Path) -> dict[str, int]:
     try:
-        return {spelled(str(name)): index for name, index in load_class_map(path, str(root)).items()}
+        named = load_class_map(path, str(root))
     except (AssertionError, OSError, ValueError) as error:
         raise DataError(
             f"cannot read the class map '{path}' ({error}); expected a text file with one class name per line: "
             "--class-map FILE.txt"
         ) from error
+    # Some editors begin a file with a byte order mark, or end it with empty lines.
+    clean = {spelled(str(name)).strip("\ufeff"): index for name, index in named.items()}
+    return {name: index for name, index in clean.items() if name}
 
 
 def _check_same_classes(train: str, classes: dict[str, int], validation: str, there: dict[str, int]) -> None:

@@ -73,8 +73,8 @@ def check_readable(images: Images, bad: BadImages, config: dict[str, Any], timeo
 
 def _first_unreadable(images: Images, config: dict[str, Any]) -> Iterator[BadImage | None]:
     """For each class the first of its images if none of them can be read, else None."""
-    for label in images.labels.unique().tolist():
+    order = images.labels.argsort(stable=True)
+    for positions in order.split(images.labels.unique(return_counts=True)[1].tolist()):
         bad: list[BadImage] = []
-        positions = (images.labels == label).nonzero().flatten().tolist()
-        found = any(read(images, position, config, bad) for position in positions)
+        found = any(read(images, position, config, bad) for position in positions.tolist())
         yield None if found else bad[0]

@@ -77,21 +77,27 @@ def is_visible(name: str) -> bool:
 
 def folders(root: Path) -> list[str]:
     """The names of the folders in one, in natural order; DataError where it may not be read."""
-    return [entry.name for entry in entries(root) if _is_folder(entry)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # DirEntry.is_dir() raises where a link leads to itself.
-    return is_visible(entry.name) and (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())
+    return [entry.name for entry in _inner(entries(root))]
 
 
 def entries(root: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, in natural order; DataError where it may not be read."""
+    """What is in a folder and the user's own; DataError where it may not be read."""
     try:
         with os.scandir(root) as found:
-            return sorted(found, key=lambda entry: natural_key(entry.name))
+            return [entry for entry in found if is_visible(entry.name)]
     except OSError as error:
         raise DataError(f"the folder '{root}' cannot be read ({error.strerror}): see to its permissions.") from error
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by how its name ends."""
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _inner(here: list[os.DirEntry[str]]) -> list[os.DirEntry[str]]:
+    # DirEntry.is_dir() raises where a link leads to itself.
+    inner = [entry for entry in here if (os.path.isdir(entry) if entry.is_symlink() else entry.is_dir())]
+    return sorted(inner, key=lambda entry: natural_key(entry.name))
 
 
 def scan(folder: Path) -> Scan:
@@ -101,24 +107,22 @@ def scan(folder: Path) -> Scan:
     if found.links:
         log.warning("links that lead back into '%s' are not followed: %s", folder, listed(found.links))
     if found.others:
-        kinds = listed(f"{count} of {kind}" for kind, count in found.others.most_common())
+        kinds = listed(
+            f"{count} of {kind}" for kind, count in sorted(found.others.items(), key=lambda x: (-x[1], x[0]))
+        )
         log.warning("files beside the images of '%s' are left out: %s", folder, kinds)
     return found
 
 
 def _walk(path: Path, place: Place, above: tuple[Path, ...], found: Scan) -> None:
     """`above` are the folder itself and those that it is in, without links, the split's first."""
-    here = [entry for entry in entries(path) if is_visible(entry.name)]
-    inner = [entry for entry in here if _is_folder(entry)]
-    names = {entry.name for entry in inner}
-    if images := [e.name for e in here if e.name.lower().endswith(EXTENSIONS) and e.name not in names]:
+    here = entries(path)
+    inner = _inner(here)
+    names = {entry.name for entry in here} - {entry.name for entry in inner}
+    if images := list(filter(is_image, names)):
         found.images[place] = images
     if place:
-        found.others.update(
-            os.path.splitext(e.name)[1].lower() or "no ending"
-            for e in here
-            if e.name not in names and not e.name.lower().endswith(EXTENSIONS)
-        )
+        found.others.update(os.path.splitext(name)[1].lower() or "no ending" for name in names.difference(images))
     for entry in inner:
         real = Path(entry.path).resolve() if entry.is_symlink() else above[-1] / entry.name
         if entry.is_symlink() and _leads_back(real, above):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 from okdc.data.names import listed, spelled
-from okdc.data.scan import EXTENSIONS, Scan, entries, folders, is_visible
+from okdc.data.scan import Scan, entries, folders, is_image
 from okdc.data.values import log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
@@ -49,7 +50,14 @@ def check_path(root: Path, given: str) -> None:
             f"folders, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
         )
     above = root.absolute().parent
-    if role(root.name) and _splits(above, "training") and _splits(above, "validation", "test"):
+    if (
+        role(root.name)
+        and os.access(above, os.R_OK)
+        and any(
+            role(name) != role(root.name) and set(folders(root)) & set(folders(above / name))
+            for name in _splits(above, *ROLES)
+        )
+    ):
         raise DataError(f"'{root}' is one split of '{above}'; expected the folder that holds both: --data {above}")
 
 
@@ -125,7 +133,7 @@ def _check_beside(root: Path, train: Path, validation: Path | None) -> None:
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(is_visible(entry.name) and entry.name.lower().endswith(EXTENSIONS) for entry in entries(folder))
+    return any(is_image(entry.name) for entry in entries(folder))
 
 
 def check_flat(found: Scan) -> None:
@@ -135,7 +143,11 @@ def check_flat(found: Scan) -> None:
         if len(place) > 1:
             inside.setdefault(place[0], set()).add(place[1])
     root, roles = found.folder, {name: {role(inner) for inner in below} for name, below in inside.items()}
-    full = [name for name, there in roles.items() if "training" in there and (len(there) > 1 or len(inside) == 1)]
+    full = [
+        name
+        for name, there in roles.items()
+        if "training" in there and (len(there - {None}) > 1 or (len(inside) == 1 and None not in there))
+    ]
     if len(full) == 1:
         _send_inside(found, full[0])
     if full:
