@@ -264,6 +264,13 @@ def test_the_splits_that_are_named_are_two(tmp_path: Path) -> None:
     assert opened(tmp_path, train_split="val").validation.origin.endswith("test")
 
 
+def test_one_folder_that_trains_and_validates_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "train/cat", "train/dog")
+    (tmp_path / "val").symlink_to("train")
+    assert len(opened(tmp_path).validation) == 6
+    assert "val' trains and validates" in caplog.text
+
+
 def test_the_layout_of_object_detection(tmp_path: Path) -> None:
     write(tmp_path / "boxes", "images/train", "images/val")
     write(tmp_path / "boxes", "labels/train", "labels/val", count=0)

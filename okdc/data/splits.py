@@ -79,6 +79,8 @@ def choose(root: Path, settings: DataSettings) -> tuple[Path | None, Path | None
             )
     if train is not None and not custom_train:
         _check_beside(root, train, validation)
+    if train and validation and train.resolve() == validation.resolve():
+        log.warning("'%s' trains and validates: how good the student is on new images is not measured", validation)
     return train, validation
 
 
