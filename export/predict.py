@@ -28,11 +28,11 @@ class PredictError(Exception):
 def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     """The (C, H, W) float32 input of the network, equal to the last bit to timm's evaluation transform.
 
-    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode. Resizing must
-    stay Pillow's: that of OpenCV or of a tensor library gives other pixels, and other answers.
+    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode, and the bits that
+    deep images use. Resizing must stay Pillow's: that of OpenCV or of a tensor library gives other pixels.
     """
     channels, height, width = config["input_size"]
-    image = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+    image = _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if channels == 1 else "RGB")
     scale = config.get("crop_pct") or 0.875
     target = math.floor(height / scale), math.floor(width / scale)
     mode = config.get("crop_mode") or "center"
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{error}\n")
     unread = 0
     for start in range(0, len(files), _BATCH):
-        opened = list(_open(files[start : start + _BATCH]))
+        opened = list(_open(files[start : start + _BATCH], predictor.config.get("pixel_bits", 16)))
         unread += len(files[start : start + _BATCH]) - len(opened)
         results = predictor([image for _, image in opened], given.top) if opened else []
         for (file, _), labels in zip(opened, results):
@@ -151,13 +151,13 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _open(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
+def _open(files: Sequence[Path], bits: int) -> Iterator[tuple[Path, Image.Image]]:
     """The images that can be read; the others are named on stderr."""
     for file in files:
         try:
             with Image.open(file) as image:
                 image.load()
-                yield file, _eight_bits(image)
+                yield file, _eight_bits(image, bits)
         except (OSError, ValueError, SyntaxError, PredictError, Image.DecompressionBombError) as error:
             print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
 
@@ -169,15 +169,20 @@ def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:
     return "  ".join([str(file), *(f"{label} {100 * probability:.1f}%" for label, probability in labels)])
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image as it can be converted: of 16 bits the upper 8 (Pillow would clip to white), no transparent palette."""
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """The image as it can be converted: of whole numbers of `bits` bits the upper 8 (Pillow would clip to white)."""
     if image.mode == "F":
         raise PredictError("An image of floating-point numbers has no known range: save it with 8 or 16 bits.")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() >= 2**bits:
+        raise PredictError(
+            f"Its values go from {pixels.min()} to {pixels.max()}; the network was trained on 0 to {2**bits - 1}."
+        )
+    return Image.fromarray(((pixels << 8) >> bits).astype(np.uint8))
 
 
 def _shorter_side(image: Image.Image, side: int) -> tuple[int, int]:

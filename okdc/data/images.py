@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from okdc.data.names import listed
 from okdc.data.values import Source, log
 from okdc.errors import DataError
 
@@ -34,12 +35,13 @@ class Images(Dataset):
                 image.load()
         else:
             image = self.dataset[index][0]
+            image.load()  # torchvision's INaturalist leaves it, and its file, to whoever looks at it
         return image, int(self.labels[position])
 
     def name(self, position: int) -> str:
         """The file of an image, or its number where it has no file of its own."""
         index = int(self.indices[position])
-        path = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "reader") else None
+        path = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else None
         return path or f"image {index} of {self.origin}"
 
     def split(self, every: int) -> tuple[Images, Images]:
@@ -65,6 +67,8 @@ def labels_of(dataset: Any, given: str) -> Tensor:
         labels: Sequence[Any] = [label for _, label in reader.samples]
     elif hasattr(reader, "iter_targets"):
         labels = list(reader.iter_targets())
+    elif hasattr(dataset, "index"):  # torchvision's INaturalist
+        labels = [label for label, _ in dataset.index]
     else:
         labels = dataset.targets if hasattr(dataset, "targets") else [label for _, label in dataset]
     try:
@@ -81,13 +85,6 @@ def names_by_index(class_to_idx: dict[Any, int]) -> tuple[str, ...]:
     """Class names in the order of their indices; an index without a name is named by its number."""
     names = {index: str(name) for name, index in class_to_idx.items()}
     return tuple(names.get(index, str(index)) for index in range(max(names) + 1))
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names as part of a sentence: `a, b, c and 12 more`."""
-    names = list(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:

@@ -12,12 +12,15 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
 from okdc.data.batchwise import Law
-from okdc.data.images import Images, listed
+from okdc.data.depth import find_bits
+from okdc.data.images import Images
+from okdc.data.names import listed
+from okdc.data.readable import BadImages, check_readable
 from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
 from okdc.data.samples import EpochPlaces, Order, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded
 from okdc.data.streams import Stream, load_stream
 from okdc.data.transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
-from okdc.data.values import BadImages, Batch, Data, Source, TrainBatch, log
+from okdc.data.values import Batch, Data, Source, TrainBatch, log
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
@@ -45,15 +48,14 @@ def load(
 
     Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Where `world`
     processes train together, each has `batch_size` images of one larger batch, and this one is the `rank`-th. Raises
-    DataError when they cannot, when there are fewer training images than one batch, and, later, when more than
-    `settings.max_bad_images` images cannot be read; also when those that are to be kept decoded do not come for
-    `timeout` seconds (0: never).
+    DataError when they cannot, when there are fewer training images than one batch, when a class has no image that can
+    be read, and, later, when too many images cannot be; also when those that are looked at do not come for `timeout`
+    seconds (0: never).
     """
     device = torch.device(device)
     config = preprocessing(settings, config)
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}; expected 1 or more: -b 128")
-    bad = BadImages(settings.max_bad_images)
     augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
     part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size
@@ -62,39 +64,57 @@ def load(
         _refuse_stream(settings, needs, world)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
     images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
-    if len(images) < part.whole:
-        devices = f" on each of {world} devices" if world > 1 else ""
-        raise DataError(
-            f"{source.name} has {len(images)} training images, fewer than one batch of {batch_size}{devices}; expected "
-            f"a batch that they fill: -b {max(1, min(len(images) // world, 32))}"
-        )
+    _check_fills(part, len(images), source.name)
+    if "pixel_bits" not in config and (bits := find_bits(source.train, timeout)):
+        config["pixel_bits"] = bits
     order = Order(images.labels, seed, part.whole if needs.pairs else None)
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
     train = TrainImages(images, order, image_transform(settings, config, True), config, attempts, seed, views)
 
-    def in_order(part: Images) -> OrderedBatches:
-        dataset = ValidationImages(part, image_transform(settings, config, False), config)
-        kept = keep(part, settings, config, False, bad, device, timeout)
+    reasons: dict[str, str] = {}
+    bad, validation_bad = (
+        BadImages(settings.max_bad_images, split, source.classes, whole.labels, reasons)
+        for split, whole in (("training", source.train), ("validation", source.validation))
+    )
+
+    def in_order(these: Images, bad: BadImages) -> OrderedBatches:
+        dataset = ValidationImages(these, image_transform(settings, config, False), config)
+        kept = keep(these, settings, config, False, bad, device, timeout)
         return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device, kept)
 
     resident = None
     if kept := keep(images, settings, config, True, bad, device, timeout):
         resident = kept, law(settings, config)
+    else:
+        check_readable(images, bad, config, timeout)
+    validation = in_order(source.validation, validation_bad)
+    if not validation.kept:
+        check_readable(source.validation, validation_bad, config, timeout)
     return Data(
         train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs, resident),
-        validation=in_order(source.validation),
-        validation_images=RawImages(source.validation, MODES[config["input_size"][0]], bad),
+        validation=validation,
+        validation_images=RawImages(source.validation, config, validation_bad),
         classes=source.classes,
         preprocess=config,
         name=source.name,
         sizes=(len(images), len(source.validation)),
-        bad_images=bad.reasons,
+        bad_images=reasons,
         train_labels=images.labels,
-        held_out=in_order(held_out) if held_out else None,
+        held_out=in_order(held_out, bad) if held_out else None,
         training_images=images,
+        image_counts={each.split: each.counts for each in (bad, validation_bad)},
     )
+
+
+def _check_fills(part: Part, images: int, name: str) -> None:
+    if images < part.whole:
+        devices = f" on each of {part.world} devices" if part.world > 1 else ""
+        raise DataError(
+            f"{name} has {images} training images, fewer than one batch of {part.size}{devices}; expected a batch that "
+            f"they fill: -b {max(1, min(images // part.world, 32))}"
+        )
 
 
 def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
@@ -142,8 +162,8 @@ class CountedBatches:
             if batch is None:
                 return
             images, targets, bad = batch
-            for name, reason in bad:
-                self.bad.add(name, reason)
+            for image in bad:
+                self.bad.add(*image)
             if self.full and len(targets) < self.full:
                 raise DataError(
                     f"none of the training images can be read, for example {bad[0][0]} ({bad[0][1]}). Check --data."
@@ -225,7 +245,7 @@ class OrderedBatches:
         device: torch.device,
         kept: Decoded | None = None,
     ):
-        self.order = OrderedPlaces(len(dataset), batch_size)
+        self.order, self.kept = OrderedPlaces(len(dataset), batch_size), kept is not None
         self.loader: Any = (
             ResidentInOrder(kept, dataset.images.labels, self.order, config, device)
             if kept
@@ -247,15 +267,18 @@ class OrderedBatches:
 class RawImages:
     """(PIL image as stored, class index) of every readable validation image, in the order of the batches."""
 
-    def __init__(self, images: Images, mode: str, bad: BadImages):
-        self.images, self.mode, self.bad = images, mode, bad
+    def __init__(self, images: Images, config: dict[str, Any], bad: BadImages):
+        self.images, self.config, self.bad = images, config, bad
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
         for position in range(len(self.images)):
             try:
                 image, label = self.images[position]
-                convert(image, self.mode)  # what cannot be converted is in no batch either
+                convert(
+                    image, MODES[self.config["input_size"][0]], self.config.get("pixel_bits")
+                )  # what cannot be converted is in no batch either
             except Exception as error:
-                self.bad.add(self.images.name(position), f"{type(error).__name__}: {error}")
+                name, reason = self.images.name(position), f"{type(error).__name__}: {error}"
+                self.bad.add(name, reason, int(self.images.labels[position]))
             else:
                 yield image, label

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from okdc.data.labels import checked_labels
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
@@ -34,7 +34,8 @@ def wrap(
     """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
 
     Both are read anew each epoch, with global random numbers that are f(seed, epoch, step), so that a DataLoader
-    without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on.
+    without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on,
+    and their images are made float32.
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
     Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
@@ -176,6 +177,11 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float)
     batches = iterate_seeded(loader, seed, 0)
     for batch in limited(batches, timeout, lambda count: f"while looking at batch {count + 1} of the {role} loader"):
         pixels, labels = _checked(batch, role, num_classes)
+        if not pixels.isfinite().all():
+            raise DataError(
+                f"the {role} loader gave images that hold NaN or infinite numbers; expected finite ones. Look where "
+                "they are divided: by a standard deviation of 0?"
+            )
         input_size = input_size or tuple(pixels.shape[1:])
         steps, images = steps + 1, images + len(pixels)
         highest = max(highest, labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max()))
@@ -220,28 +226,4 @@ def _checked(batch: Any, role: str, num_classes: int) -> Batch:
             "(B, C, H, W), normalised. Add torchvision's ToTensor() and Normalize(mean, std) to the data set's "
             "transform."
         )
-    _check_labels(labels, len(images), role, num_classes)
-    return images, labels
-
-
-def _check_labels(labels: Tensor, count: int, role: str, num_classes: int) -> None:
-    soft = labels.ndim == 2 and labels.is_floating_point() and role == "training"
-    if not count or len(labels) != count or not (soft or (labels.ndim == 1 and labels.dtype == torch.int64)):
-        raise DataError(
-            f"the {role} loader gave labels of shape {tuple(labels.shape)} and type {labels.dtype} for {count} "
-            f"images; expected one int64 class index per image, shape ({count},): labels.long()"
-        )
-    if soft:
-        if num_classes and labels.shape[1] != num_classes:
-            raise DataError(
-                f"the {role} labels have {labels.shape[1]} columns; expected {num_classes}, one per class: "
-                "num_classes=N"
-            )
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes and high >= num_classes):
-        expected = f"0 to {num_classes - 1}" if num_classes else "0 and up"
-        raise DataError(
-            f"the {role} loader gave labels from {low} to {high}; expected {expected}. Say num_classes=N if there "
-            "are more."
-        )
+    return images.float(), checked_labels(labels, len(images), role, num_classes)

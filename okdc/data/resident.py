@@ -21,9 +21,10 @@ from torchvision import transforms
 
 from okdc.data.batchwise import FILTERS, Law, mix
 from okdc.data.images import Images
+from okdc.data.readable import BadImages
 from okdc.data.samples import as_loaded
-from okdc.data.transforms import MODES, image_transform, read
-from okdc.data.values import BadImages, Batch, log
+from okdc.data.transforms import image_transform, read
+from okdc.data.values import BadImage, Batch, log
 from okdc.errors import DataError
 from okdc.ranks import rank
 from okdc.recipe import DataSettings
@@ -116,7 +117,7 @@ def _decode(
     timeout: float,
 ) -> Decoded | str:
     """All images in one tensor, or why not, in words."""
-    source = _Decoding(split, _before_augmentation(settings, config, training), MODES[config["input_size"][0]])
+    source = _Decoding(split, _before_augmentation(settings, config, training), config)
     firsts = map(source.first, range(len(split)))
     example = next((image for image in limited(firsts, timeout, source.near) if image is not None), None)
     if example is None:
@@ -126,7 +127,7 @@ def _decode(
         return "they are too many, or too large"
     images = torch.empty(len(split), *example.shape, dtype=torch.uint8)
     readable = torch.zeros(len(split), dtype=torch.bool)
-    unread: list[tuple[str, str]] = []
+    unread: list[BadImage] = []
     for positions, decoded, failed in _chunks(source, settings.workers, timeout):
         unread += failed
         if any(image.shape != example.shape for image in decoded):
@@ -134,8 +135,8 @@ def _decode(
         if positions:
             images[positions] = decoded
             readable[positions] = True
-    for name, reason in unread:
-        bad.add(name, reason)
+    for image in unread:
+        bad.add(*image)
     return Decoded(images.to(device), readable)
 
 
@@ -146,8 +147,8 @@ def _room(device: torch.device) -> int:
 class _Decoding(Dataset):
     """(positions, their images, the unreadable ones) of a chunk; images of one size as one tensor."""
 
-    def __init__(self, split: Images, transform: Any, mode: str) -> None:
-        self.split, self.transform, self.mode = split, transform, mode
+    def __init__(self, split: Images, transform: Any, config: dict[str, Any]) -> None:
+        self.split, self.transform, self.config = split, transform, config
 
     def __len__(self) -> int:
         return len(self.split)
@@ -157,12 +158,12 @@ class _Decoding(Dataset):
         return f"while decoding, near position {position} of {self.split.origin} ({self.split.name(position)})"
 
     def first(self, position: int) -> Tensor | None:
-        sample = read(self.split, position, self.mode, [])
+        sample = read(self.split, position, self.config, [])
         return sample and self.transform(sample[0])
 
-    def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[tuple[str, str]]]:
-        failed: list[tuple[str, str]] = []
-        samples = [(position, read(self.split, position, self.mode, failed)) for position in positions]
+    def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[BadImage]]:
+        failed: list[BadImage] = []
+        samples = [(position, read(self.split, position, self.config, failed)) for position in positions]
         found = [(position, self.transform(sample[0])) for position, sample in samples if sample]
         images = [image for _, image in found]
         # One tensor travels between processes faster than many.

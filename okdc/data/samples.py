@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from okdc.data.images import Images
 from okdc.data.pairs import images_per_class, paired_order
-from okdc.data.transforms import MODES, read
+from okdc.data.transforms import read
 from okdc.data.values import BadImage
 from okdc.system.randomness import borrowed_generators, derive_seed, reseed
 
@@ -72,7 +72,7 @@ class TrainImages(Dataset):
     def __init__(
         self, images: Images, order: Order, transform: Any, config: dict[str, Any], attempts: int, seed: int, views: int
     ):
-        self.images, self.transform, self.mode = images, transform, MODES[config["input_size"][0]]
+        self.images, self.transform, self.config = images, transform, config
         self.order, self.attempts, self.seed, self.views = order, attempts, seed, views
         self.epoch, self.positions = -1, torch.empty(0)
 
@@ -89,7 +89,7 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self.epoch, self.positions = epoch, self.order.of(epoch)
         for position in islice(self.order.candidates(self.positions, place), self.attempts):
-            if sample := read(self.images, position, self.mode, bad):
+            if sample := read(self.images, position, self.config, bad):
                 image, label = sample
                 return [self._view(image, epoch, place, view) for view in range(self.views)], label, position
         return None
@@ -106,14 +106,14 @@ class ValidationImages(Dataset):
     """Loads whole batches by position; an unreadable image is left out."""
 
     def __init__(self, images: Images, transform: Any, config: dict[str, Any]):
-        self.images, self.transform, self.mode = images, transform, MODES[config["input_size"][0]]
+        self.images, self.transform, self.config = images, transform, config
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         bad: list[BadImage] = []
-        samples = [read(self.images, position, self.mode, bad) for position in positions]
+        samples = [read(self.images, position, self.config, bad) for position in positions]
         images, targets, bad = collate([([self.transform(s[0])], s[1]) for s in samples if s], bad)
         return images, targets.flatten(), bad
 

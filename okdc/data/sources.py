@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from okdc.data.folders import VALIDATION_NAMES, open_folder
+from okdc.data.folders import open_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
+from okdc.data.scan import is_visible
 from okdc.data.streams import Stream, stream_classes
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
@@ -22,6 +24,8 @@ TORCH_NAMES = (
     *("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"),
     *("imagenet", "places365", "inaturalist"),
 )
+
+VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data sets that have no folders
 
 Split = TypeVar("Split")
 
@@ -72,7 +76,8 @@ def _named(settings: DataSettings, prefix: str) -> Source:
 
     def open_split(split: str) -> Images:
         dataset = _create(settings, name, root=root, split=split)
-        return Images(dataset, labels_of(dataset, settings.data), settings.data)
+        labels, visible = labels_of(dataset, settings.data), _visible(dataset)
+        return Images(dataset, labels[visible], settings.data, visible)
 
     train = open_split(settings.train_split)
     classes = _class_names(train)
@@ -80,6 +85,14 @@ def _named(settings: DataSettings, prefix: str) -> Source:
     if validation is None:
         return split_in_two(train, classes, name)
     return Source(train, validation, classes, name)
+
+
+def _visible(dataset: Any) -> torch.Tensor:
+    """The positions of images, (N,); torchvision takes hidden files for images where it reads folders."""
+    files = [path for path, _ in getattr(dataset, "samples", [])]  # torch/imagenet
+    files = files or [file for _, file in getattr(dataset, "index", [])]  # torch/inaturalist
+    hidden = {i for i, file in enumerate(files) if not is_visible(os.path.basename(file))}
+    return torch.tensor([i for i in range(len(dataset)) if i not in hidden], dtype=torch.int64)
 
 
 def _check_torch_name(name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, create_transform
@@ -16,6 +15,7 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
+from okdc.data.depth import LEGACY, eight_bits, is_deep
 from okdc.data.images import Images
 from okdc.data.values import BadImage, Batch
 from okdc.errors import DataError
@@ -27,7 +27,7 @@ MODES = {1: "L", 3: "RGB"}
 
 def preprocessing(settings: DataSettings, config: dict[str, Any]) -> dict[str, Any]:
     """The network's own `config` with what the settings say otherwise; mean and std have one number per channel."""
-    given = {key: getattr(settings, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+    given = {key: getattr(settings, key) for key in ("mean", "std", "interpolation", "crop_pct", "pixel_bits")}
     config = config | {key: value for key, value in given.items() if value is not None}
     channels = config["input_size"][0]
     if channels not in MODES:
@@ -65,24 +65,24 @@ def image_transform(settings: DataSettings, config: dict[str, Any], training: bo
     return transform
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """Any PIL image as RGB or L; raises ValueError for one of floating-point numbers, whose range nobody knows."""
+def convert(image: Image.Image, mode: str, bits: int | None = LEGACY) -> Image.Image:
+    """Any PIL image as RGB or L, whole numbers by their `bits`; ValueError for numbers whose range nobody knows."""
     if image.mode == "F":
         raise ValueError("an image of floating-point numbers has no known range: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits, all of which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if is_deep(image):
+        image = eight_bits(image, bits)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the colours are those of a direct conversion, of which Pillow warns
     return image if image.mode == mode else image.convert(mode)
 
 
-def read(images: Images, position: int, mode: str, bad: list[BadImage]) -> tuple[Image.Image, int] | None:
+def read(images: Images, position: int, config: dict[str, Any], bad: list[BadImage]) -> tuple[Image.Image, int] | None:
     """An image and its label, or None where it cannot be read, which `bad` is then told."""
     try:
         image, label = images[position]
-        return convert(image, mode), label
+        return convert(image, MODES[config["input_size"][0]], config.get("pixel_bits")), label
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        bad.append((images.name(position), f"{type(error).__name__}: {error}"))
+        bad.append((images.name(position), f"{type(error).__name__}: {error}", int(images.labels[position])))
         return None
 
 

@@ -1,20 +1,19 @@
-"""What the parts of `okdc.data` share: the values they return, borrowed random numbers, and the count of bad images."""
+"""What the parts of `okdc.data` share: the values they return."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 
-from okdc.errors import DataError
-
 log = logging.getLogger("okdc")
 
-BadImage = tuple[str, str]  # name, reason
+BadImage = tuple[str, str, int]  # name, reason, class index
+Counts = dict[str, dict[str, dict[str, int]]]  # split -> class -> {"images": N, "unreadable": those met so far}
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
 
@@ -57,10 +56,11 @@ class Data:
     `validation` gives (images (B, C, H, W) float32, labels (B,) int64), every readable image once and in order;
     `validation_images` gives the same images raw, as (PIL image, class index), or is None where only the user's own
     loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes` counts the training and the
-    validation images. `bad_images` maps each image that could not be read so far to the reason. `train_labels` (N,) are
-    the classes of the training images, in the order of their indices, `held_out` gives the images that were set aside,
-    as `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it
-    is not known.
+    validation images. `bad_images` maps each image that this process could not read so far to the reason, and
+    `image_counts` counts them beside all images, by split (`training`, with those set aside, and `validation`) and
+    class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of the training
+    images, in the order of their indices, `held_out` gives the images that were set aside, as `validation` does, and
+    `training_images` are those that are trained on, raw, by position; each is None where it is not known.
     """
 
     train: TrainBatches
@@ -74,23 +74,4 @@ class Data:
     train_labels: Tensor | None = None
     held_out: Iterable[Batch] | None = None
     training_images: RawTraining | None = None
-
-
-class BadImages:
-    """Unreadable images: each is named once in the log; more than `limit` of them stop the run with a DataError."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.reasons: dict[str, str] = {}
-
-    def add(self, name: str, reason: str) -> None:
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        log.warning("skipped an unreadable image: %s (%s)", name, reason)
-        if len(self.reasons) > self.limit:
-            some = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:5])
-            raise DataError(
-                f"{len(self.reasons)} images cannot be read, and at most {self.limit} may be skipped. Some of them: "
-                f"{some}. Mend or delete them, or allow more with --max-bad-images N."
-            )
+    image_counts: Counts = field(default_factory=dict)

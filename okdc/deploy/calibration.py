@@ -54,12 +54,13 @@ def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], in
             break
         try:
             image, _ = data.training_images[position]
-        except Exception:  # unreadable; training has named it
+            pixels = predict.preprocess(image, data.preprocess)
+        except Exception:  # unreadable, or of a kind that is not trained on; training has named it
             continue
         if _digest(image) in known:
             shared += 1
         else:
-            images.append(predict.preprocess(image, data.preprocess))
+            images.append(pixels)
     return images, shared
 
 

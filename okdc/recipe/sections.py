@@ -92,6 +92,12 @@ class DataSettings:
     std: list[float] | None = _setting(None, "channel standard deviations; the network's own when not given", above=0)
     interpolation: str | None = _setting(None, "bilinear, bicubic, …; the network's own when not given")
     crop_pct: float | None = _setting(None, "share of the image kept by the evaluation crop", above=0)
+    pixel_bits: int | None = _setting(
+        None,
+        "used bits of 16-bit images (PNG, TIFF): 12 where 4095 is white; found when not given",
+        at_least=1,
+        at_most=32,
+    )
     max_bad_images: int = _setting(
         100, "unreadable images tolerated (named, counted and skipped) before a run stops", at_least=0
     )

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc.data import Data, load, open_source, wrap
 from okdc.data.loading import CountedBatches
+from okdc.data.readable import BadImages
 from okdc.data.streams import _read
-from okdc.data.values import BadImages
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.waiting import Alarm, Stuck, Waiting
