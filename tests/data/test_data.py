@@ -572,7 +572,7 @@ def test_what_asks_for_the_current_gpu_is_told_the_one_that_is_meant(monkeypatch
     monkeypatch.setattr(torch.cuda, "device", Current)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: Current.index == 1)
     pinned: list[int | None] = []
-    batches = CountedBatches(Pinning(), BadImages(0), None, torch.device("cuda:1"))  # type: ignore[arg-type]
+    batches = CountedBatches(Pinning(), BadImages(0, "training", (), torch.zeros(0), {}), None, torch.device("cuda:1"))  # type: ignore[arg-type]
     assert [(labels[0].item(), Current.index) for _, labels in batches] == [(1, None), (2, None)]
     assert pinned == [1, 1, 1]
     assert [_precision(None, torch.device(name)) for name in ("cuda:0", "cuda:1")] == [torch.float16, torch.bfloat16]
