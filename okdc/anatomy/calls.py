@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,17 +119,6 @@ def _shapes(values: object) -> tuple[tuple[int, ...], ...]:
 
 
 _SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
-
-
-def keep_modes(network: nn.Module) -> Callable[[], None]:
-    """A function that puts every module back into the mode, training or evaluation, in which it is now."""
-    training = [(module, module.training) for module in network.modules()]
-
-    def put_back() -> None:
-        for module, mode in training:
-            module.training = mode
-
-    return put_back
 
 
 def called_once(calls: list[Call]) -> set[str]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from okdc.anatomy.calls import keep_modes
 from okdc.system.randomness import random_state, set_random_state
+
+
+def keep_modes(network: nn.Module) -> Callable[[], None]:
+    """A function that puts every module back into the mode, training or evaluation, in which it is now."""
+    training = [(module, module.training) for module in network.modules()]
+
+    def put_back() -> None:
+        for module, mode in training:
+            module.training = mode
+
+    return put_back
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from okdc.anatomy.calls import keep_modes
+from okdc.anatomy.modes import keep_modes
 from okdc.errors import NetworkError, first_line
 from okdc.networks import from_torchvision
 from okdc.networks.build import _TORCHVISION

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc import networks
-from okdc.anatomy.calls import keep_modes
+from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
