@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.anatomy.modes import at_rest, unchanged
+from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.anatomy.shapes import layout
 from okdc.cohort.birth import born, grow
 from okdc.cohort.proof import (
@@ -106,6 +106,7 @@ class Cohort(nn.Module):
         self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
+        self._resting: list[nn.Module] = []
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
         places = sorted({b.cut for b in branches if b.cut}, key=lambda cut: self.anatomy.find_cut(cut).flops_after)
         cuts = {cut: before(target, self.anatomy, cut) for cut in places}  # late ones first
@@ -141,6 +142,7 @@ class Cohort(nn.Module):
                 for i, redraw in enumerate(redrawn, 1)
             ]
             self.branches = nn.ModuleList(siblings)
+            self._resting = [module for member in self.members for module in resting(member)]
             self._tap(branches, example)
             self.costs = self._measure(example, [None, *(_parting(b) for b in branches)])
             self._try_training(example)
@@ -183,6 +185,13 @@ class Cohort(nn.Module):
             return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._stage_maps())
         finally:
             tape.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what came in evaluation mode with its parameters frozen, in the target and copies."""
+        super().train(mode)
+        for module in self._resting:
+            module.eval()
+        return self
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""
