@@ -15,7 +15,7 @@ from okdc import deploy, methods, report, training
 from okdc.data import Data
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort, byproducts, run_folder, teachers
-from okdc.pipeline.facts import facts_of, metrics_of
+from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, Recipe, override, resolve
@@ -54,10 +54,10 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort))
+        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train)
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
-            _deliver(result, trained, state.history, lost)
+            _deliver(result, trained, state, lost)
     return result
 
 
@@ -105,7 +105,7 @@ def _train(
             method.strip()
 
 
-def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost: str | None) -> None:
+def _deliver(result: Result, method: Method, state: TrainState, lost: str | None) -> None:
     """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, facts_of(result, method, history) | {"byproducts": further})
+        report.write(folder, facts_of(result, method, state) | {"byproducts": further})
 
 
 def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:

@@ -147,6 +147,10 @@ class TrainSettings:
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )
     checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
+    eval_metric: str = _setting(
+        "top1", "what of the student picks the epoch that ships; balanced: the mean of all classes' recalls",
+        choices=("top1", "balanced", "top5"),
+    )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
     @property
