@@ -33,6 +33,7 @@ def show_result(result: Result) -> None:
         ("Ensemble, top-1" + ", does not ship" * (not result.byproducts), _percent(metrics.get("ensemble_top1"))),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
+        ("Stopped early", metrics.get("stopped_early")),
         ("Report", str(folder / "report.html")),
         ("Bundle", str(folder / "export") if result.verification else None),
         *((f"Also trained: {name}", _whereabouts(folder / "byproducts" / name)) for name in result.byproducts),

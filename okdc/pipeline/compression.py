@@ -54,7 +54,7 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train)
+        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
             _deliver(result, trained, state, lost)

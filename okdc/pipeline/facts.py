@@ -45,9 +45,10 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def choice(settings: TrainSettings) -> dict[str, Any]:
-    """How the epoch whose weights ship was chosen."""
-    return {"eval_metric": settings.eval_metric}
+def choice(settings: TrainSettings, state: TrainState) -> dict[str, Any]:
+    """What the epoch whose weights ship was chosen by, and after which one the run stopped early, if it did."""
+    early = state.stopped_early(settings)
+    return {"eval_metric": settings.eval_metric} | ({"stopped_early": early} if early else {})
 
 
 def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any]:

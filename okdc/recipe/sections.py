@@ -151,6 +151,10 @@ class TrainSettings:
         "top1", "what of the student picks the epoch that ships; balanced: the mean of all classes' recalls",
         choices=("top1", "balanced", "top5"),
     )  # fmt: skip
+    patience: int | None = _setting(
+        None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
+        at_least=1,
+    )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
     @property

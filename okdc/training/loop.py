@@ -59,6 +59,8 @@ def fit(
         raise DataError(
             "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
         )
+    if settings.patience and data.validation is None:
+        raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
     if settings.sync_bn and method.second_order:
         raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
@@ -76,12 +78,14 @@ def fit(
         else:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
             first(lambda: write_summary(folder / "summary.csv", state.history))
-        if state.epoch < settings.epochs:
+        if not state.is_over(settings):
             events = Events(folder, state.epoch, quiet=rank() > 0)
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
             # What was done is saved when no alarm of `waiting` can ring any more.
             with contextlib.closing(events), data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
                 _train(state, data, run, stop, display, events, waiting, watch)
+        if early := state.stopped_early(settings):
+            display.note(f"Stopped early {early}. A larger --patience with --resume goes on.")
         barrier()  # what the first rank has written is there for all
     method.eval()
     return state
@@ -100,7 +104,7 @@ def _train(
     method, settings = state.method, run.settings
     step = stepper(state, run, stop)
     clock = None
-    while state.epoch < settings.epochs:
+    while not state.is_over(settings):
         method.epoch.fill_(state.epoch)
         _begin_epoch(state, data, run, waiting, watch)
         method.train()

@@ -66,6 +66,21 @@ class TrainState:
         """Training images per second in this epoch so far."""
         return self.sums["images"] / self.sums["seconds"]
 
+    def stopped_early(self, settings: TrainSettings) -> str:
+        """When the run ended for want of patience and why, in words; nothing where it goes on, or went all the way."""
+        if not settings.patience or self.best_epoch is None or self.epoch >= settings.epochs:
+            return ""
+        if self.epoch - 1 - self.best_epoch < settings.patience:
+            return ""
+        return (
+            f"after epoch {self.epoch} of {settings.epochs}: no better {settings.eval_metric} than epoch "
+            f"{self.best_epoch + 1}'s for {settings.patience} epoch{'s' * (settings.patience > 1)}"
+        )
+
+    def is_over(self, settings: TrainSettings) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch >= settings.epochs or bool(self.stopped_early(settings))
+
     def seconds_left(self, run: Run) -> float:
         """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time."""
         pace = self.sums["seconds"] / (self.sums["steps"] + self.sums["skipped"])
@@ -164,10 +179,12 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     _put_back(state, payload, path, run, moved)
     other = _other_metric(state, payload, run)
     lost = _lost_best(run) if state.history else ""
-    if lost and state.epoch >= run.settings.epochs:
+    if lost and state.is_over(run.settings):
+        early = state.stopped_early(run.settings)
+        longer = "a larger --patience" if early else f"--epochs {state.epoch + 1}"
         raise RunError(
-            f"{path} is of a finished run whose {lost}. Put a good copy of it there, or train on with --epochs "
-            f"{state.epoch + 1}: that epoch is then kept as the best."
+            f"{path} is of a finished run whose {lost}. Put a good copy of it there, or train on with {longer}: the "
+            "next epoch is then kept as the best."
         )
     if lost:
         state.best, lost = None, f"\n  The {lost}, so the next epoch is kept as the best."
