@@ -31,7 +31,7 @@ ALLOWED = {
     "training": "errors ranks recipe system tasks",
     "deploy": "errors networks okdc recipe system verification",
     "methods": "anatomy cohort errors losses needs ranks system",
-    "pipeline": "anatomy cohort data deploy errors methods needs networks okdc ranks recipe report system tasks "
+    "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system tasks "
     "training",
     "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",
     "cli": "anatomy deploy errors measure methods networks okdc pipeline recipe training",

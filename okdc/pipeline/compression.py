@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from okdc import deploy, methods, report, training
+from okdc import deploy, losses, methods, report, training
 from okdc.data import Data
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, byproducts, run_folder, teachers
+from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
@@ -87,7 +87,8 @@ def _train(
     target: nn.Module, data: Data, recipe: Recipe, folder: Path, last: Path | None, named: bool, held: ExitStack
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
-    with assemble.at_home(target) as settle:
+    weights = class_weights.of(recipe, data)
+    with assemble.at_home(target) as settle, losses.weighted(weights):
         teacher = assemble_cohort.load_teacher(recipe, data, proved=last is not None)
         method = assemble_cohort.build_method(
             target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels

@@ -147,6 +147,10 @@ class TrainSettings:
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )
     checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
+    class_weights: str | None = _setting(
+        None, "weights of classes in the cross-entropy with labels, and in no other loss: auto (rare ones count more), "
+        "or a FILE of lines CLASS WEIGHT",
+    )  # fmt: skip
     eval_metric: str = _setting(
         "top1", "what of the student picks the epoch that ships; balanced: the mean of all classes' recalls",
         choices=("top1", "balanced", "top5"),
