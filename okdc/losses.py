@@ -6,6 +6,8 @@ Every loss is a mean over the batch in nats per example, computed in at least fl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +15,40 @@ from torch import Tensor
 
 from okdc.ranks import gather
 
+_class_weights: Tensor | None = None  # of --class-weights, while a method is trained
+
+
+@contextmanager
+def weighted(class_weights: Tensor | None) -> Iterator[None]:
+    """Meanwhile `cross_entropy`, and nothing else, counts each image by the weight of its class (C,); None: all alike.
+
+    >>> with weighted(torch.tensor([0.5, 1.5])):
+    ...     cross_entropy(torch.zeros(2, 2), torch.tensor([0, 0]))  # half of log 2
+    tensor(0.3466)
+    """
+    global _class_weights
+    before, _class_weights = _class_weights, class_weights
+    try:
+        yield
+    finally:
+        _class_weights = before
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """CE of logits (B, C) with labels (B,), or with class probabilities (B, C) as mixup and smoothing give them.
 
+    The loss with labels: what weights of classes act on (`weighted`). Weights are not divided out again in a batch, so
+    that parts of a batch, on several devices or accumulated, add up to the whole.
+
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))  # log 4
     tensor(1.3863)
     """
-    return F.cross_entropy(_full(logits), labels if labels.dim() == 1 else _full(labels))
+    logits = _full(logits)
+    if _class_weights is None:
+        return F.cross_entropy(logits, labels if labels.dim() == 1 else _full(labels))
+    if labels.dim() == 1:
+        return F.cross_entropy(logits, labels, _class_weights.to(logits), reduction="sum") / len(labels)
+    return F.cross_entropy(logits, _full(labels), _class_weights.to(logits))
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True) -> Tensor:

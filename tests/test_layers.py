@@ -28,10 +28,11 @@ ALLOWED = {
     "networks": "anatomy errors recipe tasks",
     "report": "recipe system",
     "settings": "recipe",
-    "training": "errors ranks recipe system",
+    "training": "errors ranks recipe system tasks",
     "deploy": "errors networks okdc recipe system verification",
     "methods": "anatomy cohort errors losses needs ranks system",
-    "pipeline": "anatomy cohort data deploy errors methods needs networks okdc ranks recipe report system training",
+    "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
+    "tasks training",
     "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",
     "cli": "anatomy deploy errors measure methods networks okdc pipeline recipe training",
     "__main__": "cli",

@@ -41,6 +41,22 @@ def at_rest(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def resting(network: nn.Module) -> list[nn.Module]:
+    """The modules that came in evaluation mode and are to stay in it: they learn nothing, and their statistics too.
+
+    All parameters of such a module are frozen. One without parameters counts where somebody put just it into that mode,
+    not the network around it.
+    """
+    found = []
+    for parent in network.modules():
+        for module in parent.children():
+            learns = any(p.requires_grad for p in module.parameters())
+            chosen = parent.training or any(True for _ in module.parameters())
+            if not module.training and not learns and chosen:
+                found.append(module)
+    return found
+
+
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Run a module on trial: its buffers and modes, and the random numbers, are afterwards what they were."""

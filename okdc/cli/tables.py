@@ -30,9 +30,11 @@ def show_result(result: Result) -> None:
     table = _table("", "")
     for label, value in [
         ("Student, top-1, ships", _percent(metrics.get("top1"))),
+        ("Student, balanced accuracy", _percent(metrics.get("balanced"))),
         ("Ensemble, top-1" + ", does not ship" * (not result.byproducts), _percent(metrics.get("ensemble_top1"))),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
+        ("Stopped early", metrics.get("stopped_early")),
         ("Report", str(folder / "report.html")),
         ("Bundle", str(folder / "export") if result.verification else None),
         *((f"Also trained: {name}", _whereabouts(folder / "byproducts" / name)) for name in result.byproducts),

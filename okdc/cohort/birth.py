@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy, Stage
+from okdc.anatomy.modes import resting
 from okdc.cohort.depth import deepen, shorten
 from okdc.cohort.plan import Branch
 from okdc.cohort.width import narrow
@@ -46,7 +47,7 @@ def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrai
         return shorten(network, stage, -count)
     words, blocks = deepen(network, anatomy, stage, count)
     for block in blocks:
-        born(block, pretrained)
+        born(block.requires_grad_(True), pretrained)  # also where the stage that it repeats is frozen
     return words
 
 
@@ -54,20 +55,27 @@ def born(network: nn.Module, pretrained: bool) -> None:
     """Give a copy weights of its own, drawn from torch's random numbers.
 
     New networks: each tensor is drawn afresh with the mean and spread that it has, constants stay. Pre-trained ones:
-    noise of a tenth of the spread is added. Branches that start equal would stay equal for ever.
+    noise of a tenth of the spread is added. Branches that start equal would stay equal for ever. What rests keeps its
+    weights, to which its statistics belong.
     """
     with torch.no_grad():
-        constrained = _draw_parametrized(network, pretrained)
+        kept: set[Tensor] = {parameter for module in resting(network) for parameter in module.parameters()}
+        drawn_or_kept = kept | _draw_parametrized(network, pretrained, kept)
         for parameter in network.parameters():
-            if parameter not in constrained:
+            if parameter not in drawn_or_kept:
                 parameter.copy_(_drawn(parameter, pretrained))
 
 
-def _draw_parametrized(network: nn.Module, pretrained: bool) -> set[Tensor]:
-    """Draw what parametrizations give (orthogonal weights) by assigning it; the parameters that need no drawing now."""
+def _draw_parametrized(network: nn.Module, pretrained: bool, kept: set[Tensor]) -> set[Tensor]:
+    """Draw what parametrizations give (orthogonal weights) by assigning it; the parameters that need no drawing now.
+
+    Those that are to be `kept` are not drawn.
+    """
     done: set[Tensor] = set()
     for module in network.modules():
         for name, chain in getattr(module, "parametrizations", {}).items():
+            if kept.issuperset(chain.parameters()):
+                continue
             try:
                 setattr(module, name, _drawn(getattr(module, name), pretrained))
             except (NotImplementedError, RuntimeError, ValueError):  # no way back to the parameters: draw those

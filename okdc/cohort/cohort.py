@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from okdc.anatomy import Anatomy, inspect
-from okdc.anatomy.modes import at_rest, unchanged
+from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.cohort.birth import differ
 from okdc.cohort.plan import Branch, CohortOutput, Cost, lineage, member_name
 from okdc.cohort.proof import prove_all, refuse_own_modules, ways_in_training
@@ -59,6 +59,7 @@ class Cohort(nn.Module):
         self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
+        self._resting: list[nn.Module] = []
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
         trunks = _trunks(target, self.anatomy, branches)
         proofs = {cut: _copy(target) for cut in trunks}  # copies are made before any hook stands on the target
@@ -73,6 +74,7 @@ class Cohort(nn.Module):
             prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, one_way=mean)
             self.branches = nn.ModuleList(siblings)
             self.grown = self._grow(branches, trunks, example, redrawn, mean)
+            self._resting = [module for member in self.members for module in resting(member)]
             self._tap(branches, ways, example)
             self.costs = self._measure(example, branches)
             self._try_training(example)
@@ -115,6 +117,13 @@ class Cohort(nn.Module):
             return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._tapped.stage_maps())
         finally:
             tape.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for what came in evaluation mode with its parameters frozen, in the target and copies."""
+        super().train(mode)
+        for module in self._resting:
+            module.eval()
+        return self
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""

@@ -88,8 +88,8 @@ def wrap(
 class OwnBatches:
     """Training batches of the user's loader; skipped batches are read and thrown away.
 
-    A last batch of a single image is left out, as drop_last would: batch norm cannot learn from one. So are, of
-    several ranks' batches, those that are not of one size.
+    A single image among larger batches is left out, as drop_last would do with the last: batch norm cannot learn from
+    one. So are, of several ranks' batches, those that are not of one size.
     """
 
     def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int, rank: int = 0, world: int = 1):
@@ -106,19 +106,28 @@ class OwnBatches:
                 part.set_epoch(epoch)
         step = -1
         checked = (_checked(b, "training", self.num_classes) for b in iterate_seeded(self.loader, self.seed, epoch))
-        for step, batch in enumerate(self._own(batch for batch in checked if len(batch[0]) > 1)):
+        for step, batch in enumerate(self._own(_without_single(checked))):
             if step >= start:
                 yield batch
         if step < 0:
             raise DataError(
-                f"the training loader gave batches once, but none in epoch {epoch} (or of one image only); expected an "
-                "iterable that can be read again each epoch, such as a torch DataLoader or a list of batches."
+                f"the training loader gave batches once, but none in epoch {epoch}; expected an iterable that can be "
+                "read again each epoch, such as a torch DataLoader or a list of batches."
             )
 
     def _own(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while len(group := list(islice(batches, self.world))) == self.world:
             if len({len(images) for images, _ in group}) == 1:
                 yield group[self.rank]
+
+
+def _without_single(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, without those of one image where the first has more."""
+    least = 1
+    for i, batch in enumerate(batches):
+        least = min(2, len(batch[0])) if i == 0 else least
+        if len(batch[0]) >= least:
+            yield batch
 
 
 def _division(loader: Any, rank: int, world: int) -> tuple[int, int]:

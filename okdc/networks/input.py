@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import timm
@@ -52,13 +53,16 @@ def data_config(
 def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     """The logits, (1, classes), of one black image of `input_size` (C, H, W); raises NetworkError if there are none."""
     channels, height, width = input_size
+    _refuse_meta(network)
     logits = _try_input(network, input_size)
-    if isinstance(logits, Tensor):
+    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 1:
         return logits
     if not isinstance(logits, Exception):
+        one = isinstance(logits, Tensor)
+        advice = "Does its forward drop the batch? .flatten(1) in place of .squeeze(), logits in place of logits[0]."
         raise NetworkError(
-            f"{name_of(network)} returns {described(logits)}, expected one tensor of logits (batch, classes). "
-            f"{alone(logits)}"
+            f"{name_of(network)} returns {described(logits)}{' for a batch of one image' * one}, expected one tensor "
+            f"of logits (batch, classes). {advice if one else alone(logits)}"
         )
     sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
     takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)
@@ -71,6 +75,16 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
     raise NetworkError(
         f"{name_of(network)} cannot take images of {channels}x{height}x{width}: {first_line(logits)}. {advice}"
     )
+
+
+def _refuse_meta(network: nn.Module) -> None:
+    """NetworkError for weights that have shapes and no values."""
+    tensors = chain(network.named_parameters(), network.named_buffers())
+    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+        raise NetworkError(
+            f"{empty[0]!r} of {name_of(network)} is on the meta device: it has a shape and no values. Build it "
+            "outside torch.device('meta'), or give it values: network.to_empty(device='cpu'), then load_state_dict."
+        )
 
 
 def name_of(network: nn.Module) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from okdc import deploy, methods, report, training
+from okdc import deploy, losses, methods, report, training
 from okdc.data import Data
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, byproducts, run_folder, teachers
-from okdc.pipeline.facts import facts_of, metrics_of
+from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
+from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, Recipe, override, resolve
@@ -54,10 +54,10 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort))
+        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
-            _deliver(result, trained, state.history, lost)
+            _deliver(result, trained, state, lost)
     return result
 
 
@@ -87,7 +87,8 @@ def _train(
     target: nn.Module, data: Data, recipe: Recipe, folder: Path, last: Path | None, named: bool, held: ExitStack
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
-    with assemble.at_home(target) as settle:
+    weights = class_weights.of(recipe, data)
+    with assemble.at_home(target) as settle, losses.weighted(weights):
         teacher = assemble_cohort.load_teacher(recipe, data, proved=last is not None)
         method = assemble_cohort.build_method(
             target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels
@@ -105,7 +106,7 @@ def _train(
             method.strip()
 
 
-def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost: str | None) -> None:
+def _deliver(result: Result, method: Method, state: TrainState, lost: str | None) -> None:
     """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
@@ -119,7 +120,7 @@ def _deliver(result: Result, method: Method, history: list[dict[str, Any]], lost
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, facts_of(result, method, history) | {"byproducts": further})
+        report.write(folder, facts_of(result, method, state) | {"byproducts": further})
 
 
 def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:

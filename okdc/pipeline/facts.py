@@ -16,7 +16,9 @@ import okdc
 from okdc import methods
 from okdc.methods import Method
 from okdc.pipeline import run_folder
-from okdc.recipe import Recipe
+from okdc.recipe import Recipe, TrainSettings
+from okdc.tasks import confusion
+from okdc.training import TrainState
 from okdc.training.machine import choose_device
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def metrics_of(history: list[dict[str, Any]], best_epoch: int | None, members: i
     return {
         "top1": _number(best.get("eval_top1")),
         "top5": _number(best.get("eval_top5")),
+        "balanced": _number(best.get("eval_balanced")),
         "ensemble_top1": _number(best.get("top1/ensemble")) if members > 1 else None,
         "best_epoch": best["epoch"],
         "epochs": len(history),
@@ -42,9 +45,15 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def facts_of(result: Result, method: Method, history: list[dict[str, Any]]) -> dict[str, Any]:
+def choice(settings: TrainSettings, state: TrainState) -> dict[str, Any]:
+    """What the epoch whose weights ship was chosen by, and after which one the run stopped early, if it did."""
+    early = state.stopped_early(settings)
+    return {"eval_metric": settings.eval_metric} | ({"stopped_early": early} if early else {})
+
+
+def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any]:
     """Everything that the report shows, as plain values."""
-    cohort, recipe = method.cohort, result.recipe
+    cohort, recipe, counts = method.cohort, result.recipe, state.confusion
     shared = {id(p) for p in cohort.target.parameters()}
     members = [
         {
@@ -74,7 +83,8 @@ def facts_of(result: Result, method: Method, history: list[dict[str, Any]]) -> d
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
         },
-        "history": history, "metrics": result.metrics, "verification": result.verification,
+        "confusion": None if counts is None else confusion.summary(counts, result.data.classes),
+        "history": state.history, "metrics": result.metrics, "verification": result.verification,
         "baseline": run_folder.find_baseline(result.path, recipe), "command": command(), "recipe": recipe.to_dict(),
         "environment": _environment(recipe), "okdc": okdc.__version__,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from okdc.errors import RunError
+from okdc.pipeline import class_names
 from okdc.recipe import Recipe
 from okdc.system import files
 from okdc.training import checkpoint
@@ -101,8 +102,10 @@ def _in_use(folder: Path) -> bool:
 def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack) -> None:
     """Make the folder and write what was asked for and what the student is, before anything is trained.
 
-    No other process begins there until `held` is closed, or this one ends, in whatever way: RunError.
+    No other process begins there until `held` is closed, or this one ends, in whatever way: RunError. Also where a run
+    that was trained there had classes of other names.
     """
+    _refuse_other_classes(folder, student)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,6 +114,20 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     files.atomically(folder / RECIPE, lambda path: path.write_text(recipe.to_yaml(), encoding="utf-8"))
     text = json.dumps(student, indent=2, sort_keys=True) + "\n"
     files.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _refuse_other_classes(folder: Path, student: dict[str, Any]) -> None:
+    """RunError where the data has other classes than the run that is continued, or the same in another order."""
+    trained = any(path.is_file() for path in files.history(folder / checkpoint.LAST, 100))
+    theirs = (read_student(folder) or {}).get("classes") if trained else None
+    ours = student.get("classes")
+    if theirs and ours and theirs != ours:
+        told = class_names.difference(theirs, ours, "the run", "the data")
+        raise RunError(
+            f"the classes of the data are not those that {folder} learned: {told}. Give the data it had, their folders "
+            "named as they were (--class-map FILE says an order), or start another run with --experiment NAME; "
+            f"--initial-checkpoint {folder / checkpoint.BEST} begins it with these weights."
+        )
 
 
 @contextmanager

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from okdc import networks
+from okdc.anatomy import inspect
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
+from okdc.pipeline import class_names, run_folder
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
 from okdc.system.waiting import limited
@@ -56,6 +60,62 @@ def load(name: str, input_size: tuple[int, int, int], classes: int, model: str |
     return network
 
 
+def align(teacher: nn.Module, name: str, classes: Sequence[str], input_size: tuple[int, int, int]) -> None:
+    """Put the teacher's outputs in the order of the data's `classes`, where it is known what its own are called.
+
+    Its classifier's rows are what moves, so that it stays the network that it is. NetworkError where only some of the
+    names are the same, or the order cannot be changed; names of another kind altogether are said and taken as they are.
+    """
+    theirs = _class_names(teacher, name)
+    if not theirs or theirs == list(classes) or not (class_names.known(theirs) and class_names.known(classes)):
+        return
+    told = class_names.difference(theirs, classes, "the teacher", "the data")
+    if not set(theirs) & set(classes):
+        _say(name, f"its classes have other names ({told}); they are taken in their order.")
+        return
+    if sorted(theirs) != sorted(classes):
+        raise NetworkError(
+            f"the teacher {name} knows other classes than the data have: {told}. Train it on these images first (okdc "
+            "compress --method baseline --model NAME), or rename the folders of what is the same."
+        )
+    _reorder(teacher, name, [theirs.index(each) for each in classes], input_size, told)
+    _say(name, f"the same classes in another order ({told}); its outputs were put in that of the data.")
+
+
+def _class_names(teacher: nn.Module, name: str) -> list[str] | None:
+    """What the outputs of a run, a checkpoint in its folder, a bundle or a network from a hub are called, if known."""
+    place = Path(name.removeprefix("local-dir:"))
+    folder = place.parent if place.is_file() else place
+    if (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names")
+    elif run_folder.is_run(folder):
+        found = (run_folder.read_student(folder) or {}).get("classes")
+    else:
+        found = (getattr(teacher, "pretrained_cfg", None) or {}).get("label_names")
+    return [str(each) for each in found] if found else None
+
+
+@torch.no_grad()
+def _reorder(teacher: nn.Module, name: str, order: list[int], input_size: tuple[int, int, int], told: str) -> None:
+    """Let output i be what output `order[i]` was, by moving the classifier's rows; NetworkError where it is not."""
+    weight = next(teacher.parameters())
+    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(weight)
+    expected = teacher.eval()(images)[:, order]
+    classifier = teacher.get_submodule(inspect(teacher, input_size).classifier)
+    for parameter in classifier.parameters():
+        if len(parameter) == len(order):
+            parameter.copy_(parameter[order])
+    if not torch.allclose(teacher(images), expected, rtol=1e-4, atol=1e-5):
+        raise NetworkError(
+            f"the teacher {name} knows the same classes in another order: {told}. Its outputs cannot be put in the "
+            "order of the data: give the data in the teacher's, with --class-map FILE."
+        )
+
+
+def _say(name: str, told: str) -> None:
+    print(f"Teacher {name}: {told}", file=sys.stderr, flush=True)
+
+
 def prove(teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float) -> None:
     """Say how the teacher does on the first validation images; NetworkError if that is no more than guessing.
 
@@ -82,7 +142,7 @@ def prove(teacher: nn.Module, name: str, data: Data, device: torch.device, timeo
             f"{chance:.1%}: it knows other classes, or the same in another order, or images prepared in another way. "
             "Train it on these images first (okdc compress --method baseline --model NAME), then --teacher runs/NAME."
         )
-    print(f"Teacher {name}: top-1 {share:.2%} of {seen:,} validation images.", file=sys.stderr, flush=True)
+    _say(name, f"top-1 {share:.2%} of {seen:,} validation images.")
 
 
 def _settings(name: str, in_chans: int) -> NetworkSettings:

@@ -153,6 +153,18 @@ class TrainSettings:
         0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
     )
     checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
+    class_weights: str | None = _setting(
+        None, "weights of classes in the cross-entropy with labels, and in no other loss: auto (rare ones count more), "
+        "or a FILE of lines CLASS WEIGHT",
+    )  # fmt: skip
+    eval_metric: str = _setting(
+        "top1", "what of the student picks the epoch that ships; balanced: the mean of all classes' recalls",
+        choices=("top1", "balanced", "top5"),
+    )  # fmt: skip
+    patience: int | None = _setting(
+        None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
+        at_least=1,
+    )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
     @property

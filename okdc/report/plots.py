@@ -50,6 +50,16 @@ def _line(line: Named, places: Points) -> dict[str, Any]:
     return {"name": name, "hue": hue, "path": path, "places": places, "at": places[-1][1], "value": points[-1][1]}
 
 
+def heat(table: Sequence[Sequence[int]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a square of counts: of each its name, and cells with their share of the row as an opacity from 0 to 1."""
+    rows = []
+    for at, (name, counts) in enumerate(zip(names, table, strict=True)):
+        total = sum(counts) or 1
+        cells = [{"count": n, "ink": round(n / total, 3), "right": i == at} for i, n in enumerate(counts)]
+        rows.append({"name": name, "cells": cells})
+    return rows
+
+
 def placer(low: float, high: float) -> Callable[[float], float]:
     """A function from a value to per cent of the way from `low` to `high`; half way where there is no way."""
     return lambda value: round(100 * (value - low) / (high - low), 2) if high > low else 50.0

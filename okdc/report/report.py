@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from okdc.recipe import LOADER
+from okdc.report import classes
 from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
 from okdc.system import files
 
@@ -148,6 +149,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "accuracy": _accuracy(facts),
         "control": _control(facts, best) if facts["baseline"] else None,
         "losses": _losses(facts),
+        "by_class": classes.view(facts.get("confusion")),
         "best": best,
         "milestones": [history[at] for at in spaced(len(history), 10)],
         "latency": _latency(facts.get("verification")),

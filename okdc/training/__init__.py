@@ -1,7 +1,7 @@
 """The one training loop, shared by every method, and what it stands on: state, checkpoints, precision, processes.
 
-Imports `recipe`, `system`, `ranks` and `errors`; it is handed the method and the data and knows no name of either.
-A step from batch to update, in the order of the calls:
+Imports `recipe`, `tasks`, `system`, `ranks` and `errors`; it is handed the method and the data, and knows no name of
+either. A step from batch to update, in the order of the calls:
 
 1. `loop.fit` makes the `TrainState` (`state.build`), or takes up that of a checkpoint (`state.restore`).
 2. `data.train.batches(epoch, done)` gives batches, through `system.waiting` and `watch`, which end a wait for nothing.

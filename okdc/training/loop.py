@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from okdc.errors import DataError, RecipeError
 from okdc.ranks import barrier, first, rank, share, world
@@ -58,6 +59,8 @@ def fit(
         raise DataError(
             "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
         )
+    if settings.patience and data.validation is None:
+        raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
     if settings.sync_bn and method.second_order:
         raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
@@ -75,12 +78,14 @@ def fit(
         else:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
             first(lambda: write_summary(folder / "summary.csv", state.history))
-        if state.epoch < settings.epochs:
+        if not state.is_over(settings):
             events = Events(folder, state.epoch, quiet=rank() > 0)
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
             # What was done is saved when no alarm of `waiting` can ring any more.
             with contextlib.closing(events), data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
                 _train(state, data, run, stop, display, events, waiting, watch)
+        if early := state.stopped_early(settings):
+            display.note(f"Stopped early {early}. A larger --patience with --resume goes on.")
         barrier()  # what the first rank has written is there for all
     method.eval()
     return state
@@ -99,7 +104,7 @@ def _train(
     method, settings = state.method, run.settings
     step = stepper(state, run, stop)
     clock = None
-    while state.epoch < settings.epochs:
+    while not state.is_over(settings):
         method.epoch.fill_(state.epoch)
         _begin_epoch(state, data, run, waiting, watch)
         method.train()
@@ -125,14 +130,15 @@ def _train(
             raise DataError(f"epoch {state.epoch + 1} had no batches; give a loader that can be read anew each epoch.")
 
         state.step = run.steps  # also where the data gave fewer batches than it promised
-        metrics = None
+        metrics: dict[str, float] = {}
+        counts = None
         if data.validation is not None:
             batches = waiting.over(watch.over(share(data.validation), "validation", state))
-            metrics = evaluate(state, batches, run.machine, stop)
+            metrics, counts = evaluate(state, batches, run.machine, stop)
             _leave_if_asked(state, run, stop, display)
         state.between = time.perf_counter() - clock
         row = _row(state, metrics)
-        _finish_epoch(state, row, run)
+        _finish_epoch(state, row, counts, run)
         display.epoch(row)
         events.epoch(row)
         _leave_if_asked(state, run, stop, display)
@@ -162,15 +168,15 @@ def _count(state: TrainState, losses: dict[str, float], group: list[Batch], cloc
     return now
 
 
-def _row(state: TrainState, metrics: dict[str, float] | None) -> Row:
+def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     """The line of the history for the epoch that has just been trained; timm's columns come first."""
-    sums, metrics = state.sums, metrics or {}
+    sums = state.sums
     losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
     members = [f"top1/{name}" for name in (*state.method.cohort.names, "ensemble")]
     return {
         "epoch": state.epoch,
         "train_loss": sum(losses.values()) if losses else math.nan,
-        **{name: metrics.get(name) for name in ("eval_loss", "eval_top1", "eval_top5")},
+        **{name: metrics.get(name) for name in ("eval_loss", "eval_top1", "eval_top5", "eval_balanced")},
         "lr": state.lr,
         **losses,
         **{name: metrics.get(name) for name in members},
@@ -182,11 +188,11 @@ def _row(state: TrainState, metrics: dict[str, float] | None) -> Row:
     }
 
 
-def _finish_epoch(state: TrainState, row: Row, run: Run) -> None:
-    top1 = row["eval_top1"]
-    improved = top1 is None or state.best is None or top1 > state.best  # without validation the last is the best
+def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run) -> None:
+    value = row[run.metric]
+    improved = value is None or state.best is None or value > state.best  # without validation the last is the best
     if improved:
-        state.best, state.best_epoch = top1, state.epoch
+        state.best, state.best_epoch, state.confusion = value, state.epoch, counts
     state.history.append(row)
     state.epoch, state.step, state.sums = state.epoch + 1, 0, {}
     if state.schedule is not None:

@@ -84,7 +84,8 @@ class Display:
         self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
         line = f"epoch {row['epoch'] + 1}/{self.epochs}: loss {row['train_loss']:.4f}"
         if row["eval_top1"] is not None:
-            line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f} · top-1 of {self.accuracies}"
+            line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f}"
+            line += f" balanced {row['eval_balanced']:.3f} · top-1 of {self.accuracies}"
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
         self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from okdc.errors import RecipeError, RunError
 from okdc.ranks import world
@@ -21,6 +21,12 @@ from okdc.training.progress import Row
 
 if TYPE_CHECKING:
     from okdc.methods import Method
+
+
+# What a checkpoint holds of a state beside those of the parts that have a state_dict.
+REMEMBERED = (
+    "epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "confusion", "history", "between",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,8 +45,9 @@ class TrainState:
     step: int = 0  # optimizer steps done in that epoch
     sums: dict[str, float] = field(default_factory=dict)  # over those steps
     skipped_in_a_row: int = 0
-    best: float | None = None  # the student's best validation top-1, per cent
+    best: float | None = None  # the student's best validation metric (`Run.metric`), per cent
     best_epoch: int | None = None
+    confusion: Tensor | None = None  # of that epoch: see `tasks.confusion`
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
     between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
@@ -59,6 +66,21 @@ class TrainState:
         """Training images per second in this epoch so far."""
         return self.sums["images"] / self.sums["seconds"]
 
+    def stopped_early(self, settings: TrainSettings) -> str:
+        """When the run ended for want of patience and why, in words; nothing where it goes on, or went all the way."""
+        if not settings.patience or self.best_epoch is None or self.epoch >= settings.epochs:
+            return ""
+        if self.epoch - 1 - self.best_epoch < settings.patience:
+            return ""
+        return (
+            f"after epoch {self.epoch} of {settings.epochs}: no better {settings.eval_metric} than epoch "
+            f"{self.best_epoch + 1}'s for {settings.patience} epoch{'s' * (settings.patience > 1)}"
+        )
+
+    def is_over(self, settings: TrainSettings) -> bool:
+        """Whether nothing is left to train."""
+        return self.epoch >= settings.epochs or bool(self.stopped_early(settings))
+
     def seconds_left(self, run: Run) -> float:
         """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time."""
         pace = self.sums["seconds"] / (self.sums["steps"] + self.sums["skipped"])
@@ -76,6 +98,11 @@ class Run:
     recipe: dict[str, Any]
     machine: Machine
     steps: int  # optimizer steps per epoch
+
+    @property
+    def metric(self) -> str:
+        """The column of the history that picks the best epoch."""
+        return f"eval_{self.settings.eval_metric}"
 
     @property
     def last(self) -> Path:
@@ -116,14 +143,13 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "args": run.recipe,
         "version": 2,
-        "metric": state.history[-1]["eval_top1"] if state.history else None,
+        "metric": state.history[-1][run.metric] if state.history else None,
     }
     if state.scaler.is_enabled():
         payload["amp_scaler"] = state.scaler.state_dict()
     if state.student is not state.method.cohort.target:
         payload["state_dict_ema"] = state.student.state_dict()
-    names = ("epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "history", "between")
-    own = {name: getattr(state, name) for name in names}
+    own = {name: getattr(state, name) for name in REMEMBERED}
     payload["okdc"] = {
         "facts": _facts(state, run), "steps": run.steps, "devices": world(), "images": run.settings.images_per_step,
         "lr": run.settings.peak_lr, "method": state.method.state_dict(), "run": own,
@@ -151,11 +177,14 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     moved = "devices" in saved and saved["devices"] != world()
     rates = [group["lr"] for group in state.optimizer.param_groups]
     _put_back(state, payload, path, run, moved)
+    other = _other_metric(state, payload, run)
     lost = _lost_best(run) if state.history else ""
-    if lost and state.epoch >= run.settings.epochs:
+    if lost and state.is_over(run.settings):
+        early = state.stopped_early(run.settings)
+        longer = "a larger --patience" if early else f"--epochs {state.epoch + 1}"
         raise RunError(
-            f"{path} is of a finished run whose {lost}. Put a good copy of it there, or train on with --epochs "
-            f"{state.epoch + 1}: that epoch is then kept as the best."
+            f"{path} is of a finished run whose {lost}. Put a good copy of it there, or train on with {longer}: the "
+            "next epoch is then kept as the best."
         )
     if lost:
         state.best, lost = None, f"\n  The {lost}, so the next epoch is kept as the best."
@@ -168,7 +197,7 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
-    return lost + (_changed(saved, state, run) if moved else "")
+    return lost + other + (_changed(saved, state, run) if moved else "")
 
 
 def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, moved: bool) -> None:
@@ -197,6 +226,15 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
+
+
+def _other_metric(state: TrainState, payload: dict[str, Any], run: Run) -> str:
+    """Judge the best epoch so far, whose weights are kept, by the metric of now; in words where that is another one."""
+    before = payload["args"].get("train", {}).get("eval_metric", "top1")
+    if before == run.settings.eval_metric or state.best_epoch is None:
+        return ""
+    state.best = state.history[state.best_epoch].get(run.metric)
+    return f"\n  The best epoch so far was chosen by {before}; from here on {run.settings.eval_metric} chooses."
 
 
 def _lost_best(run: Run) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _step(
     for i, given in enumerate(group):
         batch = machine.move(*given)
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
-        with machine.autocast():
+        with machine.autocast(), _one_image(len(batch[1]), run):
             losses = forward(*batch)
         names, terms, portion = list(losses), list(losses.values()), len(batch[1]) / total
         # From each term, not from a stack of them, which would be one operation more, forward and backward.
@@ -80,6 +81,20 @@ def _step(
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
     return dict(zip(names, values))
+
+
+@contextmanager
+def _one_image(images: int, run: Run) -> Iterator[None]:
+    """TrainingError in place of what batch norm says of a batch of one image, where that has one pixel left."""
+    try:
+        yield
+    except ValueError as error:
+        if images > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            "batch norm cannot learn from one image: where it stands, that has one pixel left, a channel one value. "
+            f"Give it two images or more: -b 2, or larger batches of your own loader; --resume {run.last} goes on."
+        ) from error
 
 
 class _Buffers:

@@ -136,6 +136,7 @@ def train(
     state = fit(method, data, replace(wanted, **changes), folder, resume=resume, arch="tiny", recipe={})
     found = {f"method.{k}": v for k, v in method.state_dict().items() if isinstance(v, Tensor)}
     found |= {f"student.{k}": v for k, v in state.student.state_dict().items()}
+    found["confusion"] = state.confusion  # added up over the ranks
     return {"tensors": found, "history": state.history}
 
 

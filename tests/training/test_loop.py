@@ -256,7 +256,8 @@ def test_precision_and_memory_layout_follow_the_device():
 def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
     state = run(tmp_path)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
-    header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr,loss/ce,loss/kl,top1/target,top1/branch1,top1/branch2,"
+    header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_balanced,lr,loss/ce,loss/kl,"
+    header += "top1/target,top1/branch1,top1/branch2,"
     assert lines[0] == header + "top1/ensemble,seconds,images_per_second,data_wait,skipped_steps"
     assert len(lines) == 1 + SETTINGS.epochs
     row = state.history[-1]
