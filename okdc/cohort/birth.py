@@ -35,7 +35,7 @@ def differ(
     grown = [grow(network, anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
     if plan.width < 1:
         grown.append(narrow(network, anatomy, plan.cut, trunk, plan.width, example))
-    return ", ".join(grown)
+    return ", ".join(filter(None, grown))
 
 
 def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrained: bool = False) -> str:

@@ -111,11 +111,12 @@ def deepen(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int) -> tu
 
 
 def shorten(network: nn.Module, stage: Stage, count: int) -> str:
-    """Take the last `count` blocks of a stage of a sibling of the target away, and say so."""
-    for name in (name for run in stage.blocks[-count:] for name in run):
+    """Take the last `count` blocks of a stage of a sibling of the target away, as far as it has any, and say so."""
+    taken = stage.blocks[-count:]
+    for name in (name for run in taken for name in run):
         parent, _, leaf = name.rpartition(".")
         network.get_submodule(parent)._modules[leaf] = Skipped()
-    return f"{count} fewer in {stage.first}"
+    return f"{len(taken)} fewer in {stage.first}" if taken else ""
 
 
 def _kind(block: nn.Module) -> str:

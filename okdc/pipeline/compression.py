@@ -13,12 +13,13 @@ from torch import nn
 
 from okdc import deploy, losses, methods, report, training
 from okdc.data import Data
+from okdc.errors import RecipeError
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
-from okdc.recipe import LOADER, Recipe, override, resolve
+from okdc.recipe import LOADER, Recipe, flat_settings, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.training import TrainState, checkpoint, launch
 from okdc.training.machine import choose_device
@@ -71,16 +72,30 @@ def _resolved(
     elif model is not None:
         flat["model"] = type(model).__name__
     if loader is not None:
+        _refuse_data_settings(settings)
         flat["data"] = LOADER
         flat.setdefault("batch_size", getattr(loader, "batch_size", None))  # the learning rate is scaled by it
     if isinstance(recipe, Recipe):
-        resolved = override(recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings)
+        resolved = override(
+            recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings, source="okdc.compress"
+        )
     else:
-        resolved = resolve(recipe, flat=flat, method_settings=methods.settings)
+        resolved = resolve(recipe, flat=flat, method_settings=methods.settings, source="okdc.compress")
     resolved = replace(resolved, train=launch.as_started(resolved.train))
     name = resolved.method["name"]
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
     return resolved
+
+
+def _refuse_data_settings(given: dict[str, Any]) -> None:
+    """RecipeError for settings of the data that were given beside a loader, which makes its batches without them."""
+    sections = flat_settings()
+    names = [name for name, value in given.items() if value is not None and sections.get(name, ("",))[0] == "data"]
+    if names:
+        raise RecipeError(
+            f"{' and '.join(names)} cannot act on a loader of your own, which makes its batches as it was written: do "
+            "it there and leave the setting out, or give data=FOLDER instead of the loader."
+        )
 
 
 def _train(

@@ -280,11 +280,12 @@ def resolve(
     sets: Iterable[str] = (),
     flat: Mapping[str, Any] | None = None,
     method_settings: MethodSettings | None = None,
+    source: str = "command line",
 ) -> Recipe:
     """The recipe of a run: the named one with `sets` (section.key=value), then `flat` (see `override`), applied to it.
 
     Without a name it starts from DEFAULT, or from the dataclasses' defaults when the changes say which data to use.
-    Raises RecipeError with every mistake.
+    Raises RecipeError with every mistake; `source` is where it says that those in `flat` were made.
     """
     flat, sets = {key: value for key, value in (flat or {}).items() if value is not None}, list(sets)
     typed = apply_sets({}, sets)
@@ -298,5 +299,6 @@ def resolve(
     raw = apply_sets(raw, sets)
     replaced = [name for flag, name in _code_names(raw) if flag in flat]
     _refuse_code(raw, [name for _, name in _code_names(typed)] + replaced)
-    recipe = Recipe.from_dict(raw, method_settings, source=str(name_or_path or "--set"))
-    return override(recipe, flat, method_settings, source="command line")
+    origin = f"{name_or_path} with --set" if name_or_path and sets else str(name_or_path or "--set")
+    recipe = Recipe.from_dict(raw, method_settings, source=origin)
+    return override(recipe, flat, method_settings, source=source)

@@ -197,7 +197,8 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
-    return lost + other + (_changed(saved, state, run) if moved else "")
+    settings = _other_settings(payload["args"], run.recipe)
+    return lost + other + settings + (_changed(saved, state, run) if moved else "")
 
 
 def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, moved: bool) -> None:
@@ -235,6 +236,17 @@ def _other_metric(state: TrainState, payload: dict[str, Any], run: Run) -> str:
         return ""
     state.best = state.history[state.best_epoch].get(run.metric)
     return f"\n  The best epoch so far was chosen by {before}; from here on {run.settings.eval_metric} chooses."
+
+
+def _other_settings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that are others than when the run was saved, in words."""
+    found = [
+        f"\n  {section}.{name} is {value!r} from here on, before it was {before[section][name]!r}."
+        for section, settings in now.items()
+        for name, value in settings.items()
+        if name in before.get(section, {}) and before[section][name] != value
+    ]
+    return "".join(found)
 
 
 def _lost_best(run: Run) -> str:

@@ -67,10 +67,17 @@ def sgd(method: Method) -> torch.optim.Optimizer:
     return torch.optim.SGD(method.param_groups(0.05), lr=0.05, momentum=0.9)
 
 
-def test_every_method_has_a_recipe_and_a_test() -> None:
+def test_every_method_is_tested_and_every_test_and_recipe_is_of_one() -> None:
     assert len(NAMES) >= 16 and set(NAMES) >= {"ahbf", "baseline", "dml", "kd", "lmcl", "oemc", "pcl", "sokd"}
     assert {file.stem.removeprefix("test_") for file in HERE.glob("test_*.py")} - {"contract"} == set(NAMES)
     assert {recipe.load(name, methods.settings).method["name"] for name in recipe.names()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_has_a_recipe_and_a_test(name: str) -> None:
+    assert (HERE / f"test_{name}.py").is_file(), f"tests/methods/test_{name}.py is missing"
+    of_it = [known for known in recipe.names() if known.endswith(f"-{name}")]
+    assert of_it, f"recipes/DATASET/NETWORK-{name}.yaml is missing"
 
 
 @pytest.mark.parametrize("name", NAMES)
