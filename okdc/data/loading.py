@@ -12,9 +12,9 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader, Dataset
 
 from okdc.data.batchwise import Law
-from okdc.data.depth import find_bits
 from okdc.data.images import Images
 from okdc.data.names import listed
+from okdc.data.pixel_bits import find_bits
 from okdc.data.readable import BadImages, check_readable
 from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
 from okdc.data.samples import EpochPlaces, Order, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from okdc.data.depth import DEEP_COLOURS
 from okdc.data.names import listed, natural_key, spelled
+from okdc.data.pixel_bits import DEEP_COLOURS
 from okdc.data.values import log
 from okdc.errors import DataError
 

@@ -15,8 +15,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision import transforms
 
-from okdc.data.depth import LEGACY, eight_bits, is_deep
 from okdc.data.images import Images
+from okdc.data.pixel_bits import LEGACY, eight_bits, is_deep
 from okdc.data.values import BadImage, Batch
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
