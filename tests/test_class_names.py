@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc.errors import NetworkError, RunError
+from okdc.data import wrap
+from okdc.errors import DataError, NetworkError, RunError
 from okdc.pipeline import teachers
 from tests.networks import Tiny
 
@@ -64,6 +65,18 @@ def test_a_run_goes_on_with_its_own_classes(run: okdc.Result, tmp_path: Path) ->
     train(NAMES, tmp_path, experiment="same", epochs=1)
     resumed = train(NAMES, tmp_path, experiment="same", resume="auto", epochs=2)
     assert resumed.metrics["epochs"] == 2
+
+
+def test_a_validation_loader_of_other_classes_is_refused() -> None:
+    """As torchvision's ImageFolder numbers them where a class has no folder in val/."""
+    for names, told in (
+        (NAMES[1:], "label 0 is 'cherry' .* and 'fig' in the"),
+        ([*NAMES, "quince"], "label 4 is None"),
+    ):
+        with pytest.raises(DataError, match=told):
+            wrap(Loader(NAMES), Loader(names))
+    assert wrap(Loader(NAMES), Loader(NAMES)).classes == tuple(NAMES)
+    assert wrap(Loader(NAMES), list(Loader(NAMES))).classes == tuple(NAMES)  # of which no names are known
 
 
 @pytest.mark.parametrize("method", ["kd", "sokd"])
