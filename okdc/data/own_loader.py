@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -67,6 +67,7 @@ def wrap(
                 "the validation loader has a DistributedSampler, which repeats images to make all parts equal; "
                 "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
             )
+        _check_same_classes(_dataset_classes(train), _dataset_classes(validation))
         images = _survey(validation, "validation", seed, len(names), timeout).images
     channels = seen.input_size[0]
     neutral = {
@@ -218,6 +219,18 @@ def _dataset_classes(loader: Any) -> list[str]:
     while dataset is not None and not hasattr(dataset, "classes"):
         dataset = getattr(dataset, "dataset", None)  # torch's Subset keeps the data set that it is a part of
     return [str(name) for name in getattr(dataset, "classes", [])]
+
+
+def _check_same_classes(trained: list[str], judged: list[str]) -> None:
+    """DataError where both data sets name their classes and label 3 of one is not label 3 of the other."""
+    both = list(zip_longest(trained, judged)) if trained and judged else []
+    if found := [(i, *names) for i, names in enumerate(both) if names[0] != names[1]]:
+        label, training, validation = found[0]
+        raise DataError(
+            f"the loaders have other classes: label {label} is {training!r} in the training data set and "
+            f"{validation!r} in the validation data set. Make both of the same class folders, or give both "
+            "data sets the same list `classes`."
+        )
 
 
 def _checked(batch: Any, role: str, num_classes: int) -> Batch:

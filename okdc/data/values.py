@@ -75,3 +75,12 @@ class Data:
     held_out: Iterable[Batch] | None = None
     training_images: RawTraining | None = None
     image_counts: Counts = field(default_factory=dict)
+
+    @property
+    def unreadable(self) -> dict[str, dict[str, int]]:
+        """How many images could not be read, by split and class, where there are some."""
+        lost = {
+            split: {name: each["unreadable"] for name, each in classes.items() if each["unreadable"]}
+            for split, classes in self.image_counts.items()
+        }
+        return {split: classes for split, classes in lost.items() if classes}

@@ -88,6 +88,9 @@ def _remarks(verification: Verification) -> list[str]:
     after = next((facts["parameters"] for facts in exports.values() if "parameters" in facts), None)
     if after and after != before:
         lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
+    for split, classes in verification["data"]["unreadable"].items():
+        lost = ", ".join(f"{count} of {name}" for name, count in classes.items())
+        lines.append(f"- Images of the {split} split that could not be read: {lost}.")
     drawn = verification["calibration"]
     if drawn:
         source = "as they come in training" if drawn["augmented"] else f"drawn with seed {drawn['seed']}"

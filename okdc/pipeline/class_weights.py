@@ -52,7 +52,10 @@ def _read(file: Path, classes: Sequence[str]) -> Tensor:
         raise RecipeError(
             f"--class-weights {file} cannot be read ({error}): expected auto, or a file of lines CLASS WEIGHT."
         ) from error
-    weights = dict(_parsed(file, line) for line in lines if line.strip())
+    parsed = [_parsed(file, line) for line in lines if line.strip()]
+    weights = dict(parsed)
+    if len(weights) < len(parsed):
+        raise RecipeError(f"--class-weights {file} weighs a class twice: leave one of the lines out.")
     if set(weights) != set(classes):
         told = class_names.difference(list(weights), classes, "the file", "the data")
         raise RecipeError(f"--class-weights {file} must weigh each class of the data: {told}.")

@@ -82,6 +82,7 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
+            "image_counts": result.data.image_counts, "unreadable": result.data.unreadable,
         },
         "confusion": None if counts is None else confusion.summary(counts, result.data.classes),
         "history": state.history, "metrics": result.metrics, "verification": result.verification,

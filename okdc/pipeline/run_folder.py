@@ -13,7 +13,7 @@ from typing import Any
 
 from okdc.errors import RunError
 from okdc.pipeline import class_names
-from okdc.recipe import Recipe
+from okdc.recipe import LOADER, Recipe
 from okdc.system import files
 from okdc.training import checkpoint
 
@@ -105,7 +105,7 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     No other process begins there until `held` is closed, or this one ends, in whatever way: RunError. Also where a run
     that was trained there had classes of other names.
     """
-    _refuse_other_classes(folder, student)
+    _refuse_other_classes(folder, recipe, student)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,12 +116,16 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     files.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _refuse_other_classes(folder: Path, student: dict[str, Any]) -> None:
-    """RunError where the data has other classes than the run that is continued, or the same in another order."""
+def _refuse_other_classes(folder: Path, recipe: Recipe, student: dict[str, Any]) -> None:
+    """RunError where the data has other classes than the run that is continued, or the same in another order.
+
+    Batches of the user's own may have classes without names, which say nothing.
+    """
     trained = any(path.is_file() for path in files.history(folder / checkpoint.LAST, 100))
     theirs = (read_student(folder) or {}).get("classes") if trained else None
     ours = student.get("classes")
-    if theirs and ours and theirs != ours:
+    named = recipe.data.data != LOADER or all(class_names.known(names or ()) for names in (theirs, ours))
+    if theirs and ours and theirs != ours and named:
         told = class_names.difference(theirs, ours, "the run", "the data")
         raise RunError(
             f"the classes of the data are not those that {folder} learned: {told}. Give the data it had, their folders "

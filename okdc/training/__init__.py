@@ -12,6 +12,7 @@ either. A step from batch to update, in the order of the calls:
    skipped; else gradients are clipped and the optimizer steps.
 6. `Method.after_step` gets the group's batches, then the moving average follows the target, then the schedule moves.
 7. After the last step `evaluation` scores all members, `state.save` writes a checkpoint, and `progress` tells a person.
+   `--eval-metric` says by what an epoch is the best, and `--patience` how long to wait for a better one.
 """
 
 from __future__ import annotations

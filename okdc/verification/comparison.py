@@ -78,7 +78,7 @@ def compare(
         "rows": rows,
         "skipped": [{"target": name, "reason": reason} for name, reason in session.absent.items()],
         "environment": {},
-        "data": {"name": None, "images": 0},
+        "data": {"name": None, "images": 0, "unreadable": {}},
     }
 
 

@@ -1,4 +1,4 @@
-"""verification.json, version 2: what its fields are called, their types and units, for all who write and read it.
+"""verification.json, version 3: what its fields are called, their types and units, for all who write and read it.
 
 Plain dictionaries, as they are in the file; the names and types of their keys are checked wherever they are used.
 Whoever adds, removes or renames a field raises `VERSION`. Shares are per cent, times milliseconds, sizes megabytes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-VERSION = 2
+VERSION = 3
 
 
 class Latency(TypedDict):
@@ -79,10 +79,11 @@ class Skipped(TypedDict):
 
 
 class DataFacts(TypedDict):
-    """The validation images."""
+    """The validation images, and how many of all images could not be read, by split and class."""
 
     name: str | None
     images: int
+    unreadable: dict[str, dict[str, int]]
 
 
 class Calibration(TypedDict):

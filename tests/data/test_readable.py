@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import okdc
 from okdc.data import Data, load, open_source
 from okdc.errors import DataError
 from okdc.needs import Needs
@@ -81,3 +82,18 @@ def test_images_are_counted_by_class_and_split_once_each(folder: Path, needs: Ne
         list(data.held_out or ())
     expected["training"]["dog"]["unreadable"] = expected["validation"]["cat"]["unreadable"] = 1
     assert data.image_counts == json.loads(json.dumps(expected)) and len(data.bad_images) == 2
+
+
+def test_reports_and_bundle_say_what_could_not_be_read(folder: Path) -> None:
+    corrupt(folder / "train" / "cow" / "2.png", folder / "val" / "dog" / "1.png", folder / "val" / "dog" / "2.png")
+    result = okdc.compress(
+        "test_resnet", data=str(folder), method="baseline", output=folder / "runs", epochs=1, img_size=32,
+        batch_size=6, workers=0, device="cpu", batch_sizes=[],
+    )  # fmt: skip
+    lost = {"training": {"cow": 1}, "validation": {"dog": 2}}
+    told = json.loads((result.path / "report.json").read_text(encoding="utf-8"))["data"]
+    assert told["unreadable"] == lost and told["image_counts"]["validation"]["dog"] == {"images": 4, "unreadable": 2}
+    assert "| validation images not read | 2 of dog |" in (result.path / "report.md").read_text(encoding="utf-8")
+    assert "<dt>training images not read</dt><dd>1 of cow</dd>" in (result.path / "report.html").read_text()
+    assert json.loads((result.path / "export" / "verification.json").read_text())["data"]["unreadable"] == lost
+    assert "the validation split that could not be read: 2 of dog" in (result.path / "export" / "README.md").read_text()

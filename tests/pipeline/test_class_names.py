@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc.errors import NetworkError, RunError
-from okdc.pipeline import teachers
+from okdc.data import wrap
+from okdc.errors import DataError, NetworkError, RunError
+from okdc.pipeline import run_folder, teachers
+from okdc.recipe import Recipe, override
 from tests.helpers.networks import Tiny
 
 NAMES = ["cherry", "fig", "lemon", "plum"]
@@ -64,6 +67,29 @@ def test_a_run_goes_on_with_its_own_classes(run: okdc.Result, tmp_path: Path) ->
     train(NAMES, tmp_path, experiment="same", epochs=1)
     resumed = train(NAMES, tmp_path, experiment="same", resume="auto", epochs=2)
     assert resumed.metrics["epochs"] == 2
+    unnamed = list(Loader(NAMES))  # whose classes are numbers, for want of names
+    settings = {"method": "baseline", "output": tmp_path, "experiment": "same", "resume": "auto"} | SETTINGS
+    assert okdc.compress(loader=unnamed, validation=unnamed, epochs=3, **settings).metrics["epochs"] == 3
+
+
+def test_numbers_are_names_where_they_are_those_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "last.pth.tar").touch()
+    (tmp_path / "student.json").write_text(json.dumps({"classes": ["0", "1"]}))
+    recipe = override(Recipe(), {"data": "photos"})
+    with ExitStack() as held, pytest.raises(RunError, match="'0' only in the run; '2' only in the data"):
+        run_folder.begin(tmp_path, recipe, {"classes": ["1", "2"]}, held)
+
+
+def test_a_validation_loader_of_other_classes_is_refused() -> None:
+    """As torchvision's ImageFolder numbers them where a class has no folder in val/."""
+    for names, told in (
+        (NAMES[1:], "label 0 is 'cherry' .* and 'fig' in the"),
+        ([*NAMES, "quince"], "label 4 is None"),
+    ):
+        with pytest.raises(DataError, match=told):
+            wrap(Loader(NAMES), Loader(names))
+    assert wrap(Loader(NAMES), Loader(NAMES)).classes == tuple(NAMES)
+    assert wrap(Loader(NAMES), list(Loader(NAMES))).classes == tuple(NAMES)  # of which no names are known
 
 
 @pytest.mark.parametrize("method", ["kd", "sokd"])

@@ -54,6 +54,7 @@ def test_a_file_gives_each_class_its_weight(tmp_path: Path) -> None:
         ("rare -1\nbig one 1", "got 'rare -1'"),
         ("rare nan\nbig one 1", "got 'rare nan'"),
         ("3", "got '3'"),
+        ("rare 1\nrare 2\nbig one 1", "weighs a class twice"),
         ("rare 0\nbig one 0", "no weight above 0"),
         (None, "cannot be read"),
     ],
