@@ -109,6 +109,15 @@ def test_every_import_is_allowed_and_every_permission_used() -> None:
     assert wings() == table
 
 
+def test_the_face_of_a_wing_says_what_it_imports() -> None:
+    faces = {name: PACKAGE / name / "__init__.py" for name in ALLOWED if (PACKAGE / name).is_dir()}
+    assert len(faces) >= 15
+    for name, path in faces.items():
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        told = docstring.partition("Imports: ")[2].removesuffix(".")
+        assert told.replace("`", "").replace(",", "").split() == (ALLOWED[name].split() or ["nothing"]), name
+
+
 def test_imports_go_down() -> None:
     order = list(ALLOWED)
     for name, others in wings().items():

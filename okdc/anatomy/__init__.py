@@ -1,6 +1,6 @@
 """What a network is made of, learned by running it once: stages, blocks, cuts, classifier, feature map.
 
-Imports `tasks`, `system` and `errors`.
+Imports: `errors`, `system`, `tasks`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The command line: reads options, calls one function, prints.
 
 Nothing heavy is imported before a command runs: `okdc --help` comes without torch.
+
+Imports: `anatomy`, `deploy`, `errors`, `measure`, `methods`, `networks`, `okdc`, `pipeline`, `recipe`, `training`.
 """
 
 from __future__ import annotations

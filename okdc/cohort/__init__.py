@@ -1,6 +1,9 @@
 """The target with its branches: recorded, replayed, grown, proved, and stripped again.
 
-Attach and strip are both in `cohort`. Imports `anatomy`, `tasks` and below; never a method.
+`plan` says what is asked for, `replay` and `trunk` how branches share the target's trunk, `birth`, `depth` and `width` how
+they differ from it, `proof` that they compute the same, `taps` what methods look at; `cohort` attaches, runs and strips.
+
+Imports: `anatomy`, `errors`, `system`, `tasks`.
 """
 
 from __future__ import annotations

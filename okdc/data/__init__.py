@@ -7,6 +7,8 @@ To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan
 `images` is one split and its labels, which everything below reads; `loading.load` makes batches of it. `samples` says
 which image comes when and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments whole
 batches. `streams` and `own_loader` go their own way.
+
+Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
 """
 
 from __future__ import annotations

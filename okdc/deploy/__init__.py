@@ -1,6 +1,8 @@
 """From a student to a bundle that is safe to ship: written, verified, put in place all at once.
 
-Export targets are the files of `export/`. Imports `verification`, `networks`, `recipe` and below.
+Export targets are the files of `export/`.
+
+Imports: `errors`, `networks`, `okdc`, `recipe`, `system`, `verification`.
 """
 
 from __future__ import annotations

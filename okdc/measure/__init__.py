@@ -1,6 +1,9 @@
 """okdc measuring itself: what a method would build and cost, what a step takes, every format side by side.
 
-It runs the pipeline's own parts. Imports `pipeline` and below; hands nothing on, so that each command loads its own.
+It runs the pipeline's own parts.
+
+Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `methods`, `needs`, `networks`, `pipeline`, `recipe`,
+`system`, `training`, `verification`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""The methods: one file each, found by its file name; `package.module:Class` names one from outside okdc."""
+"""The methods: one file each, found by its file name; `package.module:Class` names one from outside okdc.
+
+What a method may say is the class `Method` in `shared/base`.
+
+Imports: `anatomy`, `cohort`, `errors`, `losses`, `needs`, `ranks`, `system`.
+"""
 
 from __future__ import annotations
 

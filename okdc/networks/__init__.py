@@ -1,6 +1,8 @@
 """A name, a function or a saved student becomes an `nn.Module` that takes the data's images.
 
-Importing this registers the 32x32 networks of the papers with timm. Imports `anatomy`, `recipe`, `tasks` and below.
+Importing this registers the 32x32 networks of the papers with timm.
+
+Imports: `anatomy`, `errors`, `recipe`, `tasks`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """The steps in order: recipe, data, network, cohort, training, strip, export, verification, report.
 
-The only wing that knows all the steps; read `compression.compress` top to bottom. Imports everything below it.
+The only wing that knows all the steps; read `compression.compress` top to bottom.
+
+Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `losses`, `methods`, `needs`, `networks`, `okdc`, `ranks`,
+`recipe`, `report`, `system`, `tasks`, `training`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What a run is asked to do: sections of settings, read strictly from YAML, flags and keywords; no torch.
 
-One field in `sections` is a recipe key, a flag and its help. Imports `errors` and `system`.
+One field in `sections` is a recipe key, a flag and its help.
+
+Imports: `errors`, `system`.
 """
 
 from __future__ import annotations

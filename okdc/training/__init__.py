@@ -1,7 +1,6 @@
 """The one training loop, shared by every method, and what it stands on: state, checkpoints, precision, processes.
 
-Imports `recipe`, `tasks`, `system`, `ranks` and `errors`; it is handed the method and the data, and knows no name of
-either. A step from batch to update, in the order of the calls:
+It is handed the method and the data, and knows no name of either. A step from batch to update, in the order of calls:
 
 1. `loop.fit` makes the `TrainState` (`state.build`), or takes up that of a checkpoint (`state.restore`).
 2. `data.train.batches(epoch, done)` gives batches, through `system.waiting` and `watch`, which end a wait for nothing.
@@ -13,6 +12,8 @@ either. A step from batch to update, in the order of the calls:
 6. `Method.after_step` gets the group's batches, then the moving average follows the target, then the schedule moves.
 7. After the last step `evaluation` scores all members, `state.save` writes a checkpoint, and `progress` tells a person.
    `--eval-metric` says by what an epoch is the best, and `--patience` how long to wait for a better one.
+
+Imports: `errors`, `ranks`, `recipe`, `system`, `tasks`.
 """
 
 from __future__ import annotations

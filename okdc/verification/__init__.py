@@ -1,6 +1,6 @@
 """Every exported file on the same images as torch: compared, timed, judged; never names an export target.
 
-Imports `tasks`, `system` and `errors`.
+Imports: `errors`, `system`, `tasks`.
 """
 
 from __future__ import annotations

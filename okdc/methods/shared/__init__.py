@@ -1,3 +1,3 @@
-"""What several methods are made of; a method imports this, `cohort`, `losses` and never another method."""
+"""The class `Method` (`base`), and what several methods are made of; a method imports this and never another method."""
 
 from __future__ import annotations
