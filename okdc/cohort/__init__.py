@@ -1,7 +1,7 @@
 """The target with its branches: recorded, replayed, grown, proved, and stripped again.
 
-`plan` says what is asked for, `replay` and `trunk` how branches share the target's trunk, `birth`, `depth` and `width` how
-they differ from it, `proof` that they compute the same, `taps` what methods look at; `cohort` attaches, runs and strips.
+`plan` says what is asked for, `replay` and `trunk` how branches share the target's trunk, `birth`, `depth` and `width`
+how they differ from it, `proof` that they compute the same, `taps` what methods look at; `cohort` attaches and strips.
 
 Imports: `anatomy`, `errors`, `system`, `tasks`.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from okdc.deploy.bundle import check_sums
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
 from okdc.deploy.machine import environment
-from okdc.deploy.targets import asked, not_written
+from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
     "UnfitError",
@@ -22,5 +22,6 @@ __all__ = [
     "failures",
     "not_written",
     "read",
+    "unavailable",
     "verify_bundle",
 ]

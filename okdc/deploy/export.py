@@ -84,6 +84,9 @@ def export_bundle(
         exported, unavailable, notes = write(
             part, student, arch, settings, classes, preprocess, info, calibration, without, device
         )
+        if unavailable and not exported and (folder / CONFIG).is_file():
+            reasons = "; ".join(f"{each['target']}: {each['reason']}" for each in unavailable)
+            raise ExportError(f"no file that was asked for can be written here: {reasons}. {folder} is left as it was.")
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(

@@ -103,6 +103,12 @@ def asked(settings: ExportSettings) -> list[Target]:
     return [target for name, target in found.items() if name in names]
 
 
+def unavailable(settings: ExportSettings) -> dict[str, str]:
+    """Why export targets that settings ask for cannot be written on this machine, by their names."""
+    reasons = {target.name: target.module.available() for target in asked(settings)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def not_written(verification: Verification, typed: Collection[str]) -> str | None:
     """Why a file that the settings `typed` ask for is not there, in a sentence; None when nothing is missing."""
     reasons = {each["target"]: each["reason"] for each in verification["skipped"]}

@@ -50,6 +50,8 @@ def compress(
         with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
+            if leads:
+                _tell_unavailable(resolved)
             seed_everything(resolved.train.seed)
             target, data = assemble.network_and_data(model, loader, validation, resolved)
             named = not isinstance(model, nn.Module)
@@ -85,6 +87,12 @@ def _resolved(
     name = resolved.method["name"]
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
     return resolved
+
+
+def _tell_unavailable(recipe: Recipe) -> None:
+    """Say before training, not after it, which of the files that were asked for cannot be written here."""
+    for name, reason in deploy.unavailable(recipe.export).items():
+        print(f"The run will ship without a {name} file, which cannot be written here: {reason}", file=sys.stderr)
 
 
 def _refuse_data_settings(given: dict[str, Any]) -> None:

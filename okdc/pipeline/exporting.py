@@ -12,7 +12,7 @@ from torch import nn
 from okdc import deploy, networks
 from okdc.data import Data, load, open_source
 from okdc.deploy import hub
-from okdc.errors import NetworkError
+from okdc.errors import ExportError, NetworkError
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override
@@ -63,6 +63,8 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     folder = Path(bundle)
     run = folder if run_folder.is_run(folder) else folder.parent
     folder = folder / "export" if run == folder else folder
+    if run_folder.is_run(run) and not folder.exists():
+        raise ExportError(f"{run} is a run that has not been exported yet: okdc export {run} --onnx")
     facts = deploy.read(folder)
     has_recipe = (run / run_folder.RECIPE).is_file()
     recipe = override(load_recipe(run / run_folder.RECIPE, typed=None) if has_recipe else Recipe(), settings)

@@ -93,7 +93,8 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
 
 def command() -> str:
     """The command that was typed, where there was one."""
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    given = Path(sys.argv[0] if sys.argv and sys.argv[0] else "python")
+    program = "okdc" if (given.name, given.parent.name) == ("__main__.py", "okdc") else given.name  # python -m okdc
     return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
 
 

@@ -1,4 +1,5 @@
-"""Every exported file on the same images as torch: compared, timed, judged; never names an export target.
+"""Every exported file on the same images as torch: compared, timed, judged; no export target is known by name but onnx,
+which the others are weighed against.
 
 Imports: `errors`, `system`, `tasks`.
 """

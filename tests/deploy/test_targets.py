@@ -204,6 +204,16 @@ def test_predict_runs_a_file_that_says_so(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle" / "model.onnx").exists()
 
 
+def test_a_bundle_stays_where_nothing_that_was_asked_for_can_be_written(folder: Path, tmp_path: Path) -> None:
+    (folder / "to_coreml.py").write_text(PLAIN.replace("return None", 'return "Type: pip install coreml"'))
+    export(tmp_path / "bundle", batch_sizes=[])
+    before = (tmp_path / "bundle" / "SHA256SUMS").read_text()
+    assert deploy.unavailable(Settings(onnx=False, coreml=True)) == {"coreml": "Type: pip install coreml"}
+    with pytest.raises(ExportError, match=r"coreml: Type: pip install coreml\. .*bundle is left as it was"):
+        export(tmp_path / "bundle", onnx=False, coreml=True, batch_sizes=[])
+    assert (tmp_path / "bundle" / "SHA256SUMS").read_text() == before and deploy.check_sums(tmp_path / "bundle") == []
+
+
 COMMANDS = """
 import json, sys
 from click.testing import CliRunner

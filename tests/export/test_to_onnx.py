@@ -11,35 +11,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import timm
 import torch
 from timm.models.byobnet import MobileOneBlock
 from torch import nn
 
 from okdc.deploy import targets
+from tests.helpers.exported import EXAMPLE, assert_same, tiny
 
 to_onnx = targets.find("onnx").module
-EXAMPLE = torch.zeros(4, 3, 32, 32)
-
-
-def tiny(name: str = "test_resnet", **settings) -> nn.Module:
-    """A tiny network of timm's whose batch statistics have moved, left in train mode."""
-    torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=7, **settings).train()
-    with torch.no_grad():
-        network(torch.randn(4, 3, 32, 32))
-    return network
-
-
-def assert_same(run, network: nn.Module, limit: float = 1e-5) -> None:
-    network.eval()
-    for batch in (1, 3, 5):
-        images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            expected = network(images).numpy()
-        given = run(images.numpy())
-        assert given.shape == expected.shape and given.dtype == np.float32
-        assert np.abs(given - expected).max() / np.abs(expected).max() <= limit
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import torch
 from okdc.deploy import targets
 from okdc.deploy.bundle import check_sums, listed, refuse_foreign, write_sums
 from tests.export import fake_tensorrt
-from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
+from tests.helpers.exported import EXAMPLE, assert_same, tiny
 
 to_tensorrt = targets.find("tensorrt").module
 SOURCE = Path(to_tensorrt.__file__)

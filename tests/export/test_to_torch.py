@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from okdc.deploy import targets
-from tests.export.test_to_onnx import EXAMPLE, assert_same, tiny
+from tests.helpers.exported import EXAMPLE, assert_same, tiny
 
 to_torch = targets.find("torch").module
 
