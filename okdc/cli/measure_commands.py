@@ -154,7 +154,7 @@ def _examine_all(
     from okdc.measure import zoo
 
     names = zoo.choose(pattern, families, sample)
-    limits = zoo.Limits(limit_seconds, limit_gb)
+    limits = zoo.Budget(limit_seconds, limit_gb)
     rows = zoo.sweep(
         names,
         Path(output),

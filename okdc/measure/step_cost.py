@@ -71,7 +71,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class DataSpeed:
     """The training images of `--data`: how many a second without training, and how training waits for them."""
 
     name: str
@@ -93,7 +93,7 @@ class Profile:
     plain_flops: int  # of a step, forward and backward
     cohort_flops: int
     rows: tuple[Row, ...]
-    data: Pipeline | None
+    data: DataSpeed | None
 
     @property
     def flops_ratio(self) -> float:
@@ -124,7 +124,7 @@ def profile(recipe: Recipe, *, rounds: int = 7, with_data: bool = False) -> Prof
             recipe.network.model, recipe.method["name"], method.cohort.anatomy.input_size, recipe.train.batch_size,
             torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else "CPU", torch.get_num_threads(),
             rounds, *flops, rows,
-            _pipeline(data, subjects[own.memory_format == torch.channels_last].cohort, recipe) if data else None,
+            _data_speed(data, subjects[own.memory_format == torch.channels_last].cohort, recipe) if data else None,
         )  # fmt: skip
 
 
@@ -268,7 +268,7 @@ def _no_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _pipeline(data: Data, state: TrainState, recipe: Recipe) -> Pipeline:
+def _data_speed(data: Data, state: TrainState, recipe: Recipe) -> DataSpeed:
     """Read batches without training, then train on them as `fit` does; the first of each is not counted."""
     run = _run(recipe.train)
     step = stepper(state, run, StopSignal())
@@ -288,4 +288,4 @@ def _pipeline(data: Data, state: TrainState, recipe: Recipe) -> Pipeline:
             if train:
                 train([batch])
         rates.append((images / waited, waited / (time.perf_counter() - begin)))
-    return Pipeline(data.name, rates[0][0], rates[1][1])
+    return DataSpeed(data.name, rates[0][0], rates[1][1])

@@ -27,7 +27,7 @@ SEED = 0  # of the sample
 
 
 @dataclass(frozen=True)
-class Limits:
+class Budget:
     """What one network may take: seconds, and gigabytes of memory (watched where the system has /proc)."""
 
     seconds: float = 600.0
@@ -88,7 +88,7 @@ def sweep(
     output: Path,
     *,
     jobs: int = 1,
-    limits: Limits = Limits(),
+    limits: Budget = Budget(),
     done: Callable[[dict[str, Any]], None] = lambda row: None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def sweep(
     return table
 
 
-def _is_open(row: dict[str, Any], limits: Limits, options: dict[str, Any]) -> bool:
+def _is_open(row: dict[str, Any], limits: Budget, options: dict[str, Any]) -> bool:
     """Whether a row is not the answer to what is asked now."""
     if row["outcome"] == "time":
         return float(row["seconds"]) < limits.seconds
@@ -209,7 +209,7 @@ def _is_exported(difference: str) -> bool:
         return False
 
 
-def _start(context: Any, name: str, limits: Limits, options: dict[str, Any]) -> _Job:
+def _start(context: Any, name: str, limits: Budget, options: dict[str, Any]) -> _Job:
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_examine, args=(name, limits, options, theirs), daemon=True)
     process.start()
@@ -217,7 +217,7 @@ def _start(context: Any, name: str, limits: Limits, options: dict[str, Any]) -> 
     return _Job(name, process, mine, time.monotonic())
 
 
-def _examine(name: str, limits: Limits, options: dict[str, Any], answer: Connection) -> None:
+def _examine(name: str, limits: Budget, options: dict[str, Any], answer: Connection) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     torch.set_num_threads(1)
     started, least = time.monotonic(), trial.least_gigabytes(name)
@@ -236,7 +236,7 @@ def _end_with_the_sweep() -> None:
         os._exit(1)
 
 
-def _result(job: _Job, limits: Limits) -> dict[str, Any] | None:
+def _result(job: _Job, limits: Budget) -> dict[str, Any] | None:
     """The row of a job that is done, or that had to be ended; None while it goes on."""
     seconds = time.monotonic() - job.started
     ended = not job.process.is_alive()

@@ -36,7 +36,7 @@ class EnsembleHead(nn.Linear):
         return super().forward(torch.cat(list(embeddings), 1))
 
 
-class Ensemble(nn.Module):
+class PclEnsemble(nn.Module):
     """Copies of a cohort and of its head, as one network: images (B, C, H, W) to the head's logits (PCL-E)."""
 
     def __init__(self, cohort: Cohort, head: EnsembleHead) -> None:
@@ -74,7 +74,7 @@ class Pcl(Method):
         self.ship = ship
         self.steps = 0
         self.head = EnsembleHead(sum(cohort.embedding_widths), cohort.anatomy.num_classes)
-        self.mean = Ensemble(cohort, self.head).requires_grad_(False)
+        self.mean = PclEnsemble(cohort, self.head).requires_grad_(False)
         for norm in self.mean.modules() if ema_buffers != "own" else ():
             if isinstance(norm, _BatchNorm):
                 norm.momentum = 0.0  # its statistics come from the cohort alone

@@ -29,7 +29,7 @@ def load_teacher(recipe: Recipe, data: Data, proved: bool = False) -> nn.Module 
     network = teachers.load(name, data.preprocess["input_size"], len(data.classes), recipe.network.model)
     teachers.align(network, name, data.classes, data.preprocess["input_size"])
     if not proved:
-        teachers.prove(network, name, data, choose_device(recipe.train.device), recipe.train.timeout)
+        teachers.check_accuracy(network, name, data, choose_device(recipe.train.device), recipe.train.timeout)
     return network
 
 

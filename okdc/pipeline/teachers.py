@@ -116,7 +116,7 @@ def _say(name: str, told: str) -> None:
     print(f"Teacher {name}: {told}", file=sys.stderr, flush=True)
 
 
-def prove(teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float) -> None:
+def check_accuracy(teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float) -> None:
     """Say how the teacher does on the first validation images; NetworkError if that is no more than guessing.
 
     Classes in another order, or images prepared in another way, have no other sign than a student that learns nothing.

@@ -104,7 +104,7 @@ def test_the_command_prints_json_or_a_table_and_measures_the_images(
     assert 0 <= found["data"]["waiting"] < 1
     flat = step_cost.Spread(2.0, 1.5, 2.5)
     row = step_cost.Row("fp32", flat, flat, flat, flat, flat, 0.876, 1.0, 2**20, 5 * 2**20)
-    data = step_cost.Pipeline("digits", 31000.0, 0.25)
+    data = step_cost.DataSpeed("digits", 31000.0, 0.25)
     tables.show_profile(Profile("resnet18", "one", (3, 8, 8), 16, "CPU", 1, 7, 100, 150, (row,), data))
     shown = capsys.readouterr().out
     assert "Measured where asked for: compiled steps, --torchcompile." in shown

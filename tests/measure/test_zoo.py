@@ -21,7 +21,7 @@ from okdc.measure import trial, zoo
 from okdc.recipe import NetworkSettings
 
 TABLES = Path(__file__).parents[1] / "zoo"
-NO_TIME = zoo.Limits(seconds=0.0)
+NO_TIME = zoo.Budget(seconds=0.0)
 FAST = {  # name: default cut and what is appended, on images of 64 x 64
     "test_resnet": ("layer3", "1 x BasicBlock after layer4.0"),
     "test_vit": ("blocks.3", "1 x Block after blocks.5"),
@@ -87,7 +87,7 @@ def test_a_sweep_keeps_limits_and_goes_on(tmp_path: Path) -> None:
         assert sweep("test_vit", limits=NO_TIME)[0]["outcome"] == "time"
     assert told == [], "it would be stopped again"
     for _ in range(2):
-        assert sweep("test_vit2", limits=zoo.Limits(gigabytes=0.001))[0]["outcome"] == "memory"
+        assert sweep("test_vit2", limits=zoo.Budget(gigabytes=0.001))[0]["outcome"] == "memory"
     assert told == []
     rows = sweep("test_vit", "resnet18_that_is_not")
     assert told == ["test_vit", "resnet18_that_is_not"], "what was stopped has a higher limit now"
@@ -122,7 +122,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_network_that_is_too_large_is_not_even_made(tmp_path: Path) -> None:
-    rows = zoo.sweep(["vit_giant_patch14_clip_224"], tmp_path / "zoo.csv", limits=zoo.Limits(gigabytes=3.0))
+    rows = zoo.sweep(["vit_giant_patch14_clip_224"], tmp_path / "zoo.csv", limits=zoo.Budget(gigabytes=3.0))
     assert rows[0]["outcome"] == "memory"
     assert rows[0]["reason"].startswith("too large for the limit: 3 copies of its weights take 12 GB")
     assert trial.least_gigabytes("resnet18") == pytest.approx(3 * 4 * 11.689512e6 / 1e9)

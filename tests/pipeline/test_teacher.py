@@ -47,7 +47,7 @@ def data(count: int = 3) -> Data:
 
 def test_a_good_teacher_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     images, state = data(), torch.get_rng_state()
-    teachers.prove(Knows().train(), "runs/good", images, CPU, 0)
+    teachers.check_accuracy(Knows().train(), "runs/good", images, CPU, 0)
     assert capsys.readouterr().err == "Teacher runs/good: top-1 100.00% of 60 validation images.\n"
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -57,14 +57,14 @@ def test_a_teacher_that_guesses_is_refused(teacher: nn.Module) -> None:
     for p in teacher.parameters():
         nn.init.zeros_(p)  # then Tiny names one class, whatever it sees
     with pytest.raises(NetworkError, match=r"runs/bad is right on \d+\.0% of 60 .* guessing would be on 25\.0%"):
-        teachers.prove(teacher, "runs/bad", data(), CPU, 0)
+        teachers.check_accuracy(teacher, "runs/bad", data(), CPU, 0)
 
 
 def test_not_all_images_are_needed_and_there_may_be_none(capsys: pytest.CaptureFixture[str]) -> None:
     network = Knows()
-    teachers.prove(network, "runs/good", data(200), CPU, 0)
+    teachers.check_accuracy(network, "runs/good", data(200), CPU, 0)
     assert network.seen == teachers.ENOUGH
-    teachers.prove(network, "runs/good", wrap(batches(2), num_classes=4), CPU, 0)
+    teachers.check_accuracy(network, "runs/good", wrap(batches(2), num_classes=4), CPU, 0)
     assert network.seen == teachers.ENOUGH and capsys.readouterr().err.count("\n") == 1
 
 
@@ -83,7 +83,7 @@ def test_images_that_stop_coming_end_the_trial() -> None:
     images = wrap(batches(2), validation, num_classes=4)
     validation.stopped = True
     with pytest.raises(DataError, match=r"no image came for 0\.2 seconds while the teacher looked at .* batch 2\."):
-        teachers.prove(Knows(), "runs/good", images, CPU, timeout=0.2)
+        teachers.check_accuracy(Knows(), "runs/good", images, CPU, timeout=0.2)
 
 
 def test_a_teacher_for_a_method_that_takes_none() -> None:
