@@ -98,6 +98,7 @@ class DataSettings:
         at_least=1,
         at_most=32,
     )
+    exif: bool = _setting(True, "turn photos upright, as the orientation in their EXIF data says")
     max_bad_images: int = _setting(
         100, "unreadable images tolerated (named, counted and skipped) before a run stops", at_least=0
     )
