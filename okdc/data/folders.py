@@ -20,7 +20,7 @@ def open_folder(settings: DataSettings) -> Source:
     root = Path(settings.data).expanduser()
     splits.check_path(root, settings.data)
     name = root.resolve().name
-    named = _read_class_map(settings.class_map, root) if settings.class_map else None
+    named = read_class_map(settings.class_map, root) if settings.class_map else None
     flat = named is not None and splits.lists_all(root, named)
     train, validation = (None, None) if flat else splits.choose(root, settings)
     train_images, classes = _open(train or root, named, settled=flat or train is not None)
@@ -125,7 +125,8 @@ def _check_names(names: set[str], folder: Path) -> None:
             )
 
 
-def _read_class_map(path: str, root: Path) -> dict[str, int]:
+def read_class_map(path: str, root: Path) -> dict[str, int]:
+    """Class name -> index, from a file as it is named or in the folder `root`; DataError where it cannot be read."""
     try:
         named = load_class_map(path, str(root))
     except (AssertionError, OSError, ValueError) as error:

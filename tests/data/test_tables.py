@@ -1,0 +1,186 @@
+"""Labels in a CSV or TSV file: read as the same images in folders are; what is wrong is said before training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from okdc.data import open_source
+from tests.data.test_data import fails, loaded, same, settings, write_split
+
+CLASSES = ("cat", "dog", "10", "9")
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_split(tmp_path / "train", 6, CLASSES)
+    write_split(tmp_path / "val", 3, CLASSES)
+    return tmp_path
+
+
+@pytest.fixture
+def rows(folder: Path) -> list[tuple[str, str, str]]:
+    """(path, label, split) of each image."""
+    found = sorted(folder.rglob("*.png"), reverse=True)
+    return [(path.relative_to(folder).as_posix(), path.parent.name, path.parts[-3]) for path in found]
+
+
+@pytest.fixture
+def write(folder: Path) -> Write:
+    def to(name: str, header: str, rows: Any, sep: str = ",", encoding: str = "utf-8") -> Path:
+        lines = [header.replace(",", sep), *(sep.join(row) for row in rows)]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding=encoding)
+        return folder / name
+
+    return to
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "sep", "encoding"),
+    [
+        ("a.csv", "path,label,split", ",", "utf-8"),
+        ("a.CSV", "Image Path,Class,Subset", ";", "utf-8-sig"),
+        ("a.tsv", "FILENAME,Target,set", "\t", "utf-8"),
+        ("a.csv", "file_name,category,split", "\t", "utf-8"),
+        ("a.csv", "where,what,split", "|", "utf-8"),  # by what the cells hold
+    ],
+)
+def test_a_table_is_read_as_folders_are(
+    folder: Path, rows: Any, write: Write, name: str, header: str, sep: str, encoding: str
+) -> None:
+    ours = loaded(settings(write(name, header, rows, sep, encoding)))
+    theirs = loaded(settings(folder))
+    assert ours.classes == theirs.classes == ("9", "10", "cat", "dog") and ours.name == name
+    assert same(ours.train.batches(0), theirs.train.batches(0)) and same(ours.validation, theirs.validation)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "changes"),
+    [
+        ("Training", "valid", {}),
+        ("TRAIN", "Test", {}),
+        ("trainset", "validation", {}),
+        ("a", "b", {"train_split": "a", "val_split": "b"}),
+        ("fold 1", "fold 0", {"train_split": "fold 1", "val_split": "fold 0"}),
+    ],
+)
+def test_splits_as_people_write_them(rows: Any, write: Write, train: str, validation: str, changes: Any) -> None:
+    words = {"train": train, "val": validation}
+    source = open_source(
+        settings(write("a.csv", "path,label,split", [(p, c, words[s]) for p, c, s in rows]), **changes), 0
+    )
+    assert (len(source.train), len(source.validation)) == (24, 12)
+
+
+def test_a_second_table_or_none_validates(rows: Any, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    first = write("a.csv", "path,label", [row[:2] for row in rows if row[2] == "train"])
+    second = write("b.csv", "image,class", [row[:2] for row in rows if row[2] == "val"])
+    for name in ("b.csv", str(second)):
+        source = open_source(settings(first, val_split=name), 0)
+        assert (len(source.train), len(source.validation), source.name) == (24, 12, "a.csv")
+    whole = write("c.csv", "path,label,split", rows)
+    assert len(open_source(settings(whole, val_split="b.csv"), 0).train) == 24
+    assert "not used: 12 rows to validate with" in caplog.text
+    assert "(90/10 split)" in open_source(settings(first), 0).name
+    fails(settings(first, val_split="d.csv"), "--val-split d.csv", "no such file")
+    fails(settings(first, val_split="b"), "no column of splits", "--val-split FILE.csv")
+
+
+def test_the_order_of_the_rows_is_nothing(rows: Any, write: Write) -> None:
+    tables = [write(name, "path,label,split", some) for name, some in (("a.csv", rows), ("b.csv", sorted(rows)))]
+    first, second = (loaded(settings(table)) for table in tables)
+    assert same(first.train.batches(0), second.train.batches(0)) and same(first.validation, second.validation)
+
+
+def test_columns_that_are_said(rows: Any, write: Write) -> None:
+    table = write("a.csv", "mask,photo,breed,age", [("nothing", path, label, "3") for path, label, _ in rows])
+    fails(settings(table), "which column of", "labels?", "mask, photo, breed, age", "--label-column NAME")
+    source = open_source(settings(table, label_column="breed"), 0)
+    assert source.classes == ("9", "10", "cat", "dog")
+    fails(settings(table, label_column="bred"), "--label-column bred", "no such column", "breed")
+    fails(
+        settings(table, label_column="breed", path_column="mask"), "36 of the 36 files", "'mask'", "--path-column NAME"
+    )
+    twice = write("b.csv", "photo,again,label", [(path, path, label) for path, label, _ in rows])
+    fails(settings(twice), "which column of", "paths?", "photo, again holds", "--path-column NAME")
+    assert len(open_source(settings(twice, path_column="again"), 0).train) == 32
+
+
+def test_a_class_map_gives_the_indices_and_leaves_classes_out(
+    folder: Path, rows: Any, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "map.txt").write_text("dog\ncat\n10\n")
+    table = write("a.csv", "path,label,split", rows)
+    source = open_source(settings(table, class_map="map.txt"), 0)
+    assert source.classes == ("dog", "cat", "10") and len(source.train) == 18 and "leaves out" in caplog.text
+    (folder / "map.txt").write_text("cow\n")
+    fails(settings(table, class_map="map.txt"), "no class in common", "cow")
+
+
+def test_paths_are_absolute_or_from_the_table(folder: Path, rows: Any, write: Write) -> None:
+    (folder / "tables").mkdir()
+    absolute = [(str(folder / path) if i % 2 else f"../{path}", *rest) for i, (path, *rest) in enumerate(rows)]
+    source = open_source(settings(write("tables/a.csv", "path,label,split", absolute)), 0)
+    assert len(source.train) == 24 and os.path.isfile(source.train.name(0))
+
+
+def test_what_is_said_of_rows_that_train_anyway(rows: Any, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    more = [rows[-1], (rows[-1][0].replace("train/", "train/../train/"), *rows[-1][1:])]  # one image, three times
+    more += [(path, label, "val") for path, label, split in rows[-2:-1]]
+    rare = [row for row in rows if row[1:] != ("cat", "val")]
+    source = open_source(settings(write("a.csv", "path,label,split", rare + more + [(*rows[0][:2], "test")])), 0)
+    assert len(source.train) == 24
+    for words in ("repeat an image are left out: 2", "1 images of", "train and validate", "not used: test"):
+        assert words in caplog.text
+    assert ("no validation image of class cat" in caplog.text) == (rows[-2][1] != "cat")
+
+
+def edited(rows: Any, position: int, **changes: str) -> Any:
+    path, label, split = rows[position]
+    new = (changes.get("path", path), changes.get("label", label), changes.get("split", split))
+    return [*rows[:position], new, *rows[position + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: edited(edited(rows, 0, path="a.png"), 2, path="b.png"), ("2 of the 36", "a.png", "lines 2, 4")),
+        (lambda rows: edited(rows, 1, label=""), ("1 rows", "no path or no label", "line 3")),
+        (lambda rows: edited(rows, 1, split="x"), ("what x is for is not known", "train, val or test", "--val-split")),
+        (lambda rows: edited(rows, 1, split=""), ("what (empty) is for",)),
+        (lambda rows: [(p, c, "test") for p, c, _ in rows], ("no row", "for training", "test", "--train-split")),
+        (lambda rows: [(p, "cat", s) for p, _, s in rows], ("only one class (cat)",)),
+        (
+            lambda rows: [*rows, (rows[0][0], "x", rows[0][2])],
+            ("two labels", "line 2 of a.csv", "x in line 38 of a.csv"),
+        ),
+        (lambda rows: edited(rows, 0, label="a,b"), ("1 rows", "3 cells", "line 2", "quotes")),
+        (lambda rows: edited(rows, 0, label='"a\nb"'), ("over several lines",)),
+        (lambda rows: edited(rows, 0, label='"a"b'), ("cannot be read",)),
+        (lambda rows: [(p, "new" if s == "val" else c, s) for p, c, s in rows], ("no training image of class new",)),
+        (lambda rows: [], ("no rows", "path,label")),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(rows: Any, write: Write, change: Any, words: tuple[str, ...]) -> None:
+    fails(settings(write("a.csv", "path,label,split", change(rows))), *words)
+
+
+def test_what_is_no_table(folder: Path, rows: Any, write: Write) -> None:
+    fails(settings(write("a.csv", ",".join(rows[0]), rows[1:])), "first line", rows[0][0], "path,label")
+    fails(settings(write("a.csv", "path,label,split", [("é", "é", "é")], encoding="latin-1")), "UTF-8")
+    fails(settings(folder / "b.csv"), "does not exist", "table (.csv, .tsv)")
+    fails(settings(folder / "train" / "cat" / "0.png"), "is a file", "table of paths and labels")
+    fails(settings(folder, label_column="x"), "--label-column", "those of a table")
+
+
+def test_labels_are_one_however_their_accents_are_stored(rows: Any, write: Write) -> None:
+    accents = {"cat": "caf\u00e9", "dog": "cafe\u0301"}
+    source = open_source(
+        settings(write("a.csv", "path,label,split", [(p, accents.get(c, c), s) for p, c, s in rows])), 0
+    )
+    assert source.classes == ("9", "10", "caf\u00e9")
