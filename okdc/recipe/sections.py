@@ -65,11 +65,11 @@ class DataSettings:
 
     data: str = _setting(
         "digits",
-        "folder with train/ and val/, table of paths and labels (.csv, .tsv), digits, or torch/NAME, hfds/ID, wds/PATH",
+        "folder with train/ and val/, labels as .csv, .tsv or COCO's .json, digits, or torch/NAME, hfds/ID, wds/PATH",
         "--data-dir",
     )
     train_split: str = _setting("train", "name of the training split")
-    val_split: str = _setting("validation", "name of the validation split, or of a second table")
+    val_split: str = _setting("validation", "name of the validation split, or a second file of labels")
     path_column: str | None = _setting(None, "column of a table that has the paths; found when not given")
     label_column: str | None = _setting(None, "column of a table that has the labels; found when not given")
     dataset_download: bool = _setting(False, "let torch/… and hfds/… download")

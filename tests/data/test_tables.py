@@ -1,7 +1,8 @@
-"""Labels in a CSV or TSV file: read as the same images in folders are; what is wrong is said before training."""
+"""Labels in a CSV, TSV or JSON file: read as the same images in folders are; what is wrong is said before training."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_a_second_table_or_none_validates(rows: Any, write: Write, caplog: pytes
     assert "not used: 12 rows to validate with" in caplog.text
     assert "(90/10 split)" in open_source(settings(first), 0).name
     fails(settings(first, val_split="d.csv"), "--val-split d.csv", "no such file")
-    fails(settings(first, val_split="b"), "no column of splits", "--val-split FILE.csv")
+    fails(settings(first, val_split="b"), "has no splits", "--val-split FILE.csv")
 
 
 def test_the_order_of_the_rows_is_nothing(rows: Any, write: Write) -> None:
@@ -104,7 +105,7 @@ def test_columns_that_are_said(rows: Any, write: Write) -> None:
     assert source.classes == ("9", "10", "cat", "dog")
     fails(settings(table, label_column="bred"), "--label-column bred", "no such column", "breed")
     fails(
-        settings(table, label_column="breed", path_column="mask"), "36 of the 36 files", "'mask'", "--path-column NAME"
+        settings(table, label_column="breed", path_column="mask"), "36 of the 36 files", "nothing", "--path-column NAME"
     )
     twice = write("b.csv", "photo,again,label", [(path, path, label) for path, label, _ in rows])
     fails(settings(twice), "which column of", "paths?", "photo, again holds", "--path-column NAME")
@@ -149,7 +150,10 @@ def edited(rows: Any, position: int, **changes: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rows: edited(edited(rows, 0, path="a.png"), 2, path="b.png"), ("2 of the 36", "a.png", "lines 2, 4")),
+        (
+            lambda rows: edited(edited(rows, 0, path="a.png"), 2, path="b.png"),
+            ("2 of the 36", "a.png (line 2", "b.png (line 4"),
+        ),
         (lambda rows: edited(rows, 1, label=""), ("1 rows", "no path or no label", "line 3")),
         (lambda rows: edited(rows, 1, split="x"), ("what x is for is not known", "train, val or test", "--val-split")),
         (lambda rows: edited(rows, 1, split=""), ("what (empty) is for",)),
@@ -157,7 +161,7 @@ def edited(rows: Any, position: int, **changes: str) -> Any:
         (lambda rows: [(p, "cat", s) for p, _, s in rows], ("only one class (cat)",)),
         (
             lambda rows: [*rows, (rows[0][0], "x", rows[0][2])],
-            ("two labels", "line 2 of a.csv", "x in line 38 of a.csv"),
+            ("two labels", "line 2 of a.csv", "x (line 38 of a.csv)"),
         ),
         (lambda rows: edited(rows, 0, label="a,b"), ("1 rows", "3 cells", "line 2", "quotes")),
         (lambda rows: edited(rows, 0, label='"a\nb"'), ("over several lines",)),
@@ -173,14 +177,70 @@ def test_rows_that_cannot_be_trained_on(rows: Any, write: Write, change: Any, wo
 def test_what_is_no_table(folder: Path, rows: Any, write: Write) -> None:
     fails(settings(write("a.csv", ",".join(rows[0]), rows[1:])), "first line", rows[0][0], "path,label")
     fails(settings(write("a.csv", "path,label,split", [("é", "é", "é")], encoding="latin-1")), "UTF-8")
-    fails(settings(folder / "b.csv"), "does not exist", "table (.csv, .tsv)")
+    fails(settings(folder / "b.csv"), "does not exist", "labels as .csv, .tsv or .json")
     fails(settings(folder / "train" / "cat" / "0.png"), "is a file", "table of paths and labels")
     fails(settings(folder, label_column="x"), "--label-column", "those of a table")
 
 
-def test_labels_are_one_however_their_accents_are_stored(rows: Any, write: Write) -> None:
+def test_labels_are_one_however_their_accents_are_stored(folder: Path, rows: Any, write: Write) -> None:
     accents = {"cat": "caf\u00e9", "dog": "cafe\u0301"}
     source = open_source(
         settings(write("a.csv", "path,label,split", [(p, accents.get(c, c), s) for p, c, s in rows])), 0
     )
     assert source.classes == ("9", "10", "caf\u00e9")
+    (folder / "train" / "cat").rename(folder / "train" / "cafe\u0301")  # files are found as they are stored
+    moved = [(path.replace("train/cat", "train/cafe\u0301"), *rest) for path, *rest in rows]
+    for table in (coco(folder, "a.json", moved), write("b.csv", "path,label", [row[:2] for row in moved])):
+        assert len(open_source(settings(table), 0).train) == 32
+
+
+def coco(folder: Path, name: str, rows: Any, **changes: Any) -> Path:
+    """The rows as COCO has them, with ids that are no indices."""
+    content = {
+        "info": {"year": 2026},
+        "categories": [{"id": 7 * i, "name": cls} for i, cls in enumerate(CLASSES)],
+        "images": [{"id": f"im{i}", "file_name": path} for i, (path, *_) in enumerate(rows)],
+        "annotations": [
+            {"id": i, "image_id": f"im{i}", "category_id": 7 * CLASSES.index(cls)} for i, (_, cls, _) in enumerate(rows)
+        ],
+    }
+    (folder / name).write_text(json.dumps(content | changes))
+    return folder / name
+
+
+def test_annotations_of_coco_are_read_as_folders_are(folder: Path, rows: Any, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (
+        coco(folder, name, [row for row in rows if row[2] == split])
+        for name, split in (("train.json", "train"), ("val.json", "val"))
+    )
+    ours, theirs = loaded(settings(first, val_split="val.json")), loaded(settings(folder))
+    assert ours.classes == theirs.classes == ("9", "10", "cat", "dog")
+    assert same(ours.train.batches(0), theirs.train.batches(0)) and same(ours.validation, theirs.validation)
+    content = json.loads(second.read_text())
+    second.write_text(json.dumps(content | {"annotations": content["annotations"][1:]}))
+    assert len(open_source(settings(first, val_split="val.json"), 0).validation) == 11
+    assert f"without an annotation are left out: {content['images'][0]['file_name']}" in caplog.text
+    fails(settings(first, val_split="test"), "has no splits", "--val-split FILE.json")
+    fails(settings(first, label_column="label"), "those of a table")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": []}, ("36 of the 36 annotations", "number 0, 1, 2")),
+        ({"annotations": []}, ("0 of the 0", "images (id, file_name)")),
+        ({"annotations": [{"image_id": "im0"}]}, ("category_id", "not laid out", "categories (id, name)")),
+        ({"annotations": [{"image_id": "im0", "category_id": i} for i in (0, 7)]}, ("two labels", "annotation 1 of")),
+        ({"categories": [{"id": i, "name": "cat"} for i in (0, 7)]}, ("categories of", "a name twice")),
+        ({"images": ["a.png"]}, ("not laid out",)),
+        ({"images": [{"id": f"im{i}", "file_name": f"{i}.png"} for i in range(36)]}, ("36 of the 36 files", "0.png")),
+    ],
+)
+def test_annotations_that_cannot_be_trained_on(folder: Path, rows: Any, changes: Any, words: tuple[str, ...]) -> None:
+    fails(settings(coco(folder, "a.json", rows, **changes)), *words)
+
+
+def test_what_is_no_annotation_file(folder: Path) -> None:
+    for text, words in (("{", "as JSON"), ("[]", "not laid out"), ("{}", "'images'"), ("\udcff", "as JSON")):
+        (folder / "a.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+        fails(settings(folder / "a.json"), words, "expected images (id, file_name)")
