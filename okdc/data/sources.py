@@ -40,7 +40,8 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
     _require_package(settings.data, PACKAGES.get(prefix))
-    if (settings.path_column or settings.label_column) and not settings.data.lower().endswith(TABLES):
+    table = any(given.lower().endswith(TABLES) for given in (settings.data, settings.val_split))
+    if (settings.path_column or settings.label_column) and not table:
         raise DataError(
             f"--path-column and --label-column are those of a table, and --data {settings.data} is none; expected a "
             "file that ends in .csv or .tsv. Leave them out, or check --data."
@@ -52,7 +53,7 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     elif prefix in ("torch", "hfds"):
         source = _named(settings, prefix)
     else:
-        source = open_table(settings) if is_table(settings.data) else open_folder(settings)
+        source = open_table(settings) if is_table(settings) else open_folder(settings)
     check(source)
     return source
 

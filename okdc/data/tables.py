@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from okdc.data.coco import read_coco
-from okdc.data.folders import read_class_map
+from okdc.data.folders import open_training, read_class_map
 from okdc.data.images import Images, names_by_index, split_in_two
 from okdc.data.names import by_index, listed, natural_key
 from okdc.data.rows import SPLITS, Row, read_table
@@ -21,18 +21,26 @@ TABLES = (".csv", ".tsv")
 ENDINGS = (*TABLES, ".json")
 
 
-def is_table(given: str) -> bool:
-    """Whether what `--data` names is such a file, by how its name ends."""
-    return given.lower().endswith(ENDINGS) and Path(given).expanduser().is_file()
+def is_table(settings: DataSettings) -> bool:
+    """Whether such a file names the images, or those that validate beside class folders, by how its name ends."""
+    data = Path(settings.data).expanduser()
+    return _names_file(settings) if data.is_dir() else data.name.lower().endswith(ENDINGS) and data.is_file()
+
+
+def _names_file(settings: DataSettings) -> bool:
+    return settings.val_split.lower().endswith(ENDINGS)
 
 
 def open_table(settings: DataSettings) -> Source:
     """The images that the file `settings.data` names; raises DataError for rows that could not be trained on.
 
-    `settings.val_split` may be a second file: its path, or its name beside the first.
+    `settings.val_split` may be a second file: its path, or its name beside the first, or in the folder of the images
+    that are trained on.
     """
     table = Path(settings.data).expanduser()
-    second = _second(table, settings.val_split) if settings.val_split.lower().endswith(ENDINGS) else None
+    if table.is_dir():
+        return _beside_folders(table, settings)
+    second = _second(table.parent, settings.val_split) if _names_file(settings) else None
     default, rows, validation = DataSettings(), _read(table, settings), None
     asked = replace(settings, val_split=default.val_split) if second else settings  # of the table's own splits
     if any(row.split for row in rows):
@@ -60,13 +68,28 @@ def _read(table: Path, settings: DataSettings) -> list[Row]:
     return rows
 
 
-def _second(table: Path, given: str) -> Path:
-    for path in (table.parent / given, Path(given).expanduser()):
+def _second(folder: Path, given: str) -> Path:
+    for path in (folder / given, Path(given).expanduser()):
         if path.is_file():
             return path
     raise DataError(
-        f"--val-split {given}: there is no such file, here or in '{table.parent}'; expected one like '{table}'."
+        f"--val-split {given}: there is no such file, here or in '{folder}'; expected the labels of the images to "
+        f"validate with: a table, or COCO's JSON ({', '.join(ENDINGS)})."
     )
+
+
+def _beside_folders(root: Path, settings: DataSettings) -> Source:
+    """Training images in class folders, and a file that names those to validate with."""
+    table = _second(root, settings.val_split)
+    train, classes, _ = open_training(replace(settings, val_split=DataSettings().val_split))
+    rows = _read(table, settings)
+    _check_labels(table, rows)
+    if foreign := by_index({row.label for row in rows} - classes.keys()):
+        raise DataError(
+            f"labels of '{table}' are no classes of '{train.origin}': {listed(foreign)}; expected the names of its "
+            f"class folders, such as {listed(classes)}."
+        )
+    return _paired(train, rows, table, classes, root.resolve().name)
 
 
 def _source(table: Path, rows: list[Row], validation: list[Row] | None, settings: DataSettings) -> Source:
@@ -84,14 +107,21 @@ def _source(table: Path, rows: list[Row], validation: list[Row] | None, settings
     train = _images(table, rows, classes)
     if validation is None:
         return split_in_two(train, names_by_index(classes), table.name)
-    if shared := {row.file for row in rows} & {row.file for row in validation}:
+    return _paired(train, validation, table, classes, table.name)
+
+
+def _paired(train: Images, validation: list[Row], table: Path, classes: dict[str, int], name: str) -> Source:
+    """The source, once it is said what the images to validate with leave open."""
+    learned = {os.path.normpath(train.name(i)) for i in range(len(train))}
+    if shared := sorted(row.file for row in validation if row.file in learned):
         log.warning(
             "%d images of '%s' train and validate (%s): how good the student is on new images is not measured",
-            len(shared), table, listed(sorted(shared), 3),
+            len(shared), table, listed(shared, 3),
         )  # fmt: skip
-    if unseen := by_index(classes.keys() & {row.label for row in rows} - {row.label for row in validation}):
+    names, seen = names_by_index(classes), {row.label for row in validation}
+    if unseen := [names[i] for i in train.labels.unique().tolist() if names[i] not in seen]:
         log.warning("no validation image of class %s", listed(unseen))
-    return Source(train, _images(table, validation, classes), names_by_index(classes), table.name)
+    return Source(train, _images(table, validation, classes), names, name)
 
 
 def _images(table: Path, rows: list[Row], classes: dict[str, int]) -> Images:

@@ -92,6 +92,34 @@ def test_a_second_table_or_none_validates(rows: Any, write: Write, caplog: pytes
     fails(settings(first, val_split="b"), "has no splits", "--val-split FILE.csv")
 
 
+def test_a_file_of_labels_validates_beside_class_folders(
+    folder: Path, rows: Any, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = loaded(settings(folder))
+    trained, validated = list(theirs.train.batches(0)), list(theirs.validation or ())
+    flat = []
+    for path, label, _ in [row for row in rows if row[2] == "val"]:
+        flat.append((f"val/{label}_{Path(path).name}", label))
+        (folder / path).rename(folder / flat[-1][0])
+    for label in CLASSES:
+        (folder / "val" / label).rmdir()
+    fails(settings(folder), "holds images but no class folders")
+    write("val.csv", "path,label", flat)
+    coco(folder, "val.json", flat)
+    for name in ("val.csv", "val.json"):
+        ours = loaded(settings(folder, val_split=name))
+        assert ours.classes == theirs.classes and ours.name == theirs.name
+        assert same(ours.train.batches(0), trained) and same(ours.validation, validated)
+    write("new.csv", "path,label", [*flat[1:], (flat[0][0], "cow")])
+    fails(settings(folder, val_split="new.csv"), "no classes of", "cow", "9, 10, cat, dog")
+    write("other.csv", "path,hint,kind", [(path, "", label) for path, label in flat])
+    assert len(open_source(settings(folder, val_split="other.csv", label_column="kind"), 0).validation) == 12
+    fails(settings(folder, val_split="none.csv"), "--val-split none.csv", "no such file")
+    write("shared.csv", "path,label", [*[row for row in flat if row[1] != "cat"], ("train/dog/0.png", "dog")])
+    open_source(settings(folder, val_split="shared.csv"), 0)
+    assert "1 images of" in caplog.text and "no validation image of class cat" in caplog.text
+
+
 def test_the_order_of_the_rows_is_nothing(rows: Any, write: Write) -> None:
     tables = [write(name, "path,label,split", some) for name, some in (("a.csv", rows), ("b.csv", sorted(rows)))]
     first, second = (loaded(settings(table)) for table in tables)
@@ -201,7 +229,8 @@ def coco(folder: Path, name: str, rows: Any, **changes: Any) -> Path:
         "categories": [{"id": 7 * i, "name": cls} for i, cls in enumerate(CLASSES)],
         "images": [{"id": f"im{i}", "file_name": path} for i, (path, *_) in enumerate(rows)],
         "annotations": [
-            {"id": i, "image_id": f"im{i}", "category_id": 7 * CLASSES.index(cls)} for i, (_, cls, _) in enumerate(rows)
+            {"id": i, "image_id": f"im{i}", "category_id": 7 * CLASSES.index(cls)}
+            for i, (_, cls, *_) in enumerate(rows)
         ],
     }
     (folder / name).write_text(json.dumps(content | changes))
