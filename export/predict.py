@@ -19,6 +19,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _BATCH = 32
+_ORIENTATION = 0x0112  # the tag of EXIF, and what undoes each of its values but 1, which is upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class PredictError(Exception):
@@ -28,10 +34,12 @@ class PredictError(Exception):
 def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     """The (C, H, W) float32 input of the network, equal to the last bit to timm's evaluation transform.
 
-    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode, and the bits that
-    deep images use. Resizing must stay Pillow's: that of OpenCV or of a tensor library gives other pixels.
+    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode, the bits that deep
+    images use, and whether photos are turned upright by their EXIF orientation. Resizing must stay Pillow's: that of
+    OpenCV or of a tensor library gives other pixels.
     """
     channels, height, width = config["input_size"]
+    image = _upright(image) if config.get("exif", False) else image
     image = _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if channels == 1 else "RGB")
     scale = config.get("crop_pct") or 0.875
     target = math.floor(height / scale), math.floor(width / scale)
@@ -157,7 +165,8 @@ def _open(files: Sequence[Path], bits: int) -> Iterator[tuple[Path, Image.Image]
         try:
             with Image.open(file) as image:
                 image.load()
-                yield file, _eight_bits(image, bits)
+                _eight_bits(image, bits)  # an error now rather than in the midst of a batch
+                yield file, image
         except (OSError, ValueError, SyntaxError, PredictError, Image.DecompressionBombError) as error:
             print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
 
@@ -183,6 +192,16 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
             f"Its values go from {pixels.min()} to {pixels.max()}; the network was trained on 0 to {2**bits - 1}."
         )
     return Image.fromarray(((pixels << 8) >> bits).astype(np.uint8))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says that it is seen; as stored where that says nothing or cannot be read."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # malformed EXIF data of a photo that is whole: Pillow's parser raises nearly anything
+        return image
+    # Not ImageOps.exif_transpose, which also writes the other tags anew and fails where one is malformed.
+    return image if turn is None else image.transpose(turn)
 
 
 def _shorter_side(image: Image.Image, side: int) -> tuple[int, int]:

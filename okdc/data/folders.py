@@ -17,18 +17,24 @@ from okdc.recipe import DataSettings
 
 def open_folder(settings: DataSettings) -> Source:
     """The images below `settings.data`; raises DataError where the folders are not laid out as expected."""
-    root = Path(settings.data).expanduser()
-    splits.check_path(root, settings.data)
-    name = root.resolve().name
-    named = _read_class_map(settings.class_map, root) if settings.class_map else None
-    flat = named is not None and splits.lists_all(root, named)
-    train, validation = (None, None) if flat else splits.choose(root, settings)
-    train_images, classes = _open(train or root, named, settled=flat or train is not None)
+    name = Path(settings.data).expanduser().resolve().name
+    train_images, classes, validation = open_training(settings)
     if validation is None:
         return split_in_two(train_images, names_by_index(classes), name)
+    named = classes if settings.class_map else None
     validation_images, there = _open(validation, named, settled=True)
-    _check_same_classes(str(train), classes, str(validation), there)
+    _check_same_classes(train_images.origin, classes, str(validation), there)
     return Source(train_images, validation_images, names_by_index(classes), name)
+
+
+def open_training(settings: DataSettings) -> tuple[Images, dict[str, int], Path | None]:
+    """The images to train on, class -> index, and the folder that is to validate, if any; DataError as above."""
+    root = Path(settings.data).expanduser()
+    splits.check_path(root, settings.data)
+    named = read_class_map(settings.class_map, root) if settings.class_map else None
+    flat = named is not None and splits.lists_all(root, named)
+    train, validation = (None, None) if flat else splits.choose(root, settings)
+    return *_open(train or root, named, settled=flat or train is not None), validation
 
 
 def _open(folder: Path, named: dict[str, int] | None, settled: bool) -> tuple[Images, dict[str, int]]:
@@ -62,7 +68,8 @@ def _check_layout(found: Scan) -> None:
     if () in found.images:
         raise DataError(
             f"'{found.folder}' holds images {'beside its' if len(found.images) > 1 else 'but no'} class folders; "
-            f"{layout}. Move each image into the folder of its class."
+            f"{layout}. Move each image into the folder of its class, or list them with their labels: --data "
+            "FILE.csv, or --val-split FILE.csv for those that validate."
         )
     if not found.images:
         raise DataError(
@@ -125,7 +132,8 @@ def _check_names(names: set[str], folder: Path) -> None:
             )
 
 
-def _read_class_map(path: str, root: Path) -> dict[str, int]:
+def read_class_map(path: str, root: Path) -> dict[str, int]:
+    """Class name -> index, from a file as it is named or in the folder `root`; DataError where it cannot be read."""
     try:
         named = load_class_map(path, str(root))
     except (AssertionError, OSError, ValueError) as error:

@@ -93,7 +93,8 @@ def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:
     if single := [cls for cls, count in zip(classes, counts) if count == 1]:
         raise DataError(
             f"{name} has no validation images, and only one image of class {listed(single)}, which cannot be split; "
-            "expected two images or more of each class. Add images, or put a val/ folder beside train/."
+            "expected two images or more of each class. Add images, or put a val/ folder beside train/ (to a table: "
+            "--val-split FILE.csv)."
         )
     train, validation = images.split(10)
     log.info("%s has no validation images of its own: %d train, %d validate", name, len(train), len(validation))

@@ -1,4 +1,4 @@
-"""Open what `--data` names: digits, a folder, or a prefix of timm's create_dataset."""
+"""Open what `--data` names: digits, a folder, a file of labels, or a prefix of timm's create_dataset."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from okdc.data.folders import open_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
 from okdc.data.scan import is_visible
 from okdc.data.streams import Stream, stream_classes
+from okdc.data.tables import TABLES, is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
@@ -33,12 +34,18 @@ Split = TypeVar("Split")
 def open_source(settings: DataSettings, seed: int) -> Source:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
-    `digits`, a folder, `torch/NAME` (files in ./data, or in ROOT with `torch/NAME:ROOT`) and `hfds/ID` are read image
-    by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data.streams for what that costs.
-    `seed` shuffles the streams; it never decides which images validate.
+    `digits`, a folder, labels as .csv, .tsv or .json, `torch/NAME` (files in ./data, or in ROOT with `torch/NAME:ROOT`)
+    and `hfds/ID` are read image by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data.streams for
+    what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
     _require_package(settings.data, PACKAGES.get(prefix))
+    table = any(given.lower().endswith(TABLES) for given in (settings.data, settings.val_split))
+    if (settings.path_column or settings.label_column) and not table:
+        raise DataError(
+            f"--path-column and --label-column are those of a table, and --data {settings.data} is none; expected a "
+            "file that ends in .csv or .tsv. Leave them out, or check --data."
+        )
     if prefix in ("wds", "hfids", "tfds"):
         return _stream(settings, prefix, seed)
     if settings.data == "digits":
@@ -46,7 +53,7 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     elif prefix in ("torch", "hfds"):
         source = _named(settings, prefix)
     else:
-        source = open_folder(settings)
+        source = open_table(settings) if is_table(settings) else open_folder(settings)
     check(source)
     return source
 

@@ -38,7 +38,8 @@ def check_path(root: Path, given: str) -> None:
     """Raise DataError for what is no folder, and for one that is a level too high or too low."""
     if root.is_file():
         raise DataError(
-            f"--data '{given}' is a file; expected a folder with train/ and val/. Unpack it, then name the folder."
+            f"--data '{given}' is a file; expected a folder with train/ and val/, or a table of paths and labels "
+            "(.csv, .tsv, COCO's .json). Unpack it, then name the folder."
         )
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
@@ -47,7 +48,7 @@ def check_path(root: Path, given: str) -> None:
             hint = f" '{found}' has a train/ folder: --data {found}"
         raise DataError(
             f"--data '{given}' does not exist ('{found}' does); expected a folder with train/ and val/ of class "
-            f"folders, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
+            f"folders, labels as .csv, .tsv or .json, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
         )
     above = root.absolute().parent
     if (

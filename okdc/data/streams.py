@@ -3,7 +3,7 @@
 A stream has no permutation to jump into. An epoch is still f(seed, epoch, number of workers), because its workers are
 started and seeded anew, but skipping batches means reading them, so a resumed run is exact and quick at the start of an
 epoch only; and what a reader does about unreadable images (webdataset logs and skips them) is its own affair: here they
-are neither named nor counted.
+are neither named nor counted. Images of tfds come decoded, without the EXIF data that says which side is up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from timm.data import create_loader
 from timm.data.readers.class_map import load_class_map
+from torchvision import transforms
 
 from okdc.data.images import names_by_index
-from okdc.data.transforms import MODES, BatchAugmentation, image_transform
+from okdc.data.transforms import MODES, BatchAugmentation, image_transform, upright
 from okdc.data.values import Batch, Data, Source
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
@@ -85,7 +86,8 @@ def _loader(dataset: Any, settings: DataSettings, config: dict[str, Any], traini
     options |= {"is_training": training, "persistent_workers": False, "worker_seeding": _begin_worker}
     options |= {"mean": config["mean"], "std": config["std"]}
     loader = create_loader(dataset, config["input_size"], **options)
-    dataset.transform = image_transform(settings, config, training)
+    transform = image_transform(settings, config, training)
+    dataset.transform = transforms.Compose([upright, transform]) if config.get("exif") else transform
     return loader
 
 

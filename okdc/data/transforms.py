@@ -23,12 +23,22 @@ from okdc.recipe import DataSettings
 from okdc.system.randomness import borrowed_generators, reseed
 
 MODES = {1: "L", 3: "RGB"}
+ORIENTATION = 0x0112  # the tag of EXIF, and what undoes each of its values but 1, which is upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 def preprocessing(settings: DataSettings, config: dict[str, Any]) -> dict[str, Any]:
-    """The network's own `config` with what the settings say otherwise; mean and std have one number per channel."""
+    """The network's own `config` with what the settings say otherwise; mean and std have one number per channel.
+
+    `exif` is there where it is on: what was trained before there was such a setting has no such key.
+    """
     given = {key: getattr(settings, key) for key in ("mean", "std", "interpolation", "crop_pct", "pixel_bits")}
     config = config | {key: value for key, value in given.items() if value is not None}
+    config = {key: value for key, value in config.items() if key != "exif"} | ({"exif": True} if settings.exif else {})
     channels = config["input_size"][0]
     if channels not in MODES:
         raise DataError(
@@ -65,6 +75,16 @@ def image_transform(settings: DataSettings, config: dict[str, Any], training: bo
     return transform
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says that it is seen; as stored where that says nothing or cannot be read."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # malformed EXIF data of a photo that is whole: Pillow's parser raises nearly anything
+        return image
+    # Not ImageOps.exif_transpose, which also writes the other tags anew and fails where one is malformed.
+    return image if turn is None else image.transpose(turn)
+
+
 def convert(image: Image.Image, mode: str, bits: int | None = LEGACY) -> Image.Image:
     """Any PIL image as RGB or L, whole numbers by their `bits`; ValueError for numbers whose range nobody knows."""
     if image.mode == "F":
@@ -80,6 +100,7 @@ def read(images: Images, position: int, config: dict[str, Any], bad: list[BadIma
     """An image and its label, or None where it cannot be read, which `bad` is then told."""
     try:
         image, label = images[position]
+        image = upright(image) if config.get("exif") else image
         return convert(image, MODES[config["input_size"][0]], config.get("pixel_bits")), label
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         bad.append((images.name(position), f"{type(error).__name__}: {error}", int(images.labels[position])))

@@ -50,6 +50,7 @@ def compress(
         with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
+            resolved = first(lambda: run_folder.as_begun(resolved, folder, last))
             if leads:
                 _tell_unavailable(resolved)
             seed_everything(resolved.train.seed)

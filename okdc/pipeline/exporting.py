@@ -101,6 +101,7 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
             "Python, or name the network package.module:function when it is trained."
         )
     trained = load_recipe(folder / run_folder.RECIPE, typed=None)
+    trained = replace(trained, data=replace(trained.data, exif=known["preprocess"].get("exif", False)))
     recipe = override(trained, settings)
     same = recipe.data == trained.data  # of other images the report says nothing
     info = {
@@ -122,7 +123,8 @@ def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:
     """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
     if recipe.data.data == LOADER:
         return None
-    settings: DataSettings = replace(recipe.data, workers=0, resident="off")  # training images are hardly read
+    # Training images are hardly read; photos are turned as they were when it learned, whatever is the default now.
+    settings: DataSettings = replace(recipe.data, workers=0, resident="off", exif=config.get("exif", False))
     source = open_source(settings, recipe.train.seed)
     size = recipe.train.validation_batch_size or recipe.train.batch_size
     config = {**config, "input_size": tuple(config["input_size"])}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from okdc.pipeline import class_names
 from okdc.recipe import LOADER, Recipe
 from okdc.system import files
 from okdc.training import checkpoint
+
+log = logging.getLogger("okdc")
 
 RECIPE = "recipe.yaml"
 STUDENT = "student.json"
@@ -68,6 +72,20 @@ def recipe_of(resume: str | None) -> Path | None:
 
 def _last(resume: str) -> Path:
     return Path(resume) / checkpoint.LAST if Path(resume).is_dir() else Path(resume)
+
+
+def as_begun(recipe: Recipe, folder: Path, last: Path | None) -> Recipe:
+    """The recipe with photos read as the run in `folder` began, if it is continued from `last`; says what that changes.
+
+    Runs that began before there was such a setting took them as they are stored.
+    """
+    student = read_student(folder) if last else None
+    if student is None or recipe.data.data == LOADER:
+        return recipe
+    began = student["preprocess"].get("exif", False)
+    if began != recipe.data.exif:
+        log.warning("%s goes on as it began, with --%sexif", folder, "" if began else "no-")
+    return replace(recipe, data=replace(recipe.data, exif=began))
 
 
 def default_name(recipe: Recipe) -> str:

@@ -64,10 +64,14 @@ class DataSettings:
     """`data:` images in, batches out; names and meanings are those of timm's train.py."""
 
     data: str = _setting(
-        "digits", "folder with train/ and val/, digits, or torch/NAME, hfds/ID, wds/PATH", "--data-dir"
+        "digits",
+        "folder with train/ and val/, labels as .csv, .tsv or COCO's .json, digits, or torch/NAME, hfds/ID, wds/PATH",
+        "--data-dir",
     )
     train_split: str = _setting("train", "name of the training split")
-    val_split: str = _setting("validation", "name of the validation split")
+    val_split: str = _setting("validation", "name of the validation split, or a second file of labels")
+    path_column: str | None = _setting(None, "column of a table that has the paths; found when not given")
+    label_column: str | None = _setting(None, "column of a table that has the labels; found when not given")
     dataset_download: bool = _setting(False, "let torch/… and hfds/… download")
     class_map: str = _setting("", "file that maps class names to indices")
     workers: int = _setting(2, "data loading processes", "-j", at_least=0)
@@ -98,6 +102,7 @@ class DataSettings:
         at_least=1,
         at_most=32,
     )
+    exif: bool = _setting(True, "turn photos upright, as the orientation in their EXIF data says")
     max_bad_images: int = _setting(
         100, "unreadable images tolerated (named, counted and skipped) before a run stops", at_least=0
     )

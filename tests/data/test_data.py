@@ -382,7 +382,7 @@ def test_mixup_and_smoothing_give_soft_labels_for_odd_batches_too(folder: Path) 
 def test_settings_override_the_networks_preprocessing(folder: Path) -> None:
     data = loaded(settings(folder, mean=[0.0], std=[1.0], interpolation="bicubic", crop_pct=0.5))
     expected = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bicubic", "crop_pct": 0.5}
-    assert data.preprocess == CONFIG | expected
+    assert data.preprocess == CONFIG | expected | {"exif": True}
     images, _ = next(iter(data.validation or ()))
     assert images.min() >= 0 and images.max() <= 1
 
