@@ -63,6 +63,8 @@ def fit(
         raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
     if settings.sync_bn and method.second_order:
         raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
+    if settings.branch_lr_scale != 1 and len(method.cohort) == 1:
+        raise RecipeError("--branch-lr-scale is of other members, and there are none: leave it out, or give --lr.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
     advice = faster_data(recipe, getattr(data.train, "resident", False))
