@@ -8,6 +8,7 @@ Imports: `anatomy`, `errors`, `recipe`, `tasks`.
 from __future__ import annotations
 
 from okdc.networks.build import arguments, load, names
+from okdc.networks.frozen import freeze
 from okdc.networks.input import check_input, data_config
 
-__all__ = ["arguments", "check_input", "data_config", "load", "names"]
+__all__ = ["arguments", "check_input", "data_config", "freeze", "load", "names"]

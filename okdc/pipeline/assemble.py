@@ -101,6 +101,7 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
     if recipe.network.small_input:
         changed = stem.described(stem.changes(target)) or "nothing to change: it takes small images as it is"
         log.warning("%s for small images: %s", recipe.network.model, changed)
+    networks.freeze(target, recipe.train.freeze)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target

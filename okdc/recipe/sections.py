@@ -125,6 +125,9 @@ class TrainSettings:
     branch_lr_scale: float = _setting(
         1.0, "learning rate of what branches and peers have for themselves, as a multiple of the target's", above=0
     )
+    freeze: list[str] = _setting(
+        [], "modules of the target that learn nothing, their norms kept in evaluation mode (comma separated names)"
+    )
     clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
     grad_accum_steps: int = _setting(1, "batches per optimizer step; methods compare images within each", at_least=1)
     sched: str = _setting("cosine", "schedule, any of timm's")

@@ -132,10 +132,10 @@ def _facts(state: TrainState, run: Run) -> dict[str, Any]:
         "method": run.recipe.get("method", {}).get("name") or type(state.method).__name__,
         "optimizer": run.settings.opt,
         "model_ema": state.ema is not None,
+        "freeze": sorted(run.settings.freeze) or None,
         "layer_decay": run.settings.layer_decay,
-        # None where nothing is asked for, as in a checkpoint that is older than the setting.
         "branch_lr_scale": run.settings.branch_lr_scale if run.settings.branch_lr_scale != 1 else None,
-    }
+    }  # None where nothing is asked for, as in a checkpoint that is older than the setting
 
 
 def _payload(state: TrainState, run: Run) -> dict[str, Any]:
