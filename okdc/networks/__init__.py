@@ -8,7 +8,9 @@ Imports: `anatomy`, `errors`, `recipe`, `tasks`.
 from __future__ import annotations
 
 from okdc.networks.build import arguments, load, names
-from okdc.networks.frozen import freeze
 from okdc.networks.input import check_input, data_config
+from okdc.networks.tuning import checkpoint_gradients, freeze, keep_activations
 
-__all__ = ["arguments", "check_input", "data_config", "freeze", "load", "names"]
+__all__ = [
+    "arguments", "check_input", "checkpoint_gradients", "data_config", "freeze", "keep_activations", "load", "names",
+]  # fmt: skip

@@ -108,16 +108,22 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
 
 
 @contextmanager
-def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
+def at_home(target: nn.Module, grad_checkpointing: bool) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """The target goes back to the device and memory formats that it had, and, when training fails, to its modes.
 
-    What is yielded takes a network of the same names there.
+    What is yielded takes a network of the same names there. With `grad_checkpointing` blocks are computed again in the
+    backward pass, for as long as it trains: files are written of the plain network.
     """
+    switched = grad_checkpointing and not any(getattr(m, "grad_checkpointing", False) for m in target.modules())
+    if switched:
+        networks.checkpoint_gradients(target)
     home = next(target.parameters()).device
     put_back = keep_modes(target)
     channels_last = {name for name, tensor in _tensors(target) if _is_channels_last(tensor)}
 
     def settle(network: nn.Module) -> nn.Module:
+        if switched:
+            networks.keep_activations(network)
         network.to(home).to(memory_format=torch.contiguous_format)
         for name, tensor in _tensors(network):
             if name in channels_last and tensor.dim() == 4:

@@ -128,6 +128,10 @@ class TrainSettings:
     freeze: list[str] = _setting(
         [], "modules of the target that learn nothing, their norms kept in evaluation mode (comma separated names)"
     )
+    grad_checkpointing: bool = _setting(
+        False, "keep less for the backward pass and compute the target's blocks again there, where timm's network can; "
+        "their batch norms see each batch twice",
+    )  # fmt: skip
     clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
     grad_accum_steps: int = _setting(1, "batches per optimizer step; methods compare images within each", at_least=1)
     sched: str = _setting("cosine", "schedule, any of timm's")
