@@ -18,7 +18,7 @@ def say_collapse(rows: Sequence[Row], read: int, images: int, recorded: Verifica
     if row is None or before is None or row["top1"] is None or before["top1"] is None:
         return
     lost = before["top1"] - row["top1"]
-    samples = ((read, images), (recorded["images"], recorded["data"]["images"]))
+    samples = ((read, images), (recorded["images"], recorded["data"].get("images", 0)))
     here, then = [count if count >= whole else min(count, classes) for count, whole in samples]
     share = (row["top1"] * here + before["top1"] * then) / (here + then) / 100
     allowed = 300 * math.sqrt(share * (1 - share) * (1 / here + 1 / then))
@@ -32,4 +32,4 @@ def say_collapse(rows: Sequence[Row], read: int, images: int, recorded: Verifica
 
 
 def _scored(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row["precision"] == "fp32" and row["top1"] is not None), None)
+    return next((row for row in rows if row.get("precision") == "fp32" and row["top1"] is not None), None)

@@ -137,7 +137,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     others = further(exported, device)
     here = _data_facts(data)
     same_data = all(recorded["data"].get(key) == here[key] for key in ("name", "images"))  # type: ignore[literal-required]
-    known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None)
+    known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
         exported | others,
@@ -147,7 +147,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         images=settings.images,
         batch_sizes=settings.batch_sizes,
         threads=settings.threads,
-        gates=Gates(settings.max_drop, settings.min_agreement, known if same_data else None, recorded["images"]),
+        gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
         pipelines=_pipelines(folder),
         golden=bundle.read_golden(folder),
         alone=_alone(folder),

@@ -19,7 +19,7 @@ from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
-from okdc.recipe import Recipe, runs_code
+from okdc.recipe import Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
 
 log = logging.getLogger("okdc")
@@ -101,22 +101,21 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
     if recipe.network.small_input:
         changed = stem.described(stem.changes(target)) or "nothing to change: it takes small images as it is"
         log.warning("%s for small images: %s", recipe.network.model, changed)
-    networks.freeze(target, recipe.train.freeze)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target
 
 
 @contextmanager
-def at_home(target: nn.Module, grad_checkpointing: bool) -> Iterator[Callable[[nn.Module], nn.Module]]:
+def at_home(target: nn.Module, settings: TrainSettings) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """The target goes back to the device and memory formats that it had, and, when training fails, to its modes.
 
-    What is yielded takes a network of the same names there. With `grad_checkpointing` blocks are computed again in the
-    backward pass, for as long as it trains: files are written of the plain network.
+    What is yielded takes a network of the same names there. What `settings` freeze, and their gradient checkpointing,
+    is so for as long as it trains: what comes back is the user's own, and files are written of the plain network.
     """
-    switched = grad_checkpointing and not any(getattr(m, "grad_checkpointing", False) for m in target.modules())
-    if switched:
-        networks.checkpoint_gradients(target)
+    learning = [parameter for parameter in target.parameters() if parameter.requires_grad]
+    has_it = any(getattr(module, "grad_checkpointing", False) for module in target.modules())
+    switched = settings.grad_checkpointing and not has_it
     home = next(target.parameters()).device
     put_back = keep_modes(target)
     channels_last = {name for name, tensor in _tensors(target) if _is_channels_last(tensor)}
@@ -131,12 +130,17 @@ def at_home(target: nn.Module, grad_checkpointing: bool) -> Iterator[Callable[[n
         return network
 
     try:
+        networks.freeze(target, settings.freeze)
+        if switched:
+            networks.checkpoint_gradients(target)
         yield settle
     except BaseException:
         put_back()
         raise
     finally:
         settle(target)
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
