@@ -75,6 +75,9 @@ def built(recipe: Recipe) -> tuple[Method, bool]:
     teachers.check(recipe.cohort, name, needed=kind.needs_teacher and not stands_in)
     seed_everything(recipe.train.seed)
     target = networks.load(recipe.network)
+    networks.freeze(target, recipe.train.freeze)
+    if recipe.train.grad_checkpointing:
+        networks.checkpoint_gradients(target)
     input_size = networks.data_config(target, recipe.network)["input_size"]
     classes = networks.check_input(target, input_size).shape[1]
     like = replace(recipe.network, pretrained=False, checkpoint=None)

@@ -9,5 +9,8 @@ from __future__ import annotations
 
 from okdc.networks.build import arguments, load, names
 from okdc.networks.input import check_input, data_config
+from okdc.networks.tuning import checkpoint_gradients, freeze, keep_activations
 
-__all__ = ["arguments", "check_input", "data_config", "load", "names"]
+__all__ = [
+    "arguments", "check_input", "checkpoint_gradients", "data_config", "freeze", "keep_activations", "load", "names",
+]  # fmt: skip

@@ -69,6 +69,11 @@ class CifarNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers in their order, for timm's learning rates of layers: stem, blocks (`coarse`: stages), and the head."""
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)(?:\.blocks)?\.(\d+)"}
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.fc
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from okdc.anatomy import classifiers
 from okdc.anatomy.calls import watch
 from okdc.anatomy.classifier import stated
 from okdc.errors import NetworkError, first_line
+
+log = logging.getLogger("okdc")
 
 _SHOWN = 3
 
@@ -68,15 +71,18 @@ def _resized(old: nn.Module, classes: int) -> nn.Module:
 def fits(network: nn.Module, path: str | Path, names: Sequence[str]) -> bool:
     """Whether a checkpoint's weights have the shapes of the network's, whatever the classifiers `names` give."""
     heads = tuple(f"{name}." for name in names)
-    return not [d for d in _differences(network.state_dict(), _read(Path(path))) if not d.startswith(heads)]
+    return not [d for d in _differences(network.state_dict(), _read(Path(path), network)[0]) if not d.startswith(heads)]
 
 
 def load(network: nn.Module, path: str | Path, names: Sequence[str]) -> None:
     """Load a checkpoint of timm, okdc or torch; the classifiers `names` take the checkpoint's number of classes.
 
-    Never runs code that is in the file. Raises NetworkError if it is not there, not readable, or of another network.
+    What a wrapper put before all names alike (Lightning's `model.`) is left out, and said. Never runs code that is in
+    the file. Raises NetworkError if it is not there, not readable, or of another network.
     """
-    state = _read(Path(path))
+    state, wrapper = _read(Path(path), network)
+    if wrapper:
+        log.warning("%s: its weights are those of %s, without %s", path, type(network).__name__, wrapper)
     for name in names:
         rows = state.get(f"{name}.weight")
         if rows is not None and rows.dim() and len(rows) != num_classes(network, names):
@@ -93,7 +99,8 @@ def load(network: nn.Module, path: str | Path, names: Sequence[str]) -> None:
     network.load_state_dict(state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, network: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The weights that a checkpoint holds, and what had to be left out for the network's own names, in words."""
     if not path.is_file():
         raise NetworkError(f"no checkpoint {path}: --checkpoint takes a .pth, .pth.tar or .safetensors file.")
     try:
@@ -103,9 +110,31 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} is not a readable checkpoint of weights alone: {first_line(error)} "
             "Save it again with torch.save(network.state_dict(), FILE)."
         ) from error
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise NetworkError(f"{path} holds no state_dict. Save one with torch.save(network.state_dict(), FILE).")
-    return state
+    own, left_out = network.state_dict().keys(), ""
+    if not _is_state(state):
+        held = [key for key, value in state.items() if _is_state(value) and _wrapper(value, own) is not None]
+        if len(held) != 1:
+            several = f", but {' and '.join(map(str, held))}, each of which may be meant" if held else ""
+            raise NetworkError(
+                f"{path} holds no one state_dict of this network ({type(network).__name__}){several}. "
+                "Save the one with torch.save(network.state_dict(), FILE)."
+            )
+        state, left_out = state[held[0]], f"the {held[0]!r} around them"
+    if wrapper := _wrapper(state, own):
+        state = {key.removeprefix(wrapper): value for key, value in state.items()}
+        left_out += f"{' and ' if left_out else ''}the {wrapper!r} before their names"
+    return state, left_out
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _wrapper(given: Collection[str], own: Collection[str]) -> str | None:
+    """What stands before the network's `own` names in all of those `given`, maybe nothing; None where others do."""
+    longer = max(map(len, given), default=0) - max(map(len, own), default=0)
+    found = next(iter(given), "")[: max(longer, 0)]
+    return found if {found + key for key in own} == set(given) else None
 
 
 def _differences(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:

@@ -19,7 +19,7 @@ from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
-from okdc.recipe import Recipe, runs_code
+from okdc.recipe import Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
 
 log = logging.getLogger("okdc")
@@ -107,16 +107,22 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
 
 
 @contextmanager
-def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
+def at_home(target: nn.Module, settings: TrainSettings) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """The target goes back to the device and memory formats that it had, and, when training fails, to its modes.
 
-    What is yielded takes a network of the same names there.
+    What is yielded takes a network of the same names there. What `settings` freeze, and their gradient checkpointing,
+    is so for as long as it trains: what comes back is the user's own, and files are written of the plain network.
     """
+    learning = [parameter for parameter in target.parameters() if parameter.requires_grad]
+    has_it = any(getattr(module, "grad_checkpointing", False) for module in target.modules())
+    switched = settings.grad_checkpointing and not has_it
     home = next(target.parameters()).device
     put_back = keep_modes(target)
     channels_last = {name for name, tensor in _tensors(target) if _is_channels_last(tensor)}
 
     def settle(network: nn.Module) -> nn.Module:
+        if switched:
+            networks.keep_activations(network)
         network.to(home).to(memory_format=torch.contiguous_format)
         for name, tensor in _tensors(network):
             if name in channels_last and tensor.dim() == 4:
@@ -124,12 +130,17 @@ def at_home(target: nn.Module) -> Iterator[Callable[[nn.Module], nn.Module]]:
         return network
 
     try:
+        networks.freeze(target, settings.freeze)
+        if switched:
+            networks.checkpoint_gradients(target)
         yield settle
     except BaseException:
         put_back()
         raise
     finally:
         settle(target)
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

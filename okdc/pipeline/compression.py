@@ -112,7 +112,7 @@ def _train(
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
     weights = class_weights.of(recipe, data)
-    with assemble.at_home(target) as settle, losses.weighted(weights):
+    with assemble.at_home(target, recipe.train) as settle, losses.weighted(weights):
         teacher = assemble_cohort.load_teacher(recipe, data, proved=last is not None)
         method = assemble_cohort.build_method(
             target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels

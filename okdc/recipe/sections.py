@@ -123,6 +123,20 @@ class TrainSettings:
     momentum: float = _setting(0.9, "momentum", at_least=0, at_most=1)
     weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
     opt_kwargs: dict[str, Any] = _setting({}, "further arguments of the optimizer, key=value")
+    layer_decay: float | None = _setting(
+        None, "learning rate of each layer of the target, as a share of the next one's (timm's networks)",
+        above=0, at_most=1,
+    )  # fmt: skip
+    branch_lr_scale: float = _setting(
+        1.0, "learning rate of what branches and peers have for themselves, as a multiple of the target's", above=0
+    )
+    freeze: list[str] = _setting(
+        [], "modules of the target that learn nothing, their norms kept in evaluation mode (comma separated names)"
+    )
+    grad_checkpointing: bool = _setting(
+        False, "keep less for the backward pass and compute the target's blocks again there, where timm's network can; "
+        "their batch norms see each batch twice",
+    )  # fmt: skip
     clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
     grad_accum_steps: int = _setting(1, "batches per optimizer step; methods compare images within each", at_least=1)
     sched: str = _setting("cosine", "schedule, any of timm's")

@@ -63,6 +63,13 @@ def fit(
         raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
     if settings.sync_bn and method.second_order:
         raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
+    if method.second_order and any(getattr(module, "grad_checkpointing", False) for module in method.modules()):
+        raise RecipeError(
+            f"{type(method).__name__} tries out other weights within a step, and gradient checkpointing computes again "
+            "with those of its end: leave out --grad-checkpointing, or network.set_grad_checkpointing(False)."
+        )
+    if settings.branch_lr_scale != 1 and len(method.cohort) == 1:
+        raise RecipeError("--branch-lr-scale is of other members, and there are none: leave it out, or give --lr.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
     advice = faster_data(recipe, getattr(data.train, "resident", False))

@@ -10,6 +10,7 @@ import torch
 
 from okdc.errors import RecipeError, nearest
 from okdc.recipe import TrainSettings
+from okdc.training.rates import scaled
 
 if TYPE_CHECKING:
     from okdc.methods import Method
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optimizer:
     lr = settings.peak_lr
-    groups, extra = method.param_groups(lr), dict(settings.opt_kwargs)
+    groups, extra = scaled(method.param_groups(lr), method, settings), dict(settings.opt_kwargs)
     if extra.pop("filter_bias_and_bn", False):
         groups = [part for group in groups for part in _spare_biases_and_norms(group)]
     # adahessian differentiates twice and keeps random numbers of its own, so it would not resume exactly.
@@ -87,6 +88,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, ste
         )
     except (AssertionError, ValueError) as error:
         raise RecipeError(f"--sched {settings.sched} cannot be made for {settings.epochs} epochs: {error}") from error
+    if schedule is None:  # which else multiplies the rates of layers and branches
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return schedule
 
 

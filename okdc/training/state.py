@@ -18,6 +18,7 @@ from okdc.training import checkpoint
 from okdc.training.machine import Machine
 from okdc.training.optimizer import lay_out, make_optimizer, make_schedule
 from okdc.training.progress import Row
+from okdc.training.rates import plain
 
 if TYPE_CHECKING:
     from okdc.methods import Method
@@ -58,8 +59,8 @@ class TrainState:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter group."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The learning rate of the first parameter group, before that is scaled for its layer."""
+        return plain(self.optimizer.param_groups[0])
 
     @property
     def speed(self) -> float:
@@ -131,7 +132,10 @@ def _facts(state: TrainState, run: Run) -> dict[str, Any]:
         "method": run.recipe.get("method", {}).get("name") or type(state.method).__name__,
         "optimizer": run.settings.opt,
         "model_ema": state.ema is not None,
-    }
+        "freeze": sorted(run.settings.freeze) or None,
+        "layer_decay": run.settings.layer_decay,
+        "branch_lr_scale": run.settings.branch_lr_scale if run.settings.branch_lr_scale != 1 else None,
+    }  # None where nothing is asked for, as in a checkpoint that is older than the setting
 
 
 def _payload(state: TrainState, run: Run) -> dict[str, Any]:

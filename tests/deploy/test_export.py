@@ -366,6 +366,37 @@ def test_labels_of_the_data_shifted_by_one_fail(copy: Path, data: Images, studen
     assert "torch: its top-1 is 0.00%" in deploy.failures(deploy.verify_bundle(copy, wrong, QUICK))
 
 
+def scored(data: Images, student: torch.nn.Module, right: int, name: str) -> Images:
+    """The same 16 images under another name, `right` of them labelled as the student has it."""
+    images = torch.cat([batch for batch, _ in data.validation])
+    said = torch.from_numpy(torch_runner(student)(images.numpy())).argmax(1)
+    labels = torch.where(torch.arange(16) < right, said, (said + 1) % 4)
+    return replace(data, validation=[(images, labels)], validation_images=None, name=name)
+
+
+def test_a_collapse_on_other_images_is_said_and_fails_only_on_the_same(
+    copy: Path, data: Images, student: torch.nn.Module
+) -> None:
+    export(student, scored(data, student, 14, "mine"), copy, WEIGHTS_ONLY)
+    verified = {n: deploy.verify_bundle(copy, scored(data, student, n, "other"), QUICK) for n in (2, 10, 14, 16)}
+    assert {verification["verdict"] for verification in verified.values()} == {"pass"}
+    assert {n for n, verification in verified.items() if verification["rows"][0]["reason"]} == {2}
+    told = verified[2]["rows"][0]["reason"]
+    assert "12.50% on these 16 images and was 87.50% on the 16 of the export, 75 points lower" in told
+    assert "chance explains 53:" in told, "three standard deviations: 3 sqrt(0.5 x 0.5 x 2 / 16)"
+    same = deploy.verify_bundle(copy, scored(data, student, 2, "mine"), QUICK)
+    assert same["verdict"] == "fail" and "when last measured it was 87.50%" in deploy.failures(same)
+
+
+def test_images_that_were_not_all_read_count_as_no_more_draws_than_classes(
+    copy: Path, data: Images, student: torch.nn.Module
+) -> None:
+    export(student, scored(data, student, 10, "mine"), copy, WEIGHTS_ONLY)
+    other = scored(data, student, 0, "other")
+    assert "was 62.50%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
+    assert deploy.verify_bundle(copy, other, replace(QUICK, images=12))["rows"][0]["reason"] is None
+
+
 def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     (copy / "predict.py").write_text(f"open({str(marker)!r}, 'w')\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from okdc import networks
 from okdc.anatomy import inspect
 from okdc.errors import NetworkError
 from okdc.networks import cifar, from_torchvision, weights
-from okdc.pipeline import assemble
+from okdc.pipeline import assemble, teachers
 from okdc.recipe import LOADER, NetworkSettings, Recipe, resolve
 from tests.helpers.networks import Gated
 
@@ -272,6 +273,43 @@ def test_a_checkpoint_of_other_classes_keeps_all_but_the_classifier(tmp_path: Pa
     assert len(others) > 10
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in others.items())
     assert weights.num_classes(load(model, checkpoint=str(tmp_path / "ten.pth"))) == 10
+
+
+WRAPPED: dict[str, tuple[Callable[[dict], dict], str]] = {
+    "Lightning": (lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "epoch": 3}, "'model.' before"),
+    "backbone": (lambda s: {f"backbone.{k}": v for k, v in s.items()}, "'backbone.' before"),
+    "net": (lambda s: {"net": s, "acc": 91.0, "epoch": 3, "optimizer": {"state": {0: {}}}}, "'net' around them"),
+    "of two": (lambda s: {"net": s, "loss": {"w": torch.ones(1)}, "sums": {0: torch.ones(1)}}, "'net' around them"),
+    "both": (lambda s: {"net": {f"a.b.{k}": v for k, v in s.items()}}, "'net' around them and the 'a.b.' before"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "said"), WRAPPED.values(), ids=WRAPPED)
+def test_what_a_wrapper_put_around_the_weights_is_left_out_and_said(
+    tmp_path: Path, wrap: Callable[[dict], dict], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, images, file = load("resnet20_cifar", 10).eval(), torch.randn(2, 3, 32, 32), tmp_path / "wrapped.ckpt"
+    torch.save(wrap(source.state_dict()), file)
+    assert same(source, load("resnet20_cifar", 10, checkpoint=str(file)), images)
+    assert said in caplog.text and "wrapped.ckpt" in caplog.text
+    assert weights.num_classes(load("resnet20_cifar", 4, checkpoint=str(file))) == 4, "another head is put in its place"
+    torch.save(wrap(source.state_dict()) | {"arch": "resnet20_cifar"}, file)
+    if "state_dict" in wrap({}):  # a teacher's checkpoint has one, and its network's name beside it
+        assert same(source, teachers.load(str(file), (3, 32, 32), 10), images)
+
+
+def test_what_stands_beside_wrapped_weights_is_still_refused(tmp_path: Path) -> None:
+    state, file = load("resnet20_cifar", 10).state_dict(), tmp_path / "wrapped.pth"
+    wrapped = {f"model.{key}": value for key, value in state.items()}
+    for given, words in (
+        (wrapped | {"loss.weight": torch.ones(10)}, "loss.weight is unknown|stem.conv.weight is missing"),
+        ({k: v for k, v in wrapped.items() if "stem" not in k}, "stem.conv.weight is missing"),
+        ({"net": state, "ema": state}, "no one state_dict of this network .*, but net and ema, each .* torch.save"),
+        ({"net": wrapped | {"loss.weight": torch.ones(10)}}, r"no one state_dict of this network \(\w+\)\. Save"),
+    ):
+        torch.save(given, file)
+        with pytest.raises(NetworkError, match=words):
+            load("resnet20_cifar", checkpoint=str(file))
 
 
 def test_the_classifier_is_what_is_called_last_not_what_is_registered_last(tmp_path: Path) -> None:
