@@ -34,9 +34,9 @@ class PredictError(Exception):
 def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     """The (C, H, W) float32 input of the network, equal to the last bit to timm's evaluation transform.
 
-    `config` is preprocess.json: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode, the bits that deep
-    images use, and whether photos are turned upright by their EXIF orientation. Resizing must stay Pillow's: that of
-    OpenCV or of a tensor library gives other pixels.
+    `config` is preprocess.json (input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode) and okdc.images in
+    config.json: the bits that deep images use, and whether photos are turned upright by their EXIF orientation.
+    Resizing must stay Pillow's: that of OpenCV or of a tensor library gives other pixels.
     """
     channels, height, width = config["input_size"]
     image = _upright(image) if config.get("exif", False) else image
@@ -81,7 +81,8 @@ class Predictor:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         try:
-            self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8"))
+            images = _noted(folder).get("images", {})  # how stored images are read
+            self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8")) | images
             self.labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
             providers = ["CPUExecutionProvider"]
             self._session = onnxruntime.InferenceSession(str(folder / self.file), options, providers=providers)
@@ -140,10 +141,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recommended(folder: Path) -> str:
     """The file that was fastest where the bundle was verified, of those that were good enough to ship."""
+    return Path(_noted(folder).get("model") or "model.onnx").name
+
+
+def _noted(folder: Path) -> dict[str, Any]:
+    """What okdc notes in config.json; nothing in an older bundle, or a folder put together by hand."""
     try:
-        return Path(json.loads((folder / "config.json").read_text(encoding="utf-8"))["okdc"]["model"]).name
-    except (OSError, ValueError, KeyError, TypeError):  # an older bundle, or a folder put together by hand
-        return "model.onnx"
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["okdc"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _files(path: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from okdc.system.wording import one_line, portable, without_paths
 from okdc.verification import torch_runner
 
 SUMS, WEIGHTS, GOLDEN = "SHA256SUMS", "model.safetensors", "golden.npz"
+IMAGES = ("exif", "pixel_bits")  # how stored images are read, in config.json: timm's create_transform knows it not
 CACHE = "__pycache__"  # what Python leaves where predict.py was imported
 
 
@@ -53,6 +54,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config is None:
         raise ExportError(f"{folder} is not an exported bundle (no {CONFIG}): give a run's export folder.")
     return config
+
+
+def write_preprocess(folder: Path, preprocess: Mapping[str, Any]) -> None:
+    """Write preprocess.json: what timm's `create_transform` takes, and nothing else."""
+    write_json(folder / "preprocess.json", {key: value for key, value in preprocess.items() if key not in IMAGES})
+
+
+def read_preprocess(folder: Path) -> dict[str, Any]:
+    """All that was done to the images in training: preprocess.json, and how stored images are read."""
+    return read_json(folder / "preprocess.json") | read_config(folder).get("okdc", {}).get("images", {})
 
 
 def write_sums(folder: Path) -> None:
@@ -107,7 +118,8 @@ def write_config(
     student: nn.Module, path: Path, arch: str, classes: Sequence[str], preprocess: dict, model_args: dict | None
 ) -> None:
     """Write config.json as timm and the Hugging Face hub read it; for other networks, with the same keys."""
-    labels = list(classes)
+    labels, images = list(classes), {key: preprocess[key] for key in IMAGES if key in preprocess}
+    preprocess = {key: value for key, value in preprocess.items() if key not in IMAGES}
     cfg = getattr(student, "pretrained_cfg", None) or {}
     if timm.is_model(cfg.get("architecture") or ""):
         extra = {"label_names": labels}
@@ -118,7 +130,7 @@ def write_config(
     else:
         known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
         config = {"architecture": arch, "model_args": model_args or {}} | known
-    own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"}
+    own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"} | ({"images": images} if images else {})
     changes = stem.changes(student)
     if changes:  # timm must not take the network for one that it can build by that name
         own |= {"base": config["architecture"], "changes": changes}

@@ -169,7 +169,7 @@ def read(folder: Path) -> dict[str, Any]:
     """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
     config = bundle.read_config(folder)
     labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
-    preprocess = bundle.read_json(folder / "preprocess.json")
+    preprocess = bundle.read_preprocess(folder)
     return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
 
 
@@ -202,7 +202,7 @@ def _write_student(
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
     bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args)
-    bundle.write_json(part / "preprocess.json", preprocess)
+    bundle.write_preprocess(part, preprocess)
     (part / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
     reason = bundle.settle_loader(part)
     return [{"target": bundle.WEIGHTS, "reason": reason}] if reason else []

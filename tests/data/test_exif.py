@@ -142,7 +142,7 @@ def test_the_bundle_keeps_it_and_a_run_goes_on_as_it_began(
     assert "goes on as it began, with --no-exif" in caplog.text and not again.recipe.data.exif
     (old / "recipe.yaml").write_text(recipe.replace("  exif: false\n", ""))
     assert okdc.export(old, batch_sizes=[1])["verdict"] == "pass"  # predict.py sees the images that torch sees
-    assert "exif" not in json.loads((old / "export" / "preprocess.json").read_text())
+    assert "images" not in json.loads((old / "export" / "config.json").read_text())["okdc"]
 
 
 def test_a_loader_of_ones_own_has_no_such_setting(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_the_whole_road(run: tuple[Path, subprocess.CompletedProcess[str]], fold
     best = [json.loads(line)["predictions"][0]["label"] for line in said.stdout.splitlines()]
     student = timm.create_model(f"local-dir:{path / 'export'}", pretrained=True).eval()
     transform = timm.data.create_transform(**facts_preprocess(path), is_training=False)
+    assert json.loads((path / "export" / "config.json").read_text())["okdc"]["images"] == {"exif": True}
     with torch.no_grad():
         torch_says = student(torch.stack([transform(Image.open(image)) for image in images])).argmax(1)
     assert best == [("blue", "green", "red")[i] for i in torch_says.tolist()]
