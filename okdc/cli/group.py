@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from okdc import __version__
 from okdc.errors import OkdcError
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Failure(click.ClickException):

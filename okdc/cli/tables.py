@@ -116,7 +116,6 @@ def show_benchmark(report: dict[str, Any]) -> None:
 
 def settings_of(name: str) -> str:
     """The settings of a method with their types and defaults, as text."""
-    from okdc import methods
 
     parameters = methods.settings(name).parameters.values()
     lines = [f"    {p.name} = {p.default}  ({inspect.formatannotation(p.annotation)})" for p in parameters]

@@ -1,4 +1,4 @@
-"""Sharing a trunk: which modules a cut replaces, how their outputs travel, and the proof that a branch is exact."""
+"""The proof that a branch computes what the target computes, and how each recorded output is handled for it."""
 
 from __future__ import annotations
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
-from okdc.deploy.machine import environment
 from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
     "UnfitError",
     "asked",
     "check_sums",
-    "environment",
     "export_bundle",
     "failed_folder",
     "failures",

@@ -161,7 +161,7 @@ class _Subjects:
         return step
 
     def cohort_step(self, settings: TrainSettings, batch: Batch) -> Step:
-        """A training step as `train.fit` takes it."""
+        """A training step as `training.fit` takes it."""
         run = _run(settings)
         step, batch = stepper(self.cohort, run, StopSignal()), run.machine.move(*batch)
         self.cohort.method.train()

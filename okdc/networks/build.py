@@ -17,7 +17,7 @@ from torch import nn
 
 from okdc.errors import NetworkError, first_line, nearest
 from okdc.networks import (
-    cifar,  # noqa: F401  (_cifar registers resnet32_cifar and its like with timm)
+    cifar,  # noqa: F401  (registers resnet32_cifar and its like with timm)
     from_torchvision,
     stem,
     weights,

@@ -15,13 +15,12 @@ from okdc.networks.from_torchvision import PREFIX
 from okdc.recipe import NetworkSettings, runs_code
 from okdc.recipe import load as load_recipe
 
+CONFIG = "config.json"
+
 
 def is_folder(name: str) -> bool:
     special = name.startswith((PREFIX, "hf-hub:", "hf_hub:", "local-dir:")) or runs_code(name)
     return not special and Path(name).is_dir()
-
-
-CONFIG = "config.json"
 
 
 def config_of(folder: Path) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from okdc import deploy, networks
 from okdc.data import Data, load, open_source
 from okdc.deploy import hub
 from okdc.errors import ExportError, NetworkError
+from okdc.networks.saved import config_of
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override
@@ -114,9 +115,20 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
 
 
 def _of_name(name: str, settings: dict[str, Any]) -> _Source:
-    """A network by its name, a saved one, or an object of that name."""
-    network = NetworkSettings(model=name, pretrained=True)
-    return _Source(name, Path(Path(name).name), override(Recipe(), settings), network)
+    """A network by its name, a bundle, or an object of that name."""
+    network, recipe, folder = NetworkSettings(model=name, pretrained=True), override(Recipe(), settings), Path(name)
+    config = config_of(folder) or {}
+    if "okdc" not in config:
+        return _Source(name, Path(folder.name), recipe, network)
+    facts = deploy.read(folder)  # with its classes, and how its images are read
+    made_with = config.get("model_args") or {}
+    network = replace(
+        network,
+        model=config["okdc"].get("base") or config["architecture"],
+        in_chans=facts["preprocess"]["input_size"][0],
+        model_kwargs={k: v for k, v in made_with.items() if k not in ("num_classes", "in_chans")},
+    )
+    return _Source(name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"])
 
 
 def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:

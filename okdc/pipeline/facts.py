@@ -78,7 +78,7 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
             "settings": {k: v for k, v in recipe.method.items() if k != "name"},
         },
         "members": members,
-        "trained_params": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "trained_params": sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]),
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],

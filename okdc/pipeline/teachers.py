@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from okdc import networks
 from okdc.anatomy import inspect
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
+from okdc.networks.saved import config_of
 from okdc.pipeline import class_names, run_folder
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
@@ -86,8 +86,8 @@ def _class_names(teacher: nn.Module, name: str) -> list[str] | None:
     """What the outputs of a run, a checkpoint in its folder, a bundle or a network from a hub are called, if known."""
     place = Path(name.removeprefix("local-dir:"))
     folder = place.parent if place.is_file() else place
-    if (folder / "config.json").is_file():
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names")
+    if (config := config_of(folder)) is not None:
+        found = config.get("label_names")
     elif run_folder.is_run(folder):
         found = (run_folder.read_student(folder) or {}).get("classes")
     else:

@@ -1,4 +1,4 @@
-"""What training needs of the machine it runs on: device and precision, random numbers, signals."""
+"""The device that a run trains on, and how precisely it computes there."""
 
 from __future__ import annotations
 

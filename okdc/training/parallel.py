@@ -1,4 +1,4 @@
-"""Several processes, one per device: started, joined, wrapped around a method, and watched so that none hangs."""
+"""A method on several ranks: its gradients averaged, its batch norm synchronised."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def wrapped(module: Any, device: torch.device) -> Any:
     if world() == 1:
         return module
     # The graph is the same in each step, so that a parameter no step uses, which has no gradient, costs no search.
-    learner = DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, static_graph=True)
-    learner.broadcast_buffers = False  # the loop averages batch norm's; the rest is the same on all ranks as it is
-    return learner
+    parallel = DistributedDataParallel(module, [device.index] if device.type == "cuda" else None, static_graph=True)
+    parallel.broadcast_buffers = False  # the loop averages batch norm's; the rest is the same on all ranks as it is
+    return parallel
 
 
 @contextmanager

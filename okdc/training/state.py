@@ -179,8 +179,9 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     """
     saved = payload["okdc"]
     moved = "devices" in saved and saved["devices"] != world()
-    rates = [group["lr"] for group in state.optimizer.param_groups]
+    made = [dict(group) for group in state.optimizer.param_groups]
     _put_back(state, payload, path, run, moved)
+    anew = moved or saved.get("lr", run.settings.peak_lr) != run.settings.peak_lr
     other = _other_metric(state, payload, run)
     lost = _lost_best(run) if state.history else ""
     if lost and state.is_over(run.settings):
@@ -196,9 +197,8 @@ def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) ->
     if moved:
         before, now = saved["images"], run.settings.images_per_step
         state.step = min(run.steps, state.step * before // now)
-        for group, rate in zip(state.optimizer.param_groups, rates):
-            group["lr"] = rate
-    if state.schedule is not None and (state.epoch or moved):  # the same rate again, unless the run is longer now
+    _take_up(state.optimizer, made, payload["args"].get("train", {}), run.settings, anew)
+    if state.schedule is not None and (state.epoch or anew):  # the same rate again, unless the run is longer now
         state.schedule.step(state.epoch)
         state.schedule.step_update(state.epoch * run.steps + state.step)
     settings = _other_settings(payload["args"], run.recipe)
@@ -231,6 +231,18 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
+
+
+def _take_up(
+    optimizer: torch.optim.Optimizer, made: list[dict[str, Any]], before: dict[str, Any], now: TrainSettings, anew: bool
+) -> None:
+    """Let an optimizer that was put back have what it was `made` with where a setting is another than `before`."""
+    named = {"weight_decay": now.weight_decay, "momentum": now.momentum}
+    names = [name for name, value in named.items() if before.get(name, value) != value]
+    if before.get("opt_kwargs", now.opt_kwargs) != now.opt_kwargs:
+        names += now.opt_kwargs
+    for group, new in zip(optimizer.param_groups, made, strict=True):
+        group.update({name: new[name] for name in [*names, *(["lr"] if anew else [])] if name in new})
 
 
 def _other_metric(state: TrainState, payload: dict[str, Any], run: Run) -> str:

@@ -101,6 +101,17 @@ def test_the_whole_road(run: tuple[Path, subprocess.CompletedProcess[str]], fold
     assert best == [("blue", "green", "red")[i] for i in torch_says.tolist()]
 
 
+def test_a_bundle_that_is_exported_again_knows_what_it_knew(
+    run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    before, again = run[0] / "export", tmp_path / "again"
+    assert okdc.export(before, output=again, batch_sizes=[])["verdict"] == "parity_only"
+    for name in ("labels.txt", "preprocess.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (before / name).read_bytes(), name
+    one, other = (json.loads((folder / "config.json").read_text()) for folder in (before, again))
+    assert one["architecture"] == other["architecture"] and one["okdc"]["images"] == other["okdc"]["images"]
+
+
 def facts_preprocess(path: Path) -> dict:
     return json.loads((path / "export" / "preprocess.json").read_text())
 

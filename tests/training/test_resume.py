@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +160,18 @@ def test_a_best_checkpoint_that_is_damaged_is_made_anew_or_told_of(tmp_path, cap
     assert f"{checkpoint.BEST} is damaged, so the next epoch is kept" in capsys.readouterr().err
     assert state.best_epoch == 2 and checkpoint.load(best)["epoch"] == 2
     assert metrics_of(state.history, state.best_epoch, 3)["top1"] == state.best == state.history[2]["eval_top1"]
+
+
+def test_settings_that_are_changed_act_from_where_a_run_goes_on(tmp_path, capsys):
+    plain = replace(SETTINGS, sched="none", lr=0.1, weight_decay=1e-4, recovery_interval=1)
+    with pytest.raises(Crash):
+        run(tmp_path, plain, data=tiny_data(crash_at(0, 2)), recipe={"train": asdict(plain)})
+    other = replace(plain, lr=0.05, weight_decay=3e-4)
+    state = run(tmp_path, other, resume=tmp_path / "last.pth.tar", recipe={"train": asdict(other)})
+    assert {group["lr"] for group in state.optimizer.param_groups} == {0.05}
+    assert {group["weight_decay"] for group in state.optimizer.param_groups} == {3e-4}
+    said = capsys.readouterr().err
+    assert "train.lr is 0.05 from here on, before it was 0.1." in said and "train.weight_decay is 0.0003" in said
 
 
 @pytest.mark.parametrize(
