@@ -12,8 +12,8 @@ from okdc.errors import NetworkError, first_line, nearest
 def freeze(network: nn.Module, names: Sequence[str]) -> None:
     """Let the modules `names` learn nothing and stay in evaluation mode; NetworkError for a name that is none.
 
-    Branches of the network have them frozen too, peers of another architecture do not. NetworkError also where nothing
-    is left that learns.
+    Branches of the network have them frozen too, with its weights; peers of another architecture do not. NetworkError
+    also where nothing is left that learns.
     """
     known = {name: module for name, module in network.named_modules() if name}
     for name in names:

@@ -68,7 +68,9 @@ def build_method(
         **{key: value for key, value in _settings(recipe).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
-    fresh = (lambda: networks.load(maker, classes)) if named and network.model in networks.names() else None
+    # What is frozen keeps the target's weights, in branches too: they are copies then, redrawn where they learn.
+    remade = named and network.model in networks.names() and not recipe.train.freeze
+    fresh = (lambda: networks.load(maker, classes)) if remade else None
     started = network.pretrained or network.checkpoint is not None
     _refuse_ignored(cohort, plan)
     built = Cohort(

@@ -13,6 +13,7 @@ import okdc
 from okdc import networks
 from okdc.errors import NetworkError, RunError
 from okdc.measure.estimate import estimate
+from okdc.pipeline.assemble_cohort import build_method
 from okdc.recipe import NetworkSettings, resolve
 from okdc.training import checkpoint
 from tests.helpers.networks import Tiny
@@ -47,6 +48,20 @@ def test_frozen_modules_of_an_object_and_of_a_named_checkpoint_stay(tmp_path: Pa
     changed = moved(source.state_dict(), compress("resnet20_cifar", tmp_path, private_stages=1, **named))
     assert changed and not [key for key in changed if key.startswith(("stem.", "stages.0."))]
     assert {"stages.1.0.conv1.weight", "stages.1.0.bn1.running_mean"} <= changed
+
+
+def test_branches_of_a_named_network_have_what_is_frozen_of_the_target() -> None:
+    recipe = resolve(flat={"model": "resnet20_cifar", "method": "one", "data": "digits", "freeze": ["stages.2.0"]})
+    target = networks.load(recipe.network, 4)
+    networks.freeze(target, recipe.train.freeze)
+    method = build_method(target, recipe, (3, 32, 32), 4, named=True).train()
+    frozen, learns = target.state_dict(), "stages.2.1.conv1.weight"
+    for branch in method.cohort.branches:
+        block = branch.get_submodule("stages.2.0")
+        assert not block.training and not any(p.requires_grad for p in block.parameters())
+        assert all(torch.equal(value, frozen[f"stages.2.0.{key}"]) for key, value in block.state_dict().items())
+        assert not torch.equal(branch.state_dict()[learns], frozen[learns])
+    method.strip()
 
 
 def test_a_run_goes_on_exactly_and_only_with_what_it_froze(tmp_path: Path) -> None:
