@@ -30,6 +30,7 @@ def show_result(result: Result) -> None:
     table = _table("", "")
     for label, value in [
         ("Student, top-1, ships", _percent(metrics.get("top1"))),
+        ("… on the images set aside", _percent(metrics.get("holdout"))),
         ("Student, balanced accuracy", _percent(metrics.get("balanced"))),
         ("Ensemble, top-1" + ", does not ship" * (not result.byproducts), _percent(metrics.get("ensemble_top1"))),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),

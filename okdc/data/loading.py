@@ -63,7 +63,8 @@ def load(
     if isinstance(source.train, Stream):
         _refuse_stream(settings, needs, world)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
-    images, held_out = source.train.split(HELD_OUT) if needs.held_out else (source.train, None)
+    images, aside = _set_aside(source, settings.holdout)
+    images, held_out = images.split(HELD_OUT) if needs.held_out else (images, None)
     _check_fills(part, len(images), source.name)
     if "pixel_bits" not in config and (bits := find_bits(source.train, timeout)):
         config["pixel_bits"] = bits
@@ -94,7 +95,8 @@ def load(
         check_readable(source.validation, validation_bad, config, timeout)
     return Data(
         train=ShuffledBatches(train, part, settings.workers, config, bad, augmentation, device, needs, resident),
-        validation=validation,
+        validation=in_order(aside, bad) if aside else validation,
+        test=validation if aside else None,
         validation_images=RawImages(source.validation, config, validation_bad),
         classes=source.classes,
         preprocess=config,
@@ -106,6 +108,19 @@ def load(
         training_images=images,
         image_counts={each.split: each.counts for each in (bad, validation_bad)},
     )
+
+
+def _set_aside(source: Source, share: float | None) -> tuple[Images, Images | None]:
+    """The training images without that share of each class, and these; DataError where no class has two."""
+    if share is None:
+        return source.train, None
+    images, aside = source.train.split(round(1 / share))
+    if not len(aside):
+        raise DataError(
+            f"--holdout {share:g}: no class of {source.name} has two training images, so none can be set aside. Leave "
+            "it out, or give more images."
+        )
+    return images, aside
 
 
 def _check_fills(part: Part, images: int, name: str) -> None:
@@ -135,6 +150,11 @@ def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
         "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,
         "to know which image is which": needs.indices, "images set aside": needs.held_out,
     }  # fmt: skip
+    if settings.holdout:
+        raise DataError(
+            f"--holdout takes single images out of the training data, and {settings.data} is a stream, which is only "
+            "read from front to back. Leave it out, or unpack the stream to a folder with train/ and val/."
+        )
     if wanted := [words for words, needed in asked.items() if needed]:
         raise DataError(
             f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "

@@ -59,8 +59,9 @@ class Data:
     validation images. `bad_images` maps each image that this process could not read so far to the reason, and
     `image_counts` counts them beside all images, by split (`training`, with those set aside, and `validation`) and
     class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of the training
-    images, in the order of their indices, `held_out` gives the images that were set aside, as `validation` does, and
-    `training_images` are those that are trained on, raw, by position; each is None where it is not known.
+    images, in the order of their indices, `held_out` gives the images that were set aside for the method, as
+    `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it is
+    not known. `test` gives the validation images where others, set aside (`holdout`), are the `validation`.
     """
 
     train: TrainBatches
@@ -73,6 +74,7 @@ class Data:
     bad_images: dict[str, str]
     train_labels: Tensor | None = None
     held_out: Iterable[Batch] | None = None
+    test: Iterable[Batch] | None = None
     training_images: RawTraining | None = None
     image_counts: Counts = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -19,10 +20,11 @@ from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, 
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
-from okdc.recipe import LOADER, Recipe, flat_settings, override, resolve
+from okdc.recipe import LOADER, Recipe, TrainSettings, flat_settings, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.training import TrainState, checkpoint, launch
-from okdc.training.machine import choose_device
+from okdc.training.evaluation import judge
+from okdc.training.machine import Machine, choose_device
 
 
 def compress(
@@ -58,7 +60,9 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-        metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
+            metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
+            if leads:
+                metrics |= _test(target, data, resolved.train, state)
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
             _deliver(result, trained, state, lost)
@@ -128,6 +132,14 @@ def _train(
             return method, state, *byproducts.take(method, folder, settle)
         finally:
             method.strip()
+
+
+def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainState) -> dict[str, Any]:
+    """The student's figures on the validation images, where others than those have picked its epoch."""
+    if data.test is None:
+        return {}
+    judged, state.confusion = judge(copy.deepcopy(target), data.test, Machine.of(settings))
+    return judged | {"holdout": state.best}
 
 
 def _deliver(result: Result, method: Method, state: TrainState, lost: str | None) -> None:

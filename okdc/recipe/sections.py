@@ -70,6 +70,11 @@ class DataSettings:
     )
     train_split: str = _setting("train", "name of the training split")
     val_split: str = _setting("validation", "name of the validation split, or a second file of labels")
+    holdout: float | None = _setting(
+        None, "share of the training images that is set aside and picks the epoch that ships; the validation images "
+        "then judge it once, at the end",
+        above=0, at_most=0.5,
+    )  # fmt: skip
     path_column: str | None = _setting(None, "column of a table that has the paths; found when not given")
     label_column: str | None = _setting(None, "column of a table that has the labels; found when not given")
     dataset_download: bool = _setting(False, "let torch/… and hfds/… download")

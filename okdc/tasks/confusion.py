@@ -27,10 +27,22 @@ def cells(named: Tensor, labels: Tensor, classes: int) -> Tensor:
     return labels * columns(classes) + (named if classes <= MOST else (named == labels).to(labels.dtype))
 
 
+def _right(counts: Tensor) -> Tensor:
+    return (counts.diagonal() if counts.shape[0] == counts.shape[1] else counts[:, 1]).double()
+
+
 def recalls(counts: Tensor) -> Tensor:
     """Per cent of each class's images that were named rightly (C,); NaN for classes without images."""
-    right = counts.diagonal() if counts.shape[0] == counts.shape[1] else counts[:, 1]
-    return 100 * right.double() / counts.sum(1)
+    return 100 * _right(counts) / counts.sum(1)
+
+
+def top1(counts: Tensor) -> float:
+    """Per cent of all images that were named rightly.
+
+    >>> top1(torch.tensor([[200, 0], [0, 0]]))
+    100.0
+    """
+    return (100 * _right(counts).sum() / counts.sum()).item()
 
 
 def balanced(counts: Tensor) -> float:

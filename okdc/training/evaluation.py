@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from okdc.errors import DataError
 from okdc.ranks import world
@@ -54,6 +55,25 @@ def evaluate(
     means = dict(zip([*names, "eval_top5", "eval_loss"], (sums / total).tolist()))
     metrics = {name: value if name == "eval_loss" else 100 * value for name, value in means.items()}
     return metrics | {"eval_balanced": confusion.balanced(table)}, table
+
+
+@torch.no_grad()
+def judge(
+    network: nn.Module, images: Iterable[tuple[Tensor, Tensor]], machine: Machine
+) -> tuple[dict[str, float], Tensor]:
+    """Top-1, top-5 and balanced accuracy of a network alone, per cent, and its counts (`tasks.confusion`)."""
+    network.eval().to(machine.device)
+    right5, cells, classes = 0, [], 0
+    for batch, labels in images:
+        batch, labels = machine.move(batch, labels)
+        with machine.autocast():
+            logits = network(batch)
+        classes = logits.shape[1]
+        right5 += int(logits.topk(min(5, classes)).indices.eq(labels[:, None]).sum())
+        cells.append(confusion.cells(logits.argmax(1), labels, classes).cpu())
+    table = _counted(cells, classes)
+    top5 = 100 * right5 / int(table.sum())
+    return {"top1": confusion.top1(table), "top5": top5, "balanced": confusion.balanced(table)}, table
 
 
 def _counted(cells: list[Tensor], classes: int) -> Tensor:
