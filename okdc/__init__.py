@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # The public surface; each name is imported when first used, so that `import okdc` does not import torch.
 _PUBLIC = {
     "compress": "okdc.pipeline",
+    "compare": "okdc.comparing",
+    "Comparison": "okdc.comparing",
     "export": "okdc.pipeline",
     "Result": "okdc.pipeline",
     "inspect": "okdc.anatomy",

@@ -34,7 +34,8 @@ ALLOWED = {
     "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
     "tasks training",
     "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",
-    "cli": "anatomy deploy errors measure methods networks okdc pipeline recipe training",
+    "comparing": "data errors measure methods networks pipeline recipe report system",
+    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe training",
     "__main__": "cli",
 }
 

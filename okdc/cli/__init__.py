@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before a command runs: `okdc --help` comes without torch.
 
-Imports: `anatomy`, `deploy`, `errors`, `measure`, `methods`, `networks`, `okdc`, `pipeline`, `recipe`, `training`.
+Imports: `anatomy`, `comparing`, `deploy`, `errors`, `measure`, `methods`, `networks`, `okdc`, `pipeline`, `recipe`,
+`training`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,6 @@ from __future__ import annotations
 from okdc.cli.group import main
 
 # isort: off
-from okdc.cli import run_commands, measure_commands, list_commands  # noqa: F401  (the order is that of --help)
+from okdc.cli import run_commands, compare_command, measure_commands, list_commands  # noqa: F401  (the order is that of --help)
 
 __all__ = ["main"]

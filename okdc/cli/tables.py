@@ -17,6 +17,8 @@ from okdc import methods
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
     from okdc.cohort import Cost
+    from okdc.comparing import Comparison
+    from okdc.comparing.gains import Gain
     from okdc.measure.estimate import Estimate
     from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
@@ -94,6 +96,32 @@ def _ships(row: Row) -> str:
     if not row.get("pass"):
         return "[red]no[/]"
     return "[yellow]not worth it[/]" if row.get("worth_shipping") is False else "[green]yes[/]"
+
+
+def show_comparison(found: Comparison) -> None:
+    """One line for each arm, the best first, and what to use."""
+    table = _table("", found.metric, "± sd", "over plain", "equal compute", "compute", "epochs", "time")
+    for line in found.lines:
+        spread = line.spread
+        table.add_row(
+            line.name, _percent(spread.mean if spread else None) or "[red]none[/]",
+            f"{spread.deviation:.2f}" if spread and spread.deviation is not None else "",
+            _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}", str(line.epochs), _time(line.seconds) or "",
+        )  # fmt: skip
+    console = _console()
+    console.print("\n", table, sep="")
+    for line in found.lines:
+        if line.problem:
+            console.print(f"[red]{line.name}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
+    console.print("Gains in points, with the 95 % interval; compute in FLOPs, plain training is 1.")
+    console.print(f"\n[bold]{escape(found.verdict)}[/]")
+    _next(f"open {found.path / 'compare.html'}")
+
+
+def _gained(gain: Gain | None) -> str:
+    if gain is None:
+        return ""
+    return f"{gain.mean:+.2f}" if gain.low is None else f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
 
 
 def show_benchmark(report: dict[str, Any]) -> None:

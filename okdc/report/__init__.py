@@ -5,6 +5,8 @@ Imports: `recipe`, `system`.
 
 from __future__ import annotations
 
+from okdc.report.comparison import write_comparison
 from okdc.report.report import write
+from okdc.report.words import duration
 
-__all__ = ["write"]
+__all__ = ["duration", "write", "write_comparison"]

@@ -2,132 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from okdc.recipe import LOADER
 from okdc.report import classes
 from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
-from okdc.system import files
+from okdc.report.rendering import HUES, plain, write_all
+from okdc.report.words import epoch, number, percent, signed
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
 
-DASH = "–"  # what is not known
 PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # the facts that are dicts, or missing
-HUES = 6  # muted colours of report.html.j2: .hue0 to .hue5
 
 
 def write(folder: Path, facts: dict[str, Any]) -> Path:
     """Write report.json (the facts), report.md and report.html into `folder`, each atomically; returns the html."""
-    from jinja2 import ChainableUndefined, Environment, FileSystemLoader
-
-    folder, facts = Path(folder), _plain(facts)
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=ChainableUndefined,
-        finalize=lambda value: DASH if value is None or isinstance(value, ChainableUndefined) else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {f.__name__: f for f in (cell, digits, duration, epoch, percent, si, tiny)}
-    view = _view(folder, facts)
-    texts = {
-        "report.json": json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": environment.get_template("report.md.j2").render(view),
-        "report.html": environment.get_template("report.html.j2").render(view),
-    }
-    for name, text in texts.items():  # all three are rendered before the first is written
-        files.atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
-    return folder / "report.html"
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types of JSON: non-finite numbers become None, arrays lists, anything else its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-# --- numbers as a person reads them -----------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def digits(value: Any) -> str:
-    """Three significant digits, no exponent: 0.812, 6.08, 12.3, 1,480."""
-    number = _number(value)
-    if number is None:
-        return DASH
-    places = 2 - math.floor(math.log10(abs(number))) if number else 0
-    return f"{number:,.{min(max(places, 0), 6)}f}"
-
-
-def si(value: Any) -> str:
-    """A count with its SI prefix: 11.2 M."""
-    number = _number(value)
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number is not None and abs(number) >= size:
-            return f"{digits(number / size)}\u00a0{prefix}"
-    return digits(number) if number is None or number % 1 else f"{number:.0f}"
-
-
-def percent(value: Any, places: int = 1) -> str:
-    """A percentage: 97.2 %."""
-    number = _number(value)
-    return DASH if number is None else f"{number:.{places}f}\u00a0%"
-
-
-def tiny(value: Any) -> str:
-    """An error between two logits: 1.2e-06."""
-    number = _number(value)
-    return DASH if number is None else f"{number:.1e}" if number else "0"
-
-
-def duration(seconds: Any) -> str:
-    """Seconds in their two largest units: 1 min 13 s."""
-    number = _number(seconds)
-    if number is None:
-        return DASH
-    minutes, rest = divmod(round(number), 60)
-    if minutes == 0:
-        return f"{number:.1f} s" if number < 10 else f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def epoch(index: Any) -> int | None:
-    """The number of an epoch as people count: from 1."""
-    return None if _number(index) is None else int(index) + 1
-
-
-def cell(value: Any) -> str:
-    """Text that can neither leave its cell of a markdown table nor be read as markdown or html."""
-    text = " ".join(str(value).split()) if value else ""
-    return "".join(f"\\{char}" if char in "\\|`*_<[" else char for char in text) or DASH
+    facts = plain(facts)
+    return write_all(Path(folder), "report", facts, _view(Path(folder), facts))
 
 
 def _gain(now: Any, before: Any) -> str | None:
     """The signed difference of two percentages, `+1.4 points`; None where one is missing."""
-    new, old = _number(now), _number(before)
-    return None if new is None or old is None else f"{new - old:+.1f} points".replace("-", "−")
-
-
-# --- what the templates show ------------------------------------------------------------------------------------------
+    new, old = number(now), number(before)
+    return None if new is None or old is None else f"{signed(new - old, 1)} points"
 
 
 def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +60,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _headline(facts: dict[str, Any], control: dict[str, Any]) -> str:
     subject = f"{facts['network'].get('name') or 'network'} on {facts['data'].get('name') or 'data'}"
-    top1, before = _number(facts["metrics"].get("top1")), _number(control.get("top1"))
+    top1, before = number(facts["metrics"].get("top1")), number(control.get("top1"))
     if top1 is None:
         return subject
     text = f"{subject}: {percent(top1)} top-1 after stripping"
@@ -177,21 +77,21 @@ def _size(shape: Any) -> str | None:
 def _trained(members: list[dict[str, Any]]) -> float | None:
     """Parameters of the target and what every other member has for itself."""
     own = [_own(member, "params") for member in members[1:]]
-    first = _number(members[0].get("params")) if members else None
+    first = number(members[0].get("params")) if members else None
     return None if first is None or None in own else first + sum(filter(None, own))
 
 
 def _own(member: dict[str, Any], what: str) -> float | None:
-    total, own = _number(member.get(what)), _number(member.get(f"own_{what}"))
-    return total - (_number(member.get(f"shared_{what}")) or 0) if total is not None and own is None else own
+    total, own = number(member.get(what)), number(member.get(f"own_{what}"))
+    return total - (number(member.get(f"shared_{what}")) or 0) if total is not None and own is None else own
 
 
 def _cost(members: list[dict[str, Any]], what: str) -> dict[str, Any]:
     """Horizontal bars, in per cent of the longest: the shared trunk, then what the member has for itself."""
-    longest = max((_number(m.get(what)) or 0 for m in members), default=0)
+    longest = max((number(m.get(what)) or 0 for m in members), default=0)
     rows = []
     for at, member in enumerate(members):
-        total, own = _number(member.get(what)), _own(member, what)
+        total, own = number(member.get(what)), _own(member, what)
         shared = (total or 0) - (own or 0)
         widths = [round(100 * part / longest, 2) if longest else 0 for part in (shared, own or 0)]
         numbers = {"total": total, "own": own, "shared": shared, "widths": widths}
@@ -200,7 +100,7 @@ def _cost(members: list[dict[str, Any]], what: str) -> dict[str, Any]:
 
 
 def _series(run: dict[str, Any], key: str) -> Points:
-    pairs = ((epoch(row.get("epoch")), _number(row.get(key))) for row in run.get("history") or [])
+    pairs = ((epoch(row.get("epoch")), number(row.get(key))) for row in run.get("history") or [])
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
@@ -240,13 +140,13 @@ def _losses(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _control(facts: dict[str, Any], best: dict[str, Any]) -> dict[str, Any] | None:
     """Dots on one axis: the control, the student, and who taught it, at the epoch that ships."""
-    before = _number((facts["baseline"].get("metrics") or {}).get("top1"))
-    after = _number(facts["metrics"].get("top1"))
+    before = number((facts["baseline"].get("metrics") or {}).get("top1"))
+    after = number(facts["metrics"].get("top1"))
     rows = [("baseline", "baseline", before), ("student", "student", after)]
     if len(facts["members"]) > 1:
-        rows.append(("ensemble", "ensemble", _number(facts["metrics"].get("ensemble_top1"))))
+        rows.append(("ensemble", "ensemble", number(facts["metrics"].get("ensemble_top1"))))
     names = [str(member.get("name")) for member in facts["members"]]
-    rows += [(name, _hue(at), _number(best.get(f"top1/{name}"))) for at, name in enumerate(names) if at]
+    rows += [(name, _hue(at), number(best.get(f"top1/{name}"))) for at, name in enumerate(names) if at]
     known = [value for _, _, value in rows if value is not None]
     if before is None or after is None:
         return None
@@ -264,12 +164,12 @@ def _latency(verification: Verification | None) -> dict[str, Any]:
     groups: dict[int, list[dict[str, Any]]] = {}
     for row in verification["rows"] if verification else ():
         for timing in row["latency"]:
-            if _number(timing["p50_ms"]):
+            if number(timing["p50_ms"]):
                 groups.setdefault(timing["batch"], []).append({**timing, "name": row["name"]})
     for bars in groups.values():
         torch = next((bar["p50_ms"] for bar in bars if bar["name"] == "torch"), None)
         for bar in bars:
-            bar["marks"] = [_number(bar.get(key)) or bar["p50_ms"] for key in ("p50_ms", "p90_ms", "p99_ms")]
+            bar["marks"] = [number(bar.get(key)) or bar["p50_ms"] for key in ("p50_ms", "p90_ms", "p99_ms")]
         # one slow outlier must not shrink the bars to nothing: no whisker goes beyond three times the longest bar
         width = min(max(max(bar["marks"]) for bar in bars), 3 * max(bar["p50_ms"] for bar in bars))
         for bar in bars:

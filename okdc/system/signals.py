@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType, TracebackType
@@ -21,6 +23,12 @@ SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGINT", "SIGT
 def heeded() -> list[signal.Signals]:
     """Those of SIGNALS upon which a run saves: not a hang-up that nohup has it ignore."""
     return [each for each in SIGNALS if each == signal.SIGINT or signal.getsignal(each) is not signal.SIG_IGN]
+
+
+def end_with_parent() -> None:
+    """Get a SIGTERM, upon which a run saves, when the process that started this one is gone; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 class StopSignal:

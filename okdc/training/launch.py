@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
 import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from okdc.errors import RecipeError, TrainingError
 from okdc.ranks import local_rank, rank, world
 from okdc.recipe import TrainSettings
-from okdc.system.signals import heeded
+from okdc.system.signals import end_with_parent, heeded
 from okdc.training.watch import FOR_EVER
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
@@ -75,7 +73,7 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     # The watch is to speak first: it knows who is late.
     options: dict[str, Any] = {"timeout": timedelta(seconds=(settings.timeout or FOR_EVER) + 60)}
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_launcher()
+        end_with_parent()  # torch's launcher, which may be gone without a word
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=here[0], world_size=here[1], **options)
     try:
         if on_cuda and local_rank() < torch.cuda.device_count():
@@ -96,12 +94,6 @@ def _first_alone_warns() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def _end_with_launcher() -> None:
-    """Get a SIGTERM, upon which a run saves, when torch's launcher is gone without a word; on Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def _first_node() -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from okdc import report
 from okdc.report.plots import apart, line_chart, ticks_for
-from okdc.report.report import cell, digits, duration, si
+from okdc.report.words import cell, digits, duration, si
 
 VOID = {"meta"}  # the only tag of the page that html does not close
 

@@ -34,8 +34,9 @@ from okdc.needs import NOTHING, Needs
 from okdc.pipeline import run_folder
 from okdc.ranks import _Sum, local_rank, rank, world
 from okdc.recipe import DataSettings, Recipe, TrainSettings
+from okdc.system.signals import end_with_parent
 from okdc.training import fit
-from okdc.training.launch import _end_with_launcher, _first_node, as_started, joined, launch, place
+from okdc.training.launch import _first_node, as_started, joined, launch, place
 from okdc.training.parallel import synchronised
 from tests.helpers.networks import Tiny
 
@@ -374,7 +375,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(troubled):
 def test_other_systems_than_linux_have_no_word_of_a_launcher_that_is_gone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("what CDLL(None) is, Windows does not know"))
-    _end_with_launcher()
+    end_with_parent()
 
 
 def test_another_number_of_devices_says_all_that_changes(troubled, tmp_path, one_thread, capsys):

@@ -1,0 +1,209 @@
+"""`okdc compare`: every method and its controls, seed by seed, and one table of what came of it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from okdc import methods as known
+from okdc import networks, pipeline, report
+from okdc.comparing import arms, table, tuning
+from okdc.comparing.arms import Arm
+from okdc.comparing.running import InProcess, Job, refuse_others, run_all, seeded
+from okdc.comparing.table import Line
+from okdc.data import open_source
+from okdc.errors import RecipeError
+from okdc.measure import estimate
+from okdc.measure.estimate import Estimate
+from okdc.pipeline import assemble_cohort, facts, run_folder
+from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
+
+METHODS = ("one", "dml", "ahbf")
+WORDS = {"top1": "top-1", "top5": "top-5", "balanced": "balanced accuracy"}
+NOTHING = ExportSettings(onnx=False, byproducts=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` gives back: the lines, best first, what to use in a sentence, and where everything is."""
+
+    path: Path
+    metric: str
+    lines: list[Line]
+    verdict: str
+    images: int | None = None  # that the figures are of
+    recipe: dict[str, Any] = field(default_factory=dict, repr=False)  # of plain training
+
+
+def compare(
+    model: str | nn.Module | None = None,
+    loader: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: int = 3,
+    recipe: str | Path | None = None,
+    sets: Sequence[str] = (),
+    output: str | Path = "runs",
+    experiment: str | None = None,
+    jobs: int = 1,
+    tune: str | None = None,
+    equal_compute: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Train a network by each of `methods` and alone, with `seeds` seeds each, and say what helped.
+
+    model, loader, validation, recipe and settings are those of `okdc.compress`; a module or a loader is trained in this
+    process, copies of it. Beside plain training with the same recipe runs plain training for as much compute as each
+    method takes (`equal_compute`). `tune`: "lr" finds each arm's learning rate first. `jobs` runs go on at a time.
+    The same call goes on where it was stopped. Figures are those of the last epoch, or, with holdout=SHARE, of the one
+    that images set aside from training have picked. OkdcError says what to mend.
+    """
+    if tune not in (None, "lr") or (tune and loader is not None):
+        raise RecipeError(
+            f"tune={tune!r}: expected lr, for data that okdc reads: training images of its own are set aside for it. "
+            "Leave it out, or give data=FOLDER."
+        )
+    own = loader is not None or isinstance(model, nn.Module)
+    make = partial(_recipe, model, loader, recipe, sets, settings)
+    measure = partial(_measured_own, model, loader) if own else _measured(make(arms.PLAIN))
+    planned = arms.plan(methods, make, measure, equal_compute)
+    plain = planned[0].recipe
+    folder = Path(output) / (experiment or f"compare-{run_folder.default_name(plain).replace('-baseline-', '-')}")
+    run = partial(_run_and_tell, jobs, partial(_compressed, model, loader, validation) if own else None)
+    if tune:
+        planned = tuning.tuned(planned, folder, plain.train.seed, run)
+    runs = {arm.name: {} if arm.problem else _jobs(arm, folder, seeds) for arm in planned}
+    failed = run([job for of_arm in _by_seed(runs, seeds) for job in of_arm])
+    found = table.lines(planned, runs, failed)
+    some = next((facts for of_arm in runs.values() for job in of_arm.values() if (facts := job.facts())), {})
+    images = (some.get("data") or {}).get("validation_images")
+    comparison = Comparison(
+        folder, plain.train.eval_metric, found, table.verdict(found), images, planned[0].recipe.to_dict()
+    )
+    report.write_comparison(folder, facts_of(comparison))
+    return comparison
+
+
+def facts_of(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain values."""
+    return {
+        "title": f"{comparison.recipe['network']['model']} on {comparison.recipe['data']['data']}",
+        "metric": WORDS[comparison.metric],
+        "images": comparison.images,
+        "holdout": comparison.recipe["data"]["holdout"],
+        "verdict": comparison.verdict,
+        "path": comparison.path.as_posix(),
+        "lines": [asdict(line) for line in comparison.lines],
+        "command": facts.command(),
+        "recipe": comparison.recipe,
+    }
+
+
+def _recipe(
+    model: Any,
+    loader: Any,
+    recipe: str | Path | None,
+    sets: Sequence[str],
+    settings: dict[str, Any],
+    method: str,
+) -> Recipe:
+    """The recipe of an arm: what builds branches is not for plain training, and nothing is exported."""
+    places = flat_settings()
+    flat = {"method": method, **settings}
+    if method == arms.PLAIN:
+        flat = {name: value for name, value in flat.items() if places.get(name, ("",))[0] != "cohort"}
+        sets = [each for each in sets if not each.startswith(("cohort.", "method."))]
+    if model is not None:
+        flat["model"] = model if isinstance(model, str) else type(model).__name__
+    if loader is not None:
+        flat |= {"data": LOADER, "batch_size": settings.get("batch_size") or getattr(loader, "batch_size", None)}
+    resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc compare")
+    return replace(resolved, export=NOTHING)
+
+
+def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
+    """What a recipe would build around a named network for the classes of the data, which are looked at once."""
+    classes = len(open_source(plain.data, plain.train.seed).classes)
+
+    def measure(recipe: Recipe) -> Estimate:
+        network = replace(recipe.network, pretrained=False, checkpoint=None, num_classes=classes)
+        return estimate.estimate(replace(recipe, network=network))
+
+    return measure
+
+
+def _measured_own(model: Any, loader: Any, recipe: Recipe) -> Estimate:
+    """The same around the user's own module, or for the user's own batches."""
+    network = replace(recipe.network, pretrained=False, checkpoint=None)
+    target = copy.deepcopy(model) if isinstance(model, nn.Module) else networks.load(network)
+    size = networks.data_config(target, network)["input_size"]
+    if loader is not None:
+        images, _ = next(iter(loader))
+        size = tuple(images.shape[1:])
+    classes = networks.check_input(target, size).shape[1]
+    method = assemble_cohort.build_method(target, recipe, size, classes, named=False)
+    return estimate.measure(method, assemble_cohort.needs(recipe)[0])
+
+
+def _jobs(arm: Arm, folder: Path, seeds: int) -> dict[int, Job]:
+    first = arm.recipe.train.seed
+    return {
+        seed: Job(folder / f"{arm.name}-s{seed}", seeded(arm.recipe, seed), arm.cost)
+        for seed in range(first, first + seeds)
+    }
+
+
+def _by_seed(runs: dict[str, dict[int, Job]], seeds: int) -> list[list[Job]]:
+    """The runs in the order in which they are done: every arm with the first seed, then with the second."""
+    return [[list(jobs.values())[at] for jobs in runs.values() if jobs] for at in range(seeds)]
+
+
+def _compressed(model: Any, loader: Any, validation: Any, job: Job) -> None:
+    """A run in this process, of a copy of the user's own module or on the user's own batches."""
+    pipeline.compress(
+        copy.deepcopy(model) if isinstance(model, nn.Module) else model, loader, validation,
+        recipe=job.recipe, output=job.folder.parent, experiment=job.folder.name, resume="auto",
+    )  # fmt: skip
+
+
+def _run_and_tell(at_once: int, in_process: InProcess | None, jobs: Sequence[Job]) -> dict[Path, str]:
+    """Run what is not done, and print a line for each run that ends, with the time that is left."""
+    refuse_others(jobs)
+    todo = [job for job in jobs if job.facts() is None]
+    started, work, ended = time.monotonic(), 0.0, 0
+    total = sum(_work(job) for job in todo)
+    if todo:
+        _say(f"{len(todo)} runs, {total:,.0f} epochs' worth of plain training, into {todo[0].folder.parent}")
+
+    def done(job: Job, reason: str | None) -> None:
+        nonlocal work, ended
+        work, ended = work + _work(job), ended + 1
+        left = (time.monotonic() - started) / work * (total - work)
+        figure = table.score(job.facts() or {}, job.recipe.train.eval_metric) if reason is None else None
+        told = (
+            f"failed: {reason}"
+            if reason
+            else f"{WORDS[job.recipe.train.eval_metric]} {figure:.2f} %"
+            if figure is not None
+            else "done"
+        )
+        _say(f"{ended} of {len(todo)}  {job.folder.name}  {told}, {report.duration(left)} left")
+
+    return run_all(jobs, at_once, done, in_process)
+
+
+def _work(job: Job) -> float:
+    return job.cost * job.recipe.train.epochs
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

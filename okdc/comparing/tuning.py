@@ -1,0 +1,85 @@
+"""Each arm at its own best learning rate, chosen on training images that are set aside, never on validation images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from okdc.comparing.arms import PLAIN, Arm
+from okdc.comparing.running import Job
+from okdc.errors import TrainingError
+
+FOLDER = "tuning"
+STEP = 3.0  # from one learning rate of the grid to the next
+FURTHER = 2  # how often the grid grows where its best rate is the smallest or the largest
+ASIDE = 0.1  # share of the training images that the rates are judged on
+
+Run = Callable[[Sequence[Job]], object]
+Rates = dict[float, float]  # learning rate: score, -inf where training failed
+
+
+def tuned(arms: Sequence[Arm], folder: Path, seed: int, run: Run) -> list[Arm]:
+    """The arms, each at the best rate of a grid around its own; longer plain training takes the rate of plain training.
+
+    The grid is a third, once and three times the rate; while the best one is at its end, it grows there. One seed, all
+    epochs. TrainingError where no rate of an arm trains.
+    """
+    own = [arm for arm in arms if not arm.problem and (arm.name == PLAIN or not arm.is_plain)]
+    rates: dict[str, Rates] = {arm.name: {} for arm in own}
+    for _ in range(1 + FURTHER):
+        jobs = {(arm.name, rate): _job(arm, rate, folder, seed) for arm in own for rate in _next(arm, rates[arm.name])}
+        if not jobs:
+            break
+        run(list(jobs.values()))
+        for (name, rate), job in jobs.items():
+            rates[name][rate] = _score(job)
+    best = {arm.name: _chosen(arm, rates[arm.name]) for arm in own}
+    return [_at(arm, best[PLAIN if arm.is_plain else arm.name]) if not arm.problem else arm for arm in arms]
+
+
+def _next(arm: Arm, found: Rates) -> list[float]:
+    """The rates to try next: the grid, or one beyond its end where the best one is there."""
+    if not found:
+        return [_rounded(arm.recipe.train.peak_lr * STEP**power) for power in (-1, 0, 1)]
+    best, rates = _best(arm, found), sorted(found)
+    if best == rates[0] or found[best] == -math.inf:
+        return [_rounded(rates[0] / STEP)]
+    return [_rounded(best * STEP)] if best == rates[-1] else []
+
+
+def _best(arm: Arm, found: Rates) -> float:
+    """The rate with the best score; of equals the nearest to the arm's own."""
+    own = arm.recipe.train.peak_lr
+    return max(found, key=lambda rate: (found[rate], -abs(math.log(rate / own))))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def _at(arm: Arm, rate: float) -> Arm:
+    return replace(arm, recipe=replace(arm.recipe, train=replace(arm.recipe.train, lr=rate)))
+
+
+def _job(arm: Arm, rate: float, folder: Path, seed: int) -> Job:
+    recipe = _at(arm, rate).recipe
+    data = replace(recipe.data, holdout=recipe.data.holdout or ASIDE)
+    recipe = replace(recipe, data=data, train=replace(recipe.train, seed=seed))
+    return Job(folder / FOLDER / f"{arm.name}-lr{rate:g}", recipe, arm.cost)
+
+
+def _score(job: Job) -> float:
+    """What the images set aside say of the last epoch; -inf where there is none."""
+    history = (job.facts() or {}).get("history") or [{}]
+    value = history[-1].get(f"eval_{job.recipe.train.eval_metric}")
+    return -math.inf if value is None else value
+
+
+def _chosen(arm: Arm, found: Rates) -> float:
+    best = _best(arm, found)
+    if found[best] == -math.inf:
+        tried = ", ".join(f"{each:g}" for each in sorted(found))
+        raise TrainingError(f"{arm.name} trains at none of the learning rates {tried}. Give another --lr.")
+    return best
