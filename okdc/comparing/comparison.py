@@ -188,17 +188,16 @@ def _run_and_tell(at_once: int, in_process: InProcess | None, jobs: Sequence[Job
         nonlocal work, ended
         work, ended = work + _work(job), ended + 1
         left = (time.monotonic() - started) / work * (total - work)
-        figure = table.score(job.facts() or {}, job.recipe.train.eval_metric) if reason is None else None
-        told = (
-            f"failed: {reason}"
-            if reason
-            else f"{WORDS[job.recipe.train.eval_metric]} {figure:.2f} %"
-            if figure is not None
-            else "done"
-        )
+        told = f"failed: {reason}" if reason else _figure(job)
         _say(f"{ended} of {len(todo)}  {job.folder.name}  {told}, {report.duration(left)} left")
 
     return run_all(jobs, at_once, done, in_process)
+
+
+def _figure(job: Job) -> str:
+    metric = job.recipe.train.eval_metric
+    value = table.score(job.facts() or {}, metric)
+    return "without a figure" if value is None else f"{WORDS[metric]} {value:.2f} %"
 
 
 def _work(job: Job) -> float:
