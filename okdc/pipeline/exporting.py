@@ -33,10 +33,11 @@ def export(
 ) -> Verification:
     """Write a bundle of a run's student, a saved student or a named network, and verify it; returns the verification.
 
-    output: the bundle's folder, by default `source`/export. model: the package.module:function that a run trained,
-    which runs only if it is named here. push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the
-    bundle if it is fit to ship. settings: those of the recipe's export section, and `data`, the images to verify on (a
-    run's own when not given).
+    source: a run folder, a saved student, the name of a network, or a module.
+    output: the bundle's folder, by default `source`/export.
+    model: the package.module:function that a run trained, which runs only if it is named here.
+    push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the bundle if it is fit to ship.
+    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given).
     """
     if push_to_hub:
         hub.check(push_to_hub)
