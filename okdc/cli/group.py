@@ -54,7 +54,7 @@ class _Commands(click.Group):
 def main() -> None:
     """Make a vision network more accurate without making it bigger, then export it, verified.
 
-    okdc trains your network together with branches that teach it, throws the branches away, and ships the same network.
+    okdc trains your network together with branches that teach it. Then it removes the branches, and ships your network.
 
     \b
     okdc compress                                             try it: real digits, any machine, about a minute

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import click
@@ -25,7 +27,7 @@ def methods(name: str | None) -> None:
     from okdc.cli import tables
 
     if name:
-        click.echo(known.card(name).strip())
+        click.echo(wrapped(known.card(name), shutil.get_terminal_size().columns))
         click.echo(f"\n{tables.settings_of(name)}")
     else:
         tables.show_methods()
@@ -51,6 +53,23 @@ def recipes(words: tuple[str, ...]) -> None:
         click.echo(recipe.path(words[0]).read_text(encoding="utf-8").rstrip())
     else:
         raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
+
+
+def wrapped(card: str, width: int) -> str:
+    """A card at the width of the terminal: paragraphs and `Name: ` items are filled anew, where a line is too long."""
+    paragraphs = []
+    for paragraph in card.split("\n\n"):
+        if max(map(len, paragraph.splitlines()), default=0) > width and not paragraph.startswith(" "):
+            items = re.split(r"\n(?=\w+: )", paragraph)
+            paragraph = "\n".join(
+                textwrap.fill(
+                    " ".join(item.split()), width, subsequent_indent="    " * bool(re.match(r"\w+: ", item)),
+                    break_long_words=False, break_on_hyphens=False,
+                )
+                for item in items
+            )  # fmt: skip
+        paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
 
 
 def _copy(name: str, folder: Path) -> Path:
