@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from okdc.cohort import Cost
     from okdc.comparing import Comparison
     from okdc.comparing.gains import Gain
+    from okdc.measure.doctor import Finding
     from okdc.measure.estimate import Estimate
     from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
@@ -304,6 +305,18 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
             f"{found.data.name}: {found.data.images_per_second:,.0f} training images a second; training waits for "
             f"them {found.data.waiting:.0%} of its time."
         )
+
+
+def show_findings(findings: list[Finding]) -> None:
+    """One line for each thing that a machine has or lacks, what to do about it below."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    words = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
+    for finding in findings:
+        told = escape(finding.found) + (f"\n[bold]{escape(finding.advice)}[/]" if finding.advice else "")
+        table.add_row(finding.name, words[finding.ok], told)
+    _console().print(table)
+    wrong = sum(finding.ok is False for finding in findings)
+    _console().print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")
 
 
 def _console() -> Console:

@@ -67,7 +67,18 @@ def test_help_is_quick() -> None:
     assert min(seconds() for _ in range(5)) < 0.6
 
 
-COMMANDS = ["compress", "export", "verify", "compare", "benchmark", "inspect", "profile", "methods", "recipes"]
+COMMANDS = [
+    "compress",
+    "export",
+    "verify",
+    "compare",
+    "benchmark",
+    "inspect",
+    "profile",
+    "methods",
+    "recipes",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

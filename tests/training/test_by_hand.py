@@ -1,7 +1,7 @@
-"""Whole trainings, beside the same written out by hand for one network: single steps that are right may still add up wrong.
+"""Whole trainings beside the same written out by hand for one network: steps that are right may still add up wrong.
 
-Nothing of okdc is used by hand: convolutions and norms as functions of named weights, each method's formula as its paper
-writes it, momentum and cosine as textbooks do. All in float64, so that nothing hides behind rounding.
+Nothing of okdc is used by hand: convolutions and norms as functions of named weights, each method's formula as its
+paper writes it, momentum and cosine as textbooks do. All in float64, so that nothing hides behind rounding.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def dml(x: Tensor, y: Tensor, w: Weights, epoch: int) -> Tensor:
 
 
 def ahbf(x: Tensor, y: Tensor, w: Weights, epoch: int) -> Tensor:
-    """AHBF (Gong et al. 2023): each branch is fused into the assistant, which teaches the one before, and the branch."""
+    """AHBF (Gong et al. 2023): a branch is fused into the assistant, which teaches the one before and the branch."""
     shared = trunk(x, w, MEMBERS[0])
     parts = [tail(shared, w, member) for member in MEMBERS]
     features, assistant = parts[0]
