@@ -60,6 +60,7 @@ def load(
     part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size
     _refuse_blends(settings, needs)
+    _refuse_balance(settings, needs)
     if isinstance(source.train, Stream):
         _refuse_stream(settings, needs, world)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
@@ -67,7 +68,7 @@ def load(
     _check_fills(part, len(images), source.name)
     if "pixel_bits" not in config and (bits := find_bits(source.train, timeout)):
         config["pixel_bits"] = bits
-    order = Order(images.labels, seed, part.whole if needs.pairs else None)
+    order = Order(images.labels, seed, part.whole if needs.pairs else None, settings.balanced_sampling)
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
@@ -125,11 +126,24 @@ def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
         )
 
 
+def _refuse_balance(settings: DataSettings, needs: Needs) -> None:
+    if settings.balanced_sampling and needs.pairs:
+        raise DataError(
+            "the method makes batches of pairs, in an order of its own that draws every class equally often already. "
+            "Leave out --balanced-sampling."
+        )
+
+
 def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
     if world > 1:
         raise DataError(
             f"{settings.data} is a stream, which is only read from front to back, and cannot be divided evenly among "
             f"{world} devices. Unpack it to a folder with train/ and val/, or use --devices 1."
+        )
+    if settings.balanced_sampling:
+        raise DataError(
+            f"--balanced-sampling picks images by their class, and {settings.data} is a stream, which is only read "
+            "from front to back. Unpack it to a folder with train/ and val/, or weigh classes: --class-weights FILE."
         )
     asked = {
         "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,

@@ -56,6 +56,11 @@ def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -
 
 def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Prepared:
     asked, _ = needs(recipe)
+    if recipe.data.balanced_sampling:  # of a recipe: okdc.compress refuses it where it is typed
+        raise DataError(
+            "balanced_sampling orders images that okdc reads, and a loader of your own has its order. Give the loader "
+            "torch's WeightedRandomSampler and leave it out of the recipe, or give data=FOLDER instead of the loader."
+        )
     data = wrap(
         loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
         world=world(), timeout=recipe.train.timeout,

@@ -89,6 +89,9 @@ class DataSettings:
     color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
     aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
     reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    balanced_sampling: bool = _setting(
+        False, "draw every class equally often: images of rare classes repeat, those of frequent ones take turns"
+    )
     mixup: float = _setting(0.0, "mixup alpha; 0 is off", at_least=0)
     cutmix: float = _setting(0.0, "cutmix alpha; 0 is off", at_least=0)
     smoothing: float = _setting(0.0, "label smoothing", at_least=0, at_most=1)
