@@ -187,6 +187,10 @@ class TrainSettings:
         None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
         at_least=1,
     )  # fmt: skip
+    log: list[str] | None = _setting(
+        None, "who is told of every epoch: tensorboard, wandb, mlflow (comma separated); tensorboard, where installed, "
+        "when not given", choices=("tensorboard", "wandb", "mlflow"),
+    )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
     @property

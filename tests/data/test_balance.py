@@ -18,7 +18,7 @@ import okdc
 from okdc.cli import main
 from okdc.data import Data, load, open_source
 from okdc.data.images import Images
-from okdc.data.samples import EpochPlaces, Order, Part
+from okdc.data.samples import Order
 from okdc.data.streams import Stream
 from okdc.data.values import Source
 from okdc.errors import DataError, RecipeError
@@ -84,13 +84,6 @@ def test_an_epoch_that_cannot_be_divided_evenly_is_cut_at_random() -> None:
     counts = torch.stack([labels[Order(labels, 0, balanced=True).of(epoch)].bincount() for epoch in range(200)])
     assert (counts.sum(1) == 98).all() and counts.max() == 25
     assert (counts.float().mean(0) - 24.5).abs().max() < 0.2
-
-
-def test_two_ranks_have_together_what_one_has() -> None:
-    order = Order(LABELS, 3, balanced=True).of(2)
-    (whole,), *parts = (list(EpochPlaces(len(LABELS), part))[:1] for part in (Part(20), Part(10, 0, 2), Part(10, 1, 2)))
-    images = [order[[place for _, place in part[0]]] for part in parts]
-    assert torch.equal(order[[place for _, place in whole]], torch.cat(images))
 
 
 @pytest.mark.parametrize("changes", [{}, {"resident": "on"}], ids=["read", "resident"])
