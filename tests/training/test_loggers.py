@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,21 @@ def mlflow(folder: Path) -> Points:
     return points([(m.key, m.step, m.value) for m in history])
 
 
-def wandb_records(folder: Path) -> list[Any]:
-    """The records of the newest offline run, in the format of LevelDB's logs (blocks of 32 KiB) behind 7 bytes."""
+def wandb_records(folder: Path) -> list[tuple[str, Any]]:
+    """The kind and content of the newest offline run's records, once wandb's own process has written the last."""
+    newest = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    until = time.monotonic() + 20
+    while not (found := wandb_file(newest)) or found[-1][0] != "exit":
+        assert time.monotonic() < until, found
+        time.sleep(0.02)
+    return found
+
+
+def wandb_file(path: Path) -> list[tuple[str, Any]]:
+    """Records in the format of LevelDB's logs (blocks of 32 KiB) behind 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    newest = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    raw, place, records, data = newest.read_bytes(), 7, [], b""
+    raw, place, records, data = path.read_bytes(), 7, [], b""
     while place + 7 <= len(raw):
         if (left := 32768 - place % 32768) < 7:
             place += left
@@ -70,16 +80,17 @@ def wandb_records(folder: Path) -> list[Any]:
         data += raw[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            records.append(Record.FromString(data))
-            data = b""
+            record, data = Record.FromString(data), b""
+            told = record.WhichOneof("record_type")
+            records.append((told, getattr(record, told)))
     return records
 
 
 def wandb(folder: Path) -> Points:
     rows = []
-    for record in wandb_records(folder):
-        if record.WhichOneof("record_type") == "history":
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+    for kind, record in wandb_records(folder):
+        if kind == "history":
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.item}
             rows += [(name, row["_step"], float(value)) for name, value in row.items() if name[0] != "_"]
     return points(rows)
 
@@ -130,6 +141,7 @@ def assert_told(told: Points, history: list[dict[str, Any]]) -> None:
 def test_every_epoch_of_a_run_that_is_cut_and_goes_on_is_told_once(name: str, folder: Path) -> None:
     with pytest.raises(Crash), Loggers([name], folder, RECIPE) as logs:
         run(folder, data=tiny_data(crash_at(2, 3)), loggers=logs)
+    assert len(READERS[name](folder)["loss/ce"]) == 2
     with Loggers([name], folder, RECIPE) as logs:
         state = run(folder, resume=folder / "last.pth.tar", loggers=logs)
         logs.end({"top1": 75.0, "eval_metric": "top1", "top5": None}, "pass")
@@ -149,6 +161,7 @@ def test_what_a_kill_kept_from_a_logger_is_told_and_what_it_has_is_not_told_agai
             logs.begin(rows[:done])
             for row in rows[done:until]:
                 logs.epoch(row)
+        READERS[name](folder)  # which waits for wandb's own process
 
     go_on(0, 2)
     go_on(3, 4)  # killed when the third epoch was saved and not told yet
@@ -177,11 +190,11 @@ def test_wandb_has_the_settings_and_what_came_of_the_run(folder: Path) -> None:
         logs.begin([])
         logs.end({"top1": 75.0}, "pass")
     records = wandb_records(folder)
-    (begun,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    (begun,) = [record for kind, record in records if kind == "run"]
     assert (begun.project, begun.display_name) == ("okdc", "mine")
     assert begun.run_id == json.loads((folder / loggers.IDS).read_text())["wandb"]
     assert {item.key: json.loads(item.value_json) for item in begun.config.update}["train"] == RECIPE["train"]
-    summary = [item for record in records for item in record.summary.update]
+    summary = [item for kind, record in records if kind == "summary" for item in record.update]
     told = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in summary}
     assert told["final/top1"] == 75 and told["verification"] == "pass"
 
