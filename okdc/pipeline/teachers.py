@@ -13,11 +13,11 @@ from torch import nn
 from okdc import networks
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
+from okdc.networks import weights
 from okdc.pipeline import class_names, saved_classes
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
 from okdc.system.waiting import limited
-from okdc.training import checkpoint
 
 ENOUGH = 2000  # validation images to see whether a teacher knows anything
 
@@ -120,10 +120,11 @@ def check_accuracy(teacher: nn.Module, name: str, data: Data, device: torch.devi
 def _settings(name: str, in_chans: int) -> NetworkSettings:
     if not Path(name).is_file():
         return NetworkSettings(model=name, in_chans=in_chans, pretrained=not Path(name).exists())
-    arch = checkpoint.load(name).get("arch")
-    if not isinstance(arch, str) or runs_code(arch):
+    arch = weights.architecture(name)
+    if arch is None or runs_code(arch):
         raise NetworkError(
-            f"the teacher {name} does not say which network of timm or torchvision it holds. Give the folder of the "
-            "run that saved it: --teacher runs/NAME."
+            f"the teacher {name} does not say which network of timm or torchvision it holds (its name under 'arch', "
+            "beside weights that can be read without running code). Give the folder of the run or bundle (--teacher "
+            "runs/NAME), or a function of yours that loads it (--teacher package.module:function)."
         )
     return NetworkSettings(model=arch, in_chans=in_chans, checkpoint=name)
