@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@click.option("--log-wandb", is_flag=True, help="The same as --log wandb; timm's flag.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
 @flags.settings("network", "cohort", "data", "train", "export")
 def compress(
@@ -38,6 +39,7 @@ def compress(
     output: str,
     experiment: str | None,
     resume: str | None,
+    log_wandb: bool,
     rendezvous: str | None,
     **_: Any,
 ) -> None:
@@ -53,6 +55,8 @@ def compress(
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
     """
     typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+    if log_wandb:
+        typed["log"] = [*typed.get("log", []), "wandb"]
 
     from okdc import methods, pipeline
     from okdc.pipeline import run_folder

@@ -80,7 +80,7 @@ def compare(
     folder = Path(output) / (experiment or f"compare-{run_folder.default_name(plain).replace('-baseline-', '-')}")
     run = partial(_run_and_tell, jobs, partial(_compressed, model, loader, validation) if own else None)
     if tune:
-        planned = tuning.tuned(planned, folder, plain.train.seed, run)
+        planned = tuning.tuned(planned, tuning.aside(_training_images(plain)), folder, run)
     runs = {arm.name: {} if arm.problem else _jobs(arm, folder, seeds) for arm in planned}
     failed = run([job for of_arm in _by_seed(runs, seeds) for job in of_arm])
     found = table.lines(planned, runs, failed)
@@ -139,6 +139,17 @@ def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
         return estimate.estimate(replace(recipe, network=network))
 
     return measure
+
+
+def _training_images(plain: Recipe) -> int:
+    """How many there are to set some aside; RecipeError for a stream, of which none can be."""
+    source = open_source(plain.data, plain.train.seed)
+    if hasattr(source.train, "split"):
+        return len(source.train)
+    raise RecipeError(
+        f"--tune lr sets single training images aside, and {plain.data.data} is a stream, which is only read from "
+        "front to back. Leave it out, or unpack the stream to a folder with train/ and val/."
+    )
 
 
 def _measured_own(model: Any, loader: Any, recipe: Recipe) -> Estimate:

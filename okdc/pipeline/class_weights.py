@@ -29,6 +29,11 @@ def of(recipe: Recipe, data: Data) -> Tensor | None:
         return None
     if runs_code(recipe.method["name"]):
         log.warning("--class-weights acts in okdc.losses.cross_entropy alone: %s must use it", recipe.method["name"])
+    if asked == "auto" and recipe.data.balanced_sampling:
+        log.warning(
+            "--class-weights auto and --balanced-sampling both make up for classes of uneven size: together they weigh "
+            "rare classes twice. One of them is enough."
+        )
     weights = rarity(data) if asked == "auto" else _read(Path(asked), data.classes)
     return weights.to(choose_device(recipe.train.device))
 

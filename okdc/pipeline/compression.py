@@ -22,7 +22,7 @@ from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, Recipe, TrainSettings, flat_settings, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
-from okdc.training import TrainState, checkpoint, launch
+from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
 from okdc.training.machine import Machine, choose_device
 
@@ -53,19 +53,21 @@ def compress(
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
             resolved = first(lambda: run_folder.as_begun(resolved, folder, last))
+            names = first(lambda: loggers.chosen(resolved.train.log))
             if leads:
                 _tell_unavailable(resolved)
+            logs = held.enter_context(loggers.Loggers(names if leads else (), folder, resolved.to_dict()))
             seed_everything(resolved.train.seed)
             target, data = assemble.network_and_data(model, loader, validation, resolved)
             named = not isinstance(model, nn.Module)
-            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
+            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
-            _deliver(result, trained, state, lost)
+            _deliver(result, trained, state, lost, logs)
     return result
 
 
@@ -112,7 +114,14 @@ def _refuse_data_settings(given: dict[str, Any]) -> None:
 
 
 def _train(
-    target: nn.Module, data: Data, recipe: Recipe, folder: Path, last: Path | None, named: bool, held: ExitStack
+    target: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    last: Path | None,
+    named: bool,
+    held: ExitStack,
+    logs: loggers.Loggers,
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
     weights = class_weights.of(recipe, data)
@@ -127,7 +136,7 @@ def _train(
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
-                begin=lambda: run_folder.begin(folder, recipe, student, held),
+                begin=lambda: run_folder.begin(folder, recipe, student, held), loggers=logs,
             )  # fmt: skip
             return method, state, *byproducts.take(method, folder, settle)
         finally:
@@ -142,7 +151,7 @@ def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainSt
     return judged | {"holdout": state.best}
 
 
-def _deliver(result: Result, method: Method, state: TrainState, lost: str | None) -> None:
+def _deliver(result: Result, method: Method, state: TrainState, lost: str | None, logs: loggers.Loggers) -> None:
     """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
@@ -157,6 +166,7 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
         report.write(folder, facts_of(result, method, state) | {"byproducts": further})
+        logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
 
 
 def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:

@@ -94,6 +94,9 @@ class DataSettings:
     color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
     aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
     reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    balanced_sampling: bool = _setting(
+        False, "draw every class equally often: images of rare classes repeat, those of frequent ones take turns"
+    )
     mixup: float = _setting(0.0, "mixup alpha; 0 is off", at_least=0)
     cutmix: float = _setting(0.0, "cutmix alpha; 0 is off", at_least=0)
     smoothing: float = _setting(0.0, "label smoothing", at_least=0, at_most=1)
@@ -188,6 +191,10 @@ class TrainSettings:
     patience: int | None = _setting(
         None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
         at_least=1,
+    )  # fmt: skip
+    log: list[str] | None = _setting(
+        None, "who is told of every epoch: tensorboard, wandb, mlflow (comma separated); tensorboard, where installed, "
+        "when not given", choices=("tensorboard", "wandb", "mlflow"),
     )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 

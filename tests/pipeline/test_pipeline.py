@@ -18,6 +18,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,6 +87,8 @@ def test_the_whole_road(run: tuple[Path, subprocess.CompletedProcess[str]], fold
     assert rows["onnx"]["top1"] == rows["torch"]["top1"] == rows["predict.py"]["top1"]
     for name in ("report.html", "report.md", "summary.csv", "last.pth.tar", "model_best.pth.tar", "recipe.yaml"):
         assert (path / name).stat().st_size > 100
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    assert events.Tensors("verification/text_summary")[0].tensor_proto.string_val == [b"pass"]
     again = command("verify", path, cwd=path.parents[1])
     assert again.returncode == 0, again.stderr
     images = sorted((folder / "val" / "red").iterdir())
