@@ -388,13 +388,20 @@ def test_a_collapse_on_other_images_is_said_and_fails_only_on_the_same(
     assert same["verdict"] == "fail" and "when last measured it was 87.50%" in deploy.failures(same)
 
 
-def test_images_that_were_not_all_read_count_as_no_more_draws_than_classes(
+def test_the_first_images_that_an_older_okdc_took_count_as_no_more_draws_than_classes(
     copy: Path, data: Images, student: torch.nn.Module
 ) -> None:
     export(student, scored(data, student, 10, "mine"), copy, WEIGHTS_ONLY)
     other = scored(data, student, 0, "other")
     assert "was 62.50%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
-    assert deploy.verify_bundle(copy, other, replace(QUICK, images=12))["rows"][0]["reason"] is None
+    sampled = deploy.verify_bundle(copy, other, replace(QUICK, images=12))
+    assert "on these 12 images and was 62.50%" in sampled["rows"][0]["reason"], "a sample: twelve draws"
+    assert sampled["sample"]["told"].startswith("12 of 16 images, ")
+    recorded = json.loads((copy / "verification.json").read_text())
+    recorded["data"]["images"] = 40
+    (copy / "verification.json").write_text(json.dumps(recorded))
+    write_sums(copy)
+    assert deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"] is None
 
 
 def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:
