@@ -12,6 +12,7 @@ from torch import Tensor
 
 from okdc.data import own_images
 from okdc.data.labels import checked_labels
+from okdc.data.names import check_lines
 from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
@@ -64,6 +65,7 @@ def wrap(
         raise DataError(
             "the training loader has labels of one class only; expected two or more. If there are more: num_classes=N"
         )
+    check_lines(names, "the training data set")
     images, judged = 0, seen
     if validation is not None:
         _check_iterable(validation, "validation")

@@ -331,6 +331,12 @@ def shift_labels(folder: Path) -> None:
     write_sums(folder)
 
 
+def change_program(folder: Path) -> None:
+    with open(folder / "predict.py", "a", encoding="utf-8") as file:
+        file.write("# and more\n")
+    write_sums(folder)
+
+
 def truncate(folder: Path) -> None:
     content = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(content[: len(content) // 2])
@@ -345,8 +351,9 @@ def truncate(folder: Path) -> None:
         (shift_labels, "labels.txt"),
         (lambda folder: edit_preprocess(folder, mean=[0.485, 0.456, 0.406]), "predict.py"),
         (lambda folder: edit_preprocess(folder, std=[0.3, 0.3, 0.3]), "predict.py"),
+        (change_program, "predict.py"),
     ],
-    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std"],
+    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std", "another program"],
 )
 def test_planted_faults_fail_their_row(copy: Path, data: Images, spoil: Any, row: str) -> None:
     spoil(copy)
