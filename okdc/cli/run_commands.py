@@ -12,7 +12,7 @@ import click
 from okdc import recipe
 from okdc.cli import flags
 from okdc.cli.group import main
-from okdc.errors import ExportError, GateError
+from okdc.errors import ExportError, GateError, refuse_address
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -62,6 +62,7 @@ def compress(
     from okdc.pipeline import run_folder
     from okdc.training import launch
 
+    refuse_address(resume, "--resume")
     recipe_name = recipe_name or run_folder.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
     if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
@@ -85,7 +86,7 @@ def compress(
 @click.option(
     "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
 )
-@flags.settings("export", "data.data")
+@flags.settings("export", "data.data", "data.mean", "data.std", "data.interpolation", "data.crop_pct")
 def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
     """Write SOURCE in deployable formats, and verify each against torch on the same images.
 
@@ -103,7 +104,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
-    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None, source)
     require_asked(verification, flags.given())
 
 
@@ -123,7 +124,7 @@ def verify(bundle: str, **_: Any) -> None:
     from okdc import deploy, pipeline
     from okdc.cli import tables
 
-    verification = pipeline.verify(Path(bundle), **flags.given())
+    verification = pipeline.verify(bundle, **flags.given())
     tables.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))

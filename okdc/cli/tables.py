@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from okdc import methods
+from okdc.deploy import UNKNOWN
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
@@ -58,8 +59,11 @@ def _whereabouts(bundle: Path) -> str:
     return str(bundle) if bundle.is_dir() else "not exported; the report says more"
 
 
-def show_verification(verification: Verification, next_command: str | None = None) -> None:
-    """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship."""
+def show_verification(verification: Verification, next_command: str | None = None, source: str = "RUN") -> None:
+    """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship.
+
+    The last line is the command to type next; `source` is what was exported.
+    """
     rows = verification["rows"]
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
     timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
@@ -81,6 +85,7 @@ def show_verification(verification: Verification, next_command: str | None = Non
     for reason in reasons:
         console.print(f"  {escape(reason)}", soft_wrap=True)
     images = f"{verification['images']:,} images" if verification.get("images") else "no images"
+    images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
     threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
     console.print(f"Verified on {images}, {verification.get('device')}{threads}. = torch: share of equal predictions.")
@@ -89,6 +94,8 @@ def show_verification(verification: Verification, next_command: str | None = Non
         console.print(f"Recommended here: [bold]{recommended['file']}[/], {escape(recommended['why'])}.")
     for skipped in verification.get("skipped", []):
         console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
+    if any(skipped["reason"] == UNKNOWN for skipped in verification.get("skipped", [])):
+        next_command = f"okdc export {source} --mean R,G,B --std R,G,B"
     if next_command:
         _next(next_command)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from okdc.data.batchwise import Law
@@ -114,7 +115,7 @@ class ShuffledBatches:
 
 
 class OrderedBatches:
-    """Validation batches: every readable image once, in order."""
+    """Validation batches: every readable image once, in order; or those in certain `places` of it."""
 
     def __init__(
         self,
@@ -125,8 +126,11 @@ class OrderedBatches:
         bad: BadImages,
         device: torch.device,
         kept: Decoded | None = None,
+        places: Sequence[int] | None = None,
     ):
-        self.order, self.kept = OrderedPlaces(len(dataset), batch_size), kept is not None
+        self.arguments = dataset, batch_size, workers, config, bad, device, kept
+        places = range(len(dataset)) if places is None else places
+        self.order, self.kept = OrderedPlaces(places, batch_size), kept is not None
         self.loader: Any = (
             ResidentInOrder(kept, dataset.images.labels, self.order, config, device)
             if kept
@@ -139,6 +143,15 @@ class OrderedBatches:
     def __iter__(self) -> Iterator[Batch]:
         return self.every(0, 1)
 
+    @property
+    def labels(self) -> Tensor:
+        """The classes (images,) of all images, unreadable ones too."""
+        return self.arguments[0].images.labels
+
+    def only(self, places: Sequence[int]) -> OrderedBatches:
+        """Batches of the images in these places; the others are not read."""
+        return OrderedBatches(*self.arguments, places)
+
     def every(self, first: int, step: int) -> Iterator[Batch]:
         """Each `step`-th batch from the `first` on; the others are not read."""
         self.order.first, self.order.every = first, step
@@ -148,11 +161,16 @@ class OrderedBatches:
 class RawImages:
     """(PIL image as stored, class index) of every readable validation image, in the order of the batches."""
 
-    def __init__(self, images: Images, config: dict[str, Any], bad: BadImages):
+    def __init__(self, images: Images, config: dict[str, Any], bad: BadImages, places: Sequence[int] | None = None):
         self.images, self.config, self.bad = images, config, bad
+        self.places = range(len(images)) if places is None else places
+
+    def only(self, places: Sequence[int]) -> RawImages:
+        """The images in these places; the others are not read."""
+        return RawImages(self.images, self.config, self.bad, places)
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for position in range(len(self.images)):
+        for position in self.places:
             try:
                 image, label = self.images[position]
                 convert(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -168,11 +168,11 @@ class EpochPlaces(Sampler):
 
 
 class OrderedPlaces(Sampler):
-    """Batches of positions in order: each `every`-th of them, from the `first` on."""
+    """Batches of positions, in their order: each `every`-th batch, from the `first` on."""
 
-    def __init__(self, num_images: int, batch_size: int):
-        starts = range(0, num_images, batch_size)
-        self.batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
+    def __init__(self, positions: Sequence[int], batch_size: int):
+        starts = range(0, len(positions), batch_size)
+        self.batches = [list(positions[start : start + batch_size]) for start in starts]
         self.first, self.every = 0, 1
 
     def __len__(self) -> int:

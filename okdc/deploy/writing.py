@@ -61,7 +61,7 @@ def write(
             except Exception as error:  # an exporter may raise anything; the other files are still written
                 problem = f"it could not be written: {one_line(error)}"
         exported[target.row] = Exported(path, target.module, problem)
-    _add_programs(part, wanted, exported)
+    _add_programs(part, wanted, exported, bundle.is_known(preprocess))
     if settings.triton:
         triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return exported, [{"target": name, "reason": reason} for name, reason in reasons.items()], notes
@@ -130,9 +130,12 @@ def _unfounded(target: Target, written: Mapping[str, Any]) -> str | None:
     return f"it is made from {lost}, which could not be written" if lost else None
 
 
-def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported]) -> None:
-    """predict.py where there is a file that it runs, and the export targets that are of use on the device."""
-    if any(target.predict and target.row in exported for target in wanted):
+def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool) -> None:
+    """The export targets that are of use on the device, and predict.py where there is a file that it runs.
+
+    known: whether the preprocessing is; predict.py would have to guess it.
+    """
+    if known and any(target.predict and target.row in exported for target in wanted):
         shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
         (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
     for target in wanted:

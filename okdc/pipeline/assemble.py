@@ -21,7 +21,7 @@ from okdc.networks import stem
 from okdc.pipeline import saved_classes
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
-from okdc.recipe import NetworkSettings, Recipe, TrainSettings, runs_code
+from okdc.recipe import STATED, NetworkSettings, Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
 
 log = logging.getLogger("okdc")
@@ -65,9 +65,15 @@ def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Pre
         )
     data = wrap(
         loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
-        world=world(), timeout=recipe.train.timeout,
+        world=world(), timeout=recipe.train.timeout, stated={name: getattr(recipe.data, name) for name in STATED},
     )  # fmt: skip
-    return _target(model, recipe, data.classes), data.preprocess["input_size"], lambda: data
+    size, side = data.preprocess["input_size"], recipe.network.img_size
+    if side and size[1:] != (side, side):
+        raise DataError(
+            f"img_size is {side}, and the images of the loader are {size[1]}x{size[2]}: make them of that size there, "
+            "or leave img_size out."
+        )
+    return _target(model, recipe, data.classes), size, lambda: data
 
 
 def _outputs(model: Any, recipe: Recipe) -> int | None:

@@ -14,13 +14,13 @@ from torch import nn
 
 from okdc import deploy, losses, methods, report, training
 from okdc.data import Data
-from okdc.errors import RecipeError
+from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
-from okdc.recipe import LOADER, Recipe, TrainSettings, flat_settings, override, resolve
+from okdc.recipe import LOADER, STATED, DataSettings, Recipe, TrainSettings, flat_settings, load, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
@@ -47,6 +47,8 @@ def compress(
     A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
+    refuse_address(output, "--output")
+    refuse_address(resume, "--resume")
     resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), method, settings)
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
         with launch.joined(resolved.train), own_randomness():
@@ -65,6 +67,7 @@ def compress(
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
+            data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
             _deliver(result, trained, state, lost, logs)
@@ -90,10 +93,21 @@ def _resolved(
         )
     else:
         resolved = resolve(recipe, flat=flat, method_settings=methods.settings, source="okdc.compress")
+    if loader is not None:
+        resolved = replace(resolved, data=_said_of_loader(resolved.data, recipe, settings))
     resolved = replace(resolved, train=launch.as_started(resolved.train))
     name = resolved.method["name"]
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
     return resolved
+
+
+def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, given: dict[str, Any]) -> DataSettings:
+    """Settings without the preprocessing that a recipe has for its own data; with what is given of the loader's."""
+    began = recipe if recipe is None or isinstance(recipe, Recipe) else load(recipe, typed=None)
+    if began is not None and began.data.data == LOADER:
+        return data
+    nobody: dict[str, Any] = {name: None for name in STATED if given.get(name) is None}
+    return replace(data, **nobody)
 
 
 def _tell_unavailable(recipe: Recipe) -> None:
@@ -103,9 +117,13 @@ def _tell_unavailable(recipe: Recipe) -> None:
 
 
 def _refuse_data_settings(given: dict[str, Any]) -> None:
-    """RecipeError for settings of the data that were given beside a loader, which makes its batches without them."""
+    """RecipeError for settings of the data that were given beside a loader, which makes its batches without them.
+
+    Those of `STATED` may be: they say what the loader does, for the bundle.
+    """
     sections = flat_settings()
     names = [name for name, value in given.items() if value is not None and sections.get(name, ("",))[0] == "data"]
+    names = [name for name in names if name not in STATED]
     if names:
         raise RecipeError(
             f"{' and '.join(names)} cannot act on a loader of your own, which makes its batches as it was written: do "
@@ -167,6 +185,8 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
     finally:  # a run that is trained has a report, also when its export failed: it says why
         report.write(folder, facts_of(result, method, state) | {"byproducts": further})
         logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
+    if result.verification and not deploy.is_known(data.preprocess):
+        print(f"{folder / 'export'}: {deploy.UNKNOWN}", file=sys.stderr)
 
 
 def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:

@@ -225,8 +225,9 @@ class ExportSettings:
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
     threads: int = _setting(1, "CPU threads of the latency measurement", at_least=1)
     images: int | None = _setting(
-        None, "validation images to verify with; all when not given", "--verify-images", at_least=1
-    )
+        None, "validation images to verify with, drawn from all classes; all when not given", "--verify-images",
+        at_least=1,
+    )  # fmt: skip
     calibration_images: int = _setting(
         256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
     )
@@ -239,5 +240,7 @@ class ExportSettings:
     )  # fmt: skip
     license: str | None = _setting(None, "licence of the weights for the model card, such as apache-2.0 or mit")
 
+
+STATED = ("mean", "std", "interpolation", "crop_pct")  # settings of the data that may stand beside a loader
 
 LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python

@@ -331,6 +331,12 @@ def shift_labels(folder: Path) -> None:
     write_sums(folder)
 
 
+def change_program(folder: Path) -> None:
+    with open(folder / "predict.py", "a", encoding="utf-8") as file:
+        file.write("# and more\n")
+    write_sums(folder)
+
+
 def truncate(folder: Path) -> None:
     content = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(content[: len(content) // 2])
@@ -345,8 +351,9 @@ def truncate(folder: Path) -> None:
         (shift_labels, "labels.txt"),
         (lambda folder: edit_preprocess(folder, mean=[0.485, 0.456, 0.406]), "predict.py"),
         (lambda folder: edit_preprocess(folder, std=[0.3, 0.3, 0.3]), "predict.py"),
+        (change_program, "predict.py"),
     ],
-    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std"],
+    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std", "another program"],
 )
 def test_planted_faults_fail_their_row(copy: Path, data: Images, spoil: Any, row: str) -> None:
     spoil(copy)
@@ -388,13 +395,20 @@ def test_a_collapse_on_other_images_is_said_and_fails_only_on_the_same(
     assert same["verdict"] == "fail" and "when last measured it was 87.50%" in deploy.failures(same)
 
 
-def test_images_that_were_not_all_read_count_as_no_more_draws_than_classes(
+def test_the_first_images_that_an_older_okdc_took_count_as_no_more_draws_than_classes(
     copy: Path, data: Images, student: torch.nn.Module
 ) -> None:
-    export(student, scored(data, student, 10, "mine"), copy, WEIGHTS_ONLY)
+    export(student, scored(data, student, 8, "mine"), copy, WEIGHTS_ONLY)
     other = scored(data, student, 0, "other")
-    assert "was 62.50%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
-    assert deploy.verify_bundle(copy, other, replace(QUICK, images=12))["rows"][0]["reason"] is None
+    assert "was 50.00%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
+    sampled = deploy.verify_bundle(copy, other, replace(QUICK, images=14))
+    assert "on these 14 images and was 50.00%" in sampled["rows"][0]["reason"], "a sample: fourteen draws"
+    assert sampled["sample"]["told"].startswith("14 of 16 images, ")
+    recorded = json.loads((copy / "verification.json").read_text())
+    recorded["data"]["images"] = 40
+    (copy / "verification.json").write_text(json.dumps(recorded))
+    write_sums(copy)
+    assert deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"] is None
 
 
 def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:
