@@ -26,6 +26,7 @@ _FILES = {  # beside those of the export targets
     triton.FOLDER: "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
+    "export-errors.txt": "all that exporters said of what they could not write",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",
     "SHA256SUMS": "`sha256sum --check SHA256SUMS`",
