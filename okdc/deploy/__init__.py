@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.rehearsal import refuse_unexportable
 from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "failures",
     "not_written",
     "read",
+    "refuse_unexportable",
     "unavailable",
     "verify_bundle",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import networks
+from okdc import deploy, networks
 from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
@@ -21,6 +21,8 @@ from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
 from okdc.recipe import Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
+
+_KNOWN = ("timm", "torchvision", "okdc")  # packages whose networks have been exported
 
 log = logging.getLogger("okdc")
 
@@ -104,6 +106,16 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target
+
+
+def refuse_unfit(target: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> None:
+    """NetworkError or ExportError, in seconds, for a network of which nothing could ship after the last epoch.
+
+    An export on trial takes 3 to 14 seconds: those of timm and torchvision are known to do it (tests/zoo).
+    """
+    networks.refuse_unsteady(target, input_size)
+    if type(target).__module__.partition(".")[0] not in _KNOWN:
+        first(lambda: deploy.refuse_unexportable(target, input_size, recipe.export))
 
 
 @contextmanager

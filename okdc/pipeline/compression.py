@@ -55,6 +55,8 @@ def compress(
                 _tell_unavailable(resolved)
             seed_everything(resolved.train.seed)
             target, data = assemble.network_and_data(model, loader, validation, resolved)
+            if last is None:
+                assemble.refuse_unfit(target, data.preprocess["input_size"], resolved)
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
