@@ -312,12 +312,16 @@ def _torchscript(network: torch.nn.Module, images: torch.Tensor, opset: int) -> 
 
 
 def _clean(model: onnx_ir.Model, opset: int) -> onnx.ModelProto:
-    """The ModelProto in `opset`, without the exporter's notes (stack traces with local paths)."""
+    """The ModelProto in `opset`, without the exporter's notes (stack traces with local paths) and nodes for naught."""
     import onnx_ir
     from onnx.version_converter import convert_version
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass
 
-    proto = _plain(onnx_ir.to_proto(ClearMetadataAndDocStringPass()(model).model))
+    for tidy in (IdentityEliminationPass(), ClearMetadataAndDocStringPass()):
+        model = tidy(model).model
+    proto = _plain(onnx_ir.to_proto(model))
+    for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
+        value.ClearField("metadata_props")
     if proto.opset_import[0].version <= opset:
         return proto
     try:

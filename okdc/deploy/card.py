@@ -89,6 +89,9 @@ def _remarks(verification: Verification) -> list[str]:
     after = next((facts["parameters"] for facts in exports.values() if "parameters" in facts), None)
     if after and after != before:
         lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
+    for name, facts in exports.items():
+        if "opset" in facts:
+            lines.append(f"- {name} has opset {facts['opset']}, in version {facts['ir_version']} of the format.")
     for split, classes in verification["data"]["unreadable"].items():
         lost = ", ".join(f"{count} of {name}" for name, count in classes.items())
         lines.append(f"- Images of the {split} split that could not be read: {lost}.")

@@ -52,6 +52,7 @@ def test_file_is_clean_and_stamped(exported):
     assert [value.name for value in model.graph.output] == ["logits"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
+    assert not any(part.metadata_props for part in [*model.graph.node, *model.graph.value_info, *model.graph.input])
     content = path.read_bytes()
     here = [Path.cwd(), Path.home(), Path(torch.__file__).parents[1], "site-packages", ".py"]
     assert not [place for place in here if str(place).encode() in content]
@@ -83,6 +84,7 @@ def test_opset_is_the_one_asked_for_in_the_oldest_format_that_holds_it(tmp_path,
     assert [entry.version for entry in model.opset_import] == [opset] == [facts["opset"]]
     assert model.ir_version == facts["ir_version"] == format and facts["path"] == way
     assert {entry.key: entry.value for entry in model.metadata_props} == {"okdc.labels": "[]"}
+    assert "Identity" not in {node.op_type for node in model.graph.node}
     assert_same(to_onnx.runner(tmp_path / "m.onnx"), network)
 
 
