@@ -322,7 +322,7 @@ def _clean(model: onnx_ir.Model, opset: int) -> onnx.ModelProto:
     proto = _plain(onnx_ir.to_proto(model))
     for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
         value.ClearField("metadata_props")
-    if proto.opset_import[0].version <= opset:
+    if max(entry.version for entry in proto.opset_import if not entry.domain) <= opset:
         return proto
     try:
         return _plain(convert_version(proto, opset))
@@ -342,7 +342,7 @@ def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     versions = {entry.domain: entry.version for entry in proto.opset_import}
-    for node in _nodes(proto.graph):
+    for node in (node for part in (proto.graph, *proto.functions) for node in _nodes(part)):
         version = versions.get(node.domain, 0)
         if onnx.defs.has(node.op_type, version, node.domain):
             known = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
@@ -366,7 +366,7 @@ def _usual(attribute: onnx.AttributeProto, known: onnx.defs.OpSchema.Attribute) 
     return attribute.type == default.type and value(attribute) == value(default)
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     """Every node, also of graphs within nodes."""
     for node in graph.node:
         yield node

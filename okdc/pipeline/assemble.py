@@ -111,7 +111,7 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
 def refuse_unfit(target: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> None:
     """NetworkError or ExportError, in seconds, for a network of which nothing could ship after the last epoch.
 
-    An export on trial takes 3 to 14 seconds: those of timm and torchvision are known to do it (tests/zoo).
+    An export on trial takes seconds; networks of timm and torchvision are known to do it (tests/zoo).
     """
     networks.refuse_unsteady(target, input_size)
     if type(target).__module__.partition(".")[0] not in _KNOWN:
