@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums, is_known
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.rehearsal import refuse_unexportable
 from okdc.deploy.statement import UNKNOWN
 from okdc.deploy.targets import asked, not_written, unavailable
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_known",
     "not_written",
     "read",
+    "refuse_unexportable",
     "unavailable",
     "verify_bundle",
 ]

@@ -28,6 +28,7 @@ _FILES = {  # beside those of the export targets
     triton.FOLDER: "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
+    "export-errors.txt": "all that exporters said of what they could not write",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",
     "SHA256SUMS": "`sha256sum --check SHA256SUMS` finds damage; who changes files on purpose can make the sums anew",
@@ -92,6 +93,9 @@ def _remarks(verification: Verification) -> list[str]:
     after = next((facts["parameters"] for facts in exports.values() if "parameters" in facts), None)
     if after and after != before:
         lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
+    for name, facts in exports.items():
+        if "opset" in facts:
+            lines.append(f"- {name} has opset {facts['opset']}, in version {facts['ir_version']} of the format.")
     for split, classes in verification["data"]["unreadable"].items():
         lost = ", ".join(f"{count} of {name}" for name, count in classes.items())
         lines.append(f"- Images of the {split} split that could not be read: {lost}.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import networks
+from okdc import deploy, networks
 from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
@@ -23,6 +23,8 @@ from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
 from okdc.recipe import STATED, NetworkSettings, Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
+
+_KNOWN = ("timm", "torchvision", "okdc")  # packages whose networks have been exported
 
 log = logging.getLogger("okdc")
 
@@ -125,6 +127,16 @@ def _built(settings: NetworkSettings, classes: tuple[str, ...]) -> nn.Module:
         input_size = networks.data_config(network, settings)["input_size"]
         saved_classes.start(network, settings.checkpoint or settings.model, classes, input_size)
     return network
+
+
+def refuse_unfit(target: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> None:
+    """NetworkError or ExportError, in seconds, for a network of which nothing could ship after the last epoch.
+
+    An export on trial takes seconds; networks of timm and torchvision are known to do it (tests/zoo).
+    """
+    networks.refuse_unsteady(target, input_size)
+    if type(target).__module__.partition(".")[0] not in _KNOWN:
+        first(lambda: deploy.refuse_unexportable(target, input_size, recipe.export))
 
 
 @contextmanager

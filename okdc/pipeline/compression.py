@@ -61,6 +61,8 @@ def compress(
             logs = held.enter_context(loggers.Loggers(names if leads else (), folder, resolved.to_dict()))
             seed_everything(resolved.train.seed)
             target, data = assemble.network_and_data(model, loader, validation, resolved)
+            if last is None:
+                assemble.refuse_unfit(target, data.preprocess["input_size"], resolved)
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))

@@ -221,7 +221,7 @@ class ExportSettings:
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
-    opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
+    opset: int = _setting(20, "ONNX opset, 13 to 22: older ones for older runtimes", at_least=13, at_most=22)
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
     threads: int = _setting(1, "CPU threads of the latency measurement", at_least=1)
     images: int | None = _setting(

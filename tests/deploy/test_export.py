@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from okdc import deploy, networks
-from okdc.deploy import targets, writing
+from okdc.deploy import requirements, targets, writing
 from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
 from okdc.deploy.machine import environment
 from okdc.errors import ExportError, GateError
@@ -185,6 +185,36 @@ def test_a_target_that_cannot_be_written_fails_and_the_rest_is_kept(
         export(student, data, tmp_path / "export", ExportSettings(opset=99, batch_sizes=[]))
     assert not (tmp_path / "export").exists()
     assert (tmp_path / "export-failed" / "model.safetensors").is_file()
+
+
+def test_all_that_an_exporter_said_is_kept_and_its_colours_are_not(
+    student: torch.nn.Module, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"\x1b[96mno way\x1b[0m to say {tmp_path}/net.py\nstep 1 of 3\nNext steps: none")
+
+    monkeypatch.setattr(targets.find("onnx").module, "write", write)
+    with pytest.raises(GateError, match=r"onnx: it could not be written: no way to say net\.py \(all of it: export-e"):
+        export(student, data, tmp_path / "export", QUICK)
+    said = (tmp_path / "export-failed" / "export-errors.txt").read_text()
+    assert said == "model.onnx\n\nno way to say net.py\nstep 1 of 3\nNext steps: none\n\n"
+    assert "export-errors.txt" in (tmp_path / "export-failed" / "README.md").read_text()
+
+
+def test_the_oldest_onnxruntime_that_takes_every_file_is_named(tmp_path: Path) -> None:
+    def file(name: str, opset: int, form: int) -> Path:
+        versions = [onnx.helper.make_opsetid("", opset)]
+        model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), opset_imports=versions, ir_version=form)
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    def needed(*files: Path) -> str:
+        return requirements.text(files).splitlines()[-1]
+
+    plain, newer = file("a.onnx", 18, 8), file("b.onnx", 20, 9)
+    assert needed(plain) == "onnxruntime>=1.14" and needed(plain, newer) == "onnxruntime>=1.17"
+    assert needed(file("c.onnx", 18, 10)) == "onnxruntime>=1.18"  # what was written before, whatever the opset
+    assert needed(file("d.onnx", 13, 7)) == "onnxruntime>=1.7"
 
 
 def test_a_crash_leaves_the_earlier_bundle_and_no_litter(student: torch.nn.Module, data: Images, copy: Path) -> None:
