@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from okdc.comparing.arms import PLAIN, Arm
 from okdc.comparing.running import Job
@@ -80,10 +81,14 @@ def _job(arm: Arm, rate: float, share: float, folder: Path) -> Job:
     return Job(folder / FOLDER / f"{arm.name}-lr{rate:g}", recipe, arm.cost)
 
 
+def score(facts: dict[str, Any], metric: str) -> float | None:
+    """What the images set aside say of a run's last epoch; None where there is none."""
+    history = facts.get("history") or [{}]
+    return history[-1].get(f"eval_{metric}")
+
+
 def _score(job: Job) -> float:
-    """What the images set aside say of the last epoch; -inf where there is none."""
-    history = (job.facts() or {}).get("history") or [{}]
-    value = history[-1].get(f"eval_{job.recipe.train.eval_metric}")
+    value = score(job.facts() or {}, job.recipe.train.eval_metric)
     return -math.inf if value is None else value
 
 
