@@ -74,6 +74,8 @@ class Predictor:
         import onnxruntime
 
         self.file = model or _recommended(folder)
+        if model is not None:
+            _check_model(folder, model)
         for name in (self.file, "preprocess.json", "labels.txt"):
             if not (folder / name).is_file():
                 raise PredictError(f"{folder} has no {name}: it is not a whole bundle. Copy or export it again.")
@@ -83,7 +85,8 @@ class Predictor:
         try:
             images = _noted(folder).get("images", {})  # how stored images are read
             self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8")) | images
-            self.labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+            text = (folder / "labels.txt").read_text(encoding="utf-8")
+            self.labels = text.removesuffix("\n").split("\n")  # splitlines would also break a name at U+0085 or U+2028
             providers = ["CPUExecutionProvider"]
             self._session = onnxruntime.InferenceSession(str(folder / self.file), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no base class
@@ -117,7 +120,7 @@ class Predictor:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns 0, or 1 when an image could not be read."""
     parser = argparse.ArgumentParser(description="Classify images with the model in this folder.")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("images", nargs="+", type=_here, metavar="IMAGE_OR_FOLDER")
     parser.add_argument("--top", type=int, default=5, help="labels per image (default 5)")
     parser.add_argument("--model", metavar="FILE", help="file of this folder to run (default: the recommended one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
@@ -144,12 +147,28 @@ def _recommended(folder: Path) -> str:
     return Path(_noted(folder).get("model") or "model.onnx").name
 
 
+def _check_model(folder: Path, model: str) -> None:
+    """PredictError for a file that was asked for and is not there, or is not for onnxruntime."""
+    if (folder / model).is_file() and model.endswith(".onnx"):
+        return
+    found = ", ".join(sorted(path.name for path in folder.glob("*.onnx"))) or "none"
+    what = "is no ONNX file" if (folder / model).exists() else f"is not in {folder}"
+    raise PredictError(f"--model {model}: it {what}. The ONNX files there: {found}.")
+
+
 def _noted(folder: Path) -> dict[str, Any]:
     """What okdc notes in config.json; nothing in an older bundle, or a folder put together by hand."""
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["okdc"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _here(given: str) -> Path:
+    """The path, and not the address of something elsewhere."""
+    if "://" in given:
+        raise argparse.ArgumentTypeError(f"{given} is an address: download the image, and give its path")
+    return Path(given)
 
 
 def _files(path: Path) -> list[Path]:

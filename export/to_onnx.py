@@ -11,6 +11,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import time
 import warnings
 from collections import Counter
@@ -32,8 +33,9 @@ DEVICES = {"cuda": None, "tensorrt": 5e-3}  # TensorRT's provider cannot be told
 PACKAGES = ("onnx", "onnxruntime")
 
 _INPUT, _OUTPUT = "input", "logits"
-# Below 18 the exporter may silently stay at 18; 23 has an Attention operator that deployment runtimes cannot take yet.
-_OPSETS = range(18, 23)
+# int8 by channels needs 13; 23 has an Attention operator that deployment runtimes cannot take yet.
+_OPSETS = range(13, 23)
+_WRITTEN = 18  # the oldest that torch's newer exporter writes; to older ones its files are converted
 _SAME = 1e-3  # rounding is a hundred times smaller; more than this is another network
 # What runs on which device, and how: float32 means it on CUDA too, so no TF32 (TensorRT's provider has no such switch).
 _PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,7 +69,7 @@ def write(
     Only the shape of `example` (B, C, H, W) is used. `student` is left untouched: a copy is put in eval mode on the
     CPU, re-parameterised (`parameters` are left) and exported; `rel_error` is the largest difference from torch over
     the largest logit, on noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file
-    that agrees.
+    that agrees: its first line has the reasons, what follows all that the exporters said.
     """
     if opset not in _OPSETS:
         raise RuntimeError(f"opset {opset} is not supported: give one from {_OPSETS[0]} to {_OPSETS[-1]} (20 is best).")
@@ -197,20 +199,23 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _no_graphs() -> Iterator[None]:
     """torch's older exporter writes the whole graph, thousands of lines, past Python when it fails."""
-    kept = os.dup(2)
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
     with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
+        for stream in kept:
+            os.dup2(nothing.fileno(), stream)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for stream, copy_of_it in kept.items():
+            os.dup2(copy_of_it, stream)
+            os.close(copy_of_it)
 
 
 def _export(
     student: torch.nn.Module, shape: tuple[int, ...], opset: int, metadata: dict[str, str]
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The model of the first exporter whose file agrees with torch: two networks in a hundred need not the first."""
+    import onnx
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -229,13 +234,28 @@ def _export(
         ):
             try:
                 with context:
-                    proto = _clean(exporter(network, images, opset), metadata)
+                    proto = _clean(exporter(network, images, opset), opset)
+                onnx.helper.set_model_props(proto, metadata)
                 _check(proto, opset)
                 relative = _difference(proto, images.numpy(), expected)
                 return proto, {"path": way, "rel_error": relative, "parameters": parameters}
             except Exception as error:  # the exporters raise anything
-                failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    raise RuntimeError("torch.onnx cannot export this network. " + "; ".join(failures))
+                failures.append((way, error))
+    raise RuntimeError(_refusal(failures, opset))
+
+
+def _refusal(failures: list[tuple[str, Exception]], opset: int) -> str:
+    """Why each exporter failed: the line that says it of all of them, then everything that they said."""
+    reasons: dict[str, list[str]] = {}
+    for way, error in failures:
+        root: BaseException = error
+        while root.__cause__ is not None:  # around it torch puts advice on how to report its bugs
+            root = root.__cause__
+        line = (str(root).strip().splitlines() or [""])[0]
+        reasons.setdefault(f"{type(root).__name__}: {line}", []).append(way)
+    summary = "; ".join(f"{' and '.join(ways)}: {reason}" for reason, ways in reasons.items())
+    whole = [f"{way}: {type(error).__name__}: {error}" for way, error in failures]
+    return "\n\n".join([f"torch.onnx cannot export this network to opset {opset}. {summary}", *whole])
 
 
 def _logits(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
@@ -271,8 +291,8 @@ def _dynamo(network: torch.nn.Module, images: torch.Tensor, opset: int) -> onnx_
     import torch
 
     program = torch.onnx.export(
-        network, (images,), dynamo=True, opset_version=opset, input_names=[_INPUT], output_names=[_OUTPUT],
-        dynamic_shapes=({0: "batch"},), external_data=False, verbose=False,
+        network, (images,), dynamo=True, opset_version=max(opset, _WRITTEN), input_names=[_INPUT],
+        output_names=[_OUTPUT], dynamic_shapes=({0: "batch"},), external_data=False, verbose=False,
     )  # fmt: skip
     assert program is not None
     return program.model
@@ -291,15 +311,68 @@ def _torchscript(network: torch.nn.Module, images: torch.Tensor, opset: int) -> 
     return onnx_ir.from_proto(onnx.load_from_string(buffer.getvalue()))
 
 
-def _clean(model: onnx_ir.Model, metadata: dict[str, str]) -> onnx.ModelProto:
-    """The ModelProto without the exporter's notes (stack traces with local paths), stamped with `metadata`."""
+def _clean(model: onnx_ir.Model, opset: int) -> onnx.ModelProto:
+    """The ModelProto in `opset`, without the exporter's notes (stack traces with local paths) and nodes for naught."""
     import onnx_ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnx.version_converter import convert_version
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, IdentityEliminationPass
 
-    model = ClearMetadataAndDocStringPass()(model).model
-    model.metadata_props.clear()
-    model.metadata_props.update(metadata)
-    return onnx_ir.to_proto(model)
+    for tidy in (IdentityEliminationPass(), ClearMetadataAndDocStringPass()):
+        model = tidy(model).model
+    proto = _plain(onnx_ir.to_proto(model))
+    for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
+        value.ClearField("metadata_props")
+    if max(entry.version for entry in proto.opset_import if not entry.domain) <= opset:
+        return proto
+    try:
+        return _plain(convert_version(proto, opset))
+    except Exception as error:
+        named = re.search(r"No Previous Version of (\w+)|No Adapter .* for (\w+)", str(error))
+        operator = next(filter(None, named.groups()), None) if named else None
+        reason = f"its {operator} cannot be put into opset {opset}" if operator else str(error)
+        raise RuntimeError(f"{reason} (written as opset {_WRITTEN})") from None
+
+
+def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, stated in the oldest format that holds it, and without attributes that say what is so without them.
+
+    OpenCV takes a hard sigmoid that states the usual `beta` for a hard swish, and older runtimes refuse newer formats.
+    Which format an opset, and so each of its number types, needs is in onnx's docs/Versioning.md; functions need 8.
+    """
+    import onnx
+
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    for node in (node for part in (proto.graph, *proto.functions) for node in _nodes(part)):
+        version = versions.get(node.domain, 0)
+        if onnx.defs.has(node.op_type, version, node.domain):
+            known = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
+            told = [each for each in node.attribute if each.name not in known or not _usual(each, known[each.name])]
+            del node.attribute[:]
+            node.attribute.extend(told)
+    oldest = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
+    overloaded = any(function.overload for function in proto.functions)
+    proto.ir_version = max(oldest, 10 if overloaded else 8 if proto.functions else 0)
+    return proto
+
+
+def _usual(attribute: onnx.AttributeProto, known: onnx.defs.OpSchema.Attribute) -> bool:
+    """Whether an attribute has the value that the operator has without it, where there is such a value."""
+    import onnx
+
+    default = known.default_value
+    if not default.type or attribute.ref_attr_name:
+        return False
+    value = onnx.helper.get_attribute_value
+    return attribute.type == default.type and value(attribute) == value(default)
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+    """Every node, also of graphs within nodes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _nodes(inner)
 
 
 def _check(proto: onnx.ModelProto, opset: int) -> None:

@@ -67,6 +67,7 @@ def write(
         proto = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(large))
         _straighten(proto)
         ONNXModel(proto).topological_sort()  # the converter appends its casts at the end
+        to_onnx._plain(proto)
         onnx_package.checker.check_model(proto)
         given = to_onnx._Session(proto.SerializeToString(), "cpu", None)(images)
         if not np.isfinite(given).all():

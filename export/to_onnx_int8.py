@@ -267,7 +267,7 @@ class _Bench:
         return self._finish(quantizer.model.model)
 
     def _finish(self, proto: onnx.ModelProto) -> onnx.ModelProto:
-        """Without domains that no node uses and onnxruntime's notes, with the metadata of the original."""
+        """Without domains that no node uses and what onnxruntime notes and spells out, with the original's metadata."""
         import onnx
 
         used = {node.domain for node in proto.graph.node}
@@ -275,6 +275,7 @@ class _Bench:
         del proto.opset_import[:], proto.metadata_props[:]
         proto.opset_import.extend(domains)
         proto.metadata_props.extend(self.original.metadata_props)
+        _to_onnx()._plain(proto)
         onnx.checker.check_model(proto)
         return proto
 

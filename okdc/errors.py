@@ -48,6 +48,15 @@ class GateError(OkdcError):
     exit_code = 3
 
 
+def refuse_address(given: object, what: str) -> None:
+    """OkdcError for https://… where a place on this machine is expected, before Path makes https:/… of it."""
+    if "://" in str(given):
+        raise OkdcError(
+            f"{what} {given} is an address, and a file or folder of this machine is expected: download it, and give "
+            "its path."
+        )
+
+
 def first_line(error: BaseException) -> str:
     """The first line that an error has, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -33,7 +33,8 @@ ALLOWED = {
     "methods": "anatomy cohort errors losses needs ranks system",
     "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
     "tasks training",
-    "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",
+    "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system training "
+    "verification",
     "comparing": "data errors measure methods networks pipeline recipe report system",
     "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe training",
     "__main__": "cli",

@@ -51,7 +51,7 @@ class Call:
 
 def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     """All calls in the order in which they ended (the network's own last), and what the network returned."""
-    _refuse_wrapped(network)
+    refuse_wrapped(network)
     calls: list[Call] = []
     open_calls: list[tuple[int, int, tuple[int, ...] | None, tuple[tuple[int, ...], ...]]] = []
     clock = 0
@@ -92,7 +92,7 @@ def watch(network: nn.Module, images: Tensor) -> tuple[list[Call], object]:
     return calls, logits
 
 
-def _refuse_wrapped(network: nn.Module) -> None:
+def refuse_wrapped(network: nn.Module) -> None:
     """NetworkError for what is no plain module, whose parts would not be seen or not be copied."""
     scripted = [
         n or type(network).__name__ for n, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)

@@ -1,7 +1,8 @@
-"""methods, recipes: what there is to choose from."""
+"""methods, recipes, doctor: what there is to choose from, and to use."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import textwrap
@@ -53,6 +54,25 @@ def recipes(words: tuple[str, ...]) -> None:
         click.echo(recipe.path(words[0]).read_text(encoding="utf-8").rstrip())
     else:
         raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for a report of a fault.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has for training and deploying, and what to type where something is missing.
+
+    \b
+    okdc doctor
+    okdc doctor --json
+    """
+    from okdc.cli import tables
+    from okdc.measure import doctor as doctors
+
+    findings = doctors.examine()
+    if as_json:
+        click.echo(json.dumps(doctors.as_json(findings), indent=2))
+    else:
+        tables.show_findings(findings)
 
 
 def wrapped(card: str, width: int) -> str:

@@ -12,7 +12,7 @@ import click
 from okdc import recipe
 from okdc.cli import flags
 from okdc.cli.group import main
-from okdc.errors import ExportError, GateError
+from okdc.errors import ExportError, GateError, refuse_address
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@click.option("--log-wandb", is_flag=True, help="The same as --log wandb; timm's flag.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
 @flags.settings("network", "cohort", "data", "train", "export")
 def compress(
@@ -38,6 +39,7 @@ def compress(
     output: str,
     experiment: str | None,
     resume: str | None,
+    log_wandb: bool,
     rendezvous: str | None,
     **_: Any,
 ) -> None:
@@ -53,11 +55,14 @@ def compress(
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
     """
     typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+    if log_wandb:
+        typed["log"] = [*typed.get("log", []), "wandb"]
 
     from okdc import methods, pipeline
     from okdc.pipeline import run_folder
     from okdc.training import launch
 
+    refuse_address(resume, "--resume")
     recipe_name = recipe_name or run_folder.recipe_of(resume)
     resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
     if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
@@ -81,7 +86,7 @@ def compress(
 @click.option(
     "--push-to-hub", metavar="USER/NAME", help="Put the bundle on the Hugging Face hub, if it is fit to ship."
 )
-@flags.settings("export", "data.data")
+@flags.settings("export", "data.data", "data.mean", "data.std", "data.interpolation", "data.crop_pct")
 def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -> None:
     """Write SOURCE in deployable formats, and verify each against torch on the same images.
 
@@ -99,7 +104,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
-    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None)
+    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None, source)
     require_asked(verification, flags.given())
 
 
@@ -119,7 +124,7 @@ def verify(bundle: str, **_: Any) -> None:
     from okdc import deploy, pipeline
     from okdc.cli import tables
 
-    verification = pipeline.verify(Path(bundle), **flags.given())
+    verification = pipeline.verify(bundle, **flags.given())
     tables.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))

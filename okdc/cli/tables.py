@@ -13,12 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from okdc import methods
+from okdc.deploy import UNKNOWN
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
     from okdc.cohort import Cost
     from okdc.comparing import Comparison
     from okdc.comparing.gains import Gain
+    from okdc.measure.doctor import Finding
     from okdc.measure.estimate import Estimate
     from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
@@ -57,8 +59,11 @@ def _whereabouts(bundle: Path) -> str:
     return str(bundle) if bundle.is_dir() else "not exported; the report says more"
 
 
-def show_verification(verification: Verification, next_command: str | None = None) -> None:
-    """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship."""
+def show_verification(verification: Verification, next_command: str | None = None, source: str = "RUN") -> None:
+    """One row per exported file: accuracy, agreement with torch, latency, and whether it may ship.
+
+    The last line is the command to type next; `source` is what was exported.
+    """
     rows = verification["rows"]
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
     timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
@@ -80,16 +85,17 @@ def show_verification(verification: Verification, next_command: str | None = Non
     for reason in reasons:
         console.print(f"  {escape(reason)}", soft_wrap=True)
     images = f"{verification['images']:,} images" if verification.get("images") else "no images"
+    images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
     threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
-    console.print(
-        f"Verified on {images}, {verification.get('device')}{threads}. A file agrees with torch where both predict the same class."
-    )
+    console.print(f"Verified on {images}, {verification.get('device')}{threads}. Agrees with torch: both predict the same class.")
     recommended = verification.get("recommended")
     if recommended:
         console.print(f"Recommended here: [bold]{recommended['file']}[/], {escape(recommended['why'])}.")
     for skipped in verification.get("skipped", []):
         console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
+    if any(skipped["reason"] == UNKNOWN for skipped in verification.get("skipped", [])):
+        next_command = f"okdc export {source} --mean R,G,B --std R,G,B"
     if next_command:
         _next(next_command)
 
@@ -306,6 +312,18 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
             f"{found.data.name}: {found.data.images_per_second:,.0f} training images a second; training waits for "
             f"them {found.data.waiting:.0%} of its time."
         )
+
+
+def show_findings(findings: list[Finding]) -> None:
+    """One line for each thing that a machine has or lacks, what to do about it below."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    words = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
+    for finding in findings:
+        told = escape(finding.found) + (f"\n[bold]{escape(finding.advice)}[/]" if finding.advice else "")
+        table.add_row(finding.name, words[finding.ok], told)
+    _console().print(table)
+    wrong = sum(finding.ok is False for finding in findings)
+    _console().print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")
 
 
 def _console() -> Console:

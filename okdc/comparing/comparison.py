@@ -28,6 +28,7 @@ from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
 
 METHODS = ("one", "dml", "ahbf")
 WORDS = {"top1": "top-1", "top5": "top-5", "balanced": "balanced accuracy"}
+Score = Callable[[dict[str, Any], str], float | None]
 NOTHING = ExportSettings(onnx=False, byproducts=False)
 
 
@@ -85,7 +86,8 @@ def compare(
     folder = Path(output) / (experiment or f"compare-{run_folder.default_name(plain).replace('-baseline-', '-')}")
     run = partial(_run_and_tell, jobs, partial(_compressed, model, loader, validation) if own else None)
     if tune:
-        planned = tuning.tuned(planned, folder, plain.train.seed, run)
+        tried = partial(run, score=tuning.score)
+        planned = tuning.tuned(planned, tuning.aside(_training_images(plain)), folder, tried)
     runs = {arm.name: {} if arm.problem else _jobs(arm, folder, seeds) for arm in planned}
     failed = run([job for of_arm in _by_seed(runs, seeds) for job in of_arm])
     found = table.lines(planned, runs, failed)
@@ -146,6 +148,17 @@ def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
     return measure
 
 
+def _training_images(plain: Recipe) -> int:
+    """How many there are to set some aside; RecipeError for a stream, of which none can be."""
+    source = open_source(plain.data, plain.train.seed)
+    if hasattr(source.train, "split"):
+        return len(source.train)
+    raise RecipeError(
+        f"--tune lr sets single training images aside, and {plain.data.data} is a stream, which is only read from "
+        "front to back. Leave it out, or unpack the stream to a folder with train/ and val/."
+    )
+
+
 def _measured_own(model: Any, loader: Any, recipe: Recipe) -> Estimate:
     """The same around the user's own module, or for the user's own batches."""
     network = replace(recipe.network, pretrained=False, checkpoint=None)
@@ -180,7 +193,9 @@ def _compressed(model: Any, loader: Any, validation: Any, job: Job) -> None:
     )  # fmt: skip
 
 
-def _run_and_tell(at_once: int, in_process: InProcess | None, jobs: Sequence[Job]) -> dict[Path, str]:
+def _run_and_tell(
+    at_once: int, in_process: InProcess | None, jobs: Sequence[Job], score: Score = table.score
+) -> dict[Path, str]:
     """Run what is not done, and print a line for each run that ends, with the time that is left."""
     refuse_others(jobs)
     todo = [job for job in jobs if job.facts() is None]
@@ -193,15 +208,15 @@ def _run_and_tell(at_once: int, in_process: InProcess | None, jobs: Sequence[Job
         nonlocal work, ended
         work, ended = work + _work(job), ended + 1
         left = (time.monotonic() - started) / work * (total - work)
-        told = f"failed: {reason}" if reason else _figure(job)
+        told = f"failed: {reason}" if reason else _figure(job, score)
         _say(f"{ended} of {len(todo)}  {job.folder.name}  {told}, {report.duration(left)} left")
 
     return run_all(jobs, at_once, done, in_process)
 
 
-def _figure(job: Job) -> str:
+def _figure(job: Job, score: Score) -> str:
     metric = job.recipe.train.eval_metric
-    value = table.score(job.facts() or {}, metric)
+    value = score(job.facts() or {}, metric)
     return "without a figure" if value is None else f"{WORDS[metric]} {value:.2f} %"
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from okdc.comparing.arms import PLAIN, Arm
 from okdc.comparing.running import Job
@@ -14,22 +15,33 @@ from okdc.errors import TrainingError
 FOLDER = "tuning"
 STEP = 3.0  # from one learning rate of the grid to the next
 FURTHER = 2  # how often the grid grows where its best rate is the smallest or the largest
-ASIDE = 0.1  # share of the training images that the rates are judged on
+ASIDE, ENOUGH = 0.1, 200  # the rates are judged on that share of the training images, or on so many, at most on half
+
+
+def aside(images: int) -> float:
+    """The share of so many training images to judge learning rates on.
+
+    >>> aside(5000), aside(1000), aside(200)
+    (0.1, 0.2, 0.5)
+    """
+    return max(ASIDE, min(0.5, ENOUGH / images))
+
 
 Run = Callable[[Sequence[Job]], object]
 Rates = dict[float, float]  # learning rate: score, -inf where training failed
 
 
-def tuned(arms: Sequence[Arm], folder: Path, seed: int, run: Run) -> list[Arm]:
+def tuned(arms: Sequence[Arm], share: float, folder: Path, run: Run) -> list[Arm]:
     """The arms, each at the best rate of a grid around its own; longer plain training takes the rate of plain training.
 
-    The grid is a third, once and three times the rate; while the best one is at its end, it grows there. One seed, all
-    epochs. TrainingError where no rate of an arm trains.
+    The grid is a third, once and three times the rate; while the best one is at its end, it grows there. They are
+    judged on that `share` of the training images, with the recipe's own seed and all epochs. TrainingError where no
+    rate of an arm trains.
     """
     own = [arm for arm in arms if not arm.problem and (arm.name == PLAIN or not arm.is_plain)]
     rates: dict[str, Rates] = {arm.name: {} for arm in own}
     for _ in range(1 + FURTHER):
-        jobs = {(arm.name, rate): _job(arm, rate, folder, seed) for arm in own for rate in _next(arm, rates[arm.name])}
+        jobs = {(arm.name, rate): _job(arm, rate, share, folder) for arm in own for rate in _next(arm, rates[arm.name])}
         if not jobs:
             break
         run(list(jobs.values()))
@@ -63,17 +75,20 @@ def _at(arm: Arm, rate: float) -> Arm:
     return replace(arm, recipe=replace(arm.recipe, train=replace(arm.recipe.train, lr=rate)))
 
 
-def _job(arm: Arm, rate: float, folder: Path, seed: int) -> Job:
+def _job(arm: Arm, rate: float, share: float, folder: Path) -> Job:
     recipe = _at(arm, rate).recipe
-    data = replace(recipe.data, holdout=recipe.data.holdout or ASIDE)
-    recipe = replace(recipe, data=data, train=replace(recipe.train, seed=seed))
+    recipe = replace(recipe, data=replace(recipe.data, holdout=recipe.data.holdout or share))
     return Job(folder / FOLDER / f"{arm.name}-lr{rate:g}", recipe, arm.cost)
 
 
+def score(facts: dict[str, Any], metric: str) -> float | None:
+    """What the images set aside say of a run's last epoch; None where there is none."""
+    history = facts.get("history") or [{}]
+    return history[-1].get(f"eval_{metric}")
+
+
 def _score(job: Job) -> float:
-    """What the images set aside say of the last epoch; -inf where there is none."""
-    history = (job.facts() or {}).get("history") or [{}]
-    value = history[-1].get(f"eval_{job.recipe.train.eval_metric}")
+    value = score(job.facts() or {}, job.recipe.train.eval_metric)
     return -math.inf if value is None else value
 
 

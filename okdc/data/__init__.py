@@ -5,8 +5,10 @@ of worker processes; that is what lets a run that was killed in the middle of an
 
 To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan` and `names`, where that is a folder;
 `tables`, with `rows` and `coco`, where it is a file of labels); `images` is one split and its labels, which everything
-below reads; `loading.load` makes batches of it. `samples` says which image comes when and reads it by `transforms`; or
-`resident` keeps all decoded and `batchwise` augments whole batches. `streams` and `own_loader` go their own way.
+below reads; `loading.load` makes `batches` of it. `samples` says which image comes when (`pairs` and `balance`: by
+their classes) and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments whole batches.
+`streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the images of the
+latter.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
 """
@@ -14,8 +16,9 @@ Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
 from __future__ import annotations
 
 from okdc.data.loading import load
-from okdc.data.own_loader import wrap
+from okdc.data.own_loader import state, wrap
+from okdc.data.own_preprocess import agreed, complete
 from okdc.data.sources import open_source
 from okdc.data.values import Data, Source, TrainBatches
 
-__all__ = ["Data", "Source", "TrainBatches", "load", "open_source", "wrap"]
+__all__ = ["Data", "Source", "TrainBatches", "agreed", "complete", "load", "open_source", "state", "wrap"]

@@ -8,7 +8,7 @@ from timm.data.readers.class_map import load_class_map
 
 from okdc.data import splits
 from okdc.data.images import Images, names_by_index, split_in_two
-from okdc.data.names import by_index, listed, spelled
+from okdc.data.names import by_index, is_line, listed, spelled
 from okdc.data.scan import EXTENSIONS, Naming, Place, Scan, files, folders, scan
 from okdc.data.values import Source, log
 from okdc.errors import DataError
@@ -125,7 +125,7 @@ def _check_names(names: set[str], folder: Path) -> None:
             "and NFD); expected one folder per class. Put their images together."
         )
     for name in sorted(names):
-        if name.splitlines() != [name] or any("\ud800" <= letter <= "\udfff" for letter in name):
+        if not is_line(name):
             raise DataError(
                 f"the class folder {name!r} of '{folder}' has a name that is no line of text, and it is to be one of "
                 "labels.txt: rename it."

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from okdc.data.names import listed
+from okdc.data.names import check_lines, listed
 from okdc.data.values import Source, log
 from okdc.errors import DataError
 
@@ -110,6 +110,7 @@ def check(source: Source) -> None:
             f"{source.name} has only one class ({source.classes[0]}); expected at least two. Put the images of each "
             "class into a folder of their own, for example train/cat and train/dog."
         )
+    check_lines(source.classes, source.name)
     counts = torch.bincount(source.train.labels, minlength=len(source.classes)).tolist()
     if empty := [cls for cls, count in zip(source.classes, counts) if not count]:
         raise DataError(

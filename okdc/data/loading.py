@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from PIL import Image
-from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader, Dataset
 
-from okdc.data.batchwise import Law
+from okdc.data.batches import OrderedBatches, RawImages, ShuffledBatches
 from okdc.data.images import Images
 from okdc.data.names import listed
 from okdc.data.pixel_bits import find_bits
 from okdc.data.readable import BadImages, check_readable
-from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining, keep, law
-from okdc.data.samples import EpochPlaces, Order, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded
+from okdc.data.resident import keep, law
+from okdc.data.samples import Order, Part, TrainImages, ValidationImages
 from okdc.data.streams import Stream, load_stream
-from okdc.data.transforms import MODES, BatchAugmentation, convert, image_transform, preprocessing
-from okdc.data.values import Batch, Data, Source, TrainBatch, log
+from okdc.data.transforms import BatchAugmentation, image_transform, preprocessing
+from okdc.data.values import Data, Source, log
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
-from okdc.system.signals import leave_signals
 
 HELD_OUT = 20  # each how-manieth image of a class is set aside where a method needs some
 
@@ -60,6 +54,7 @@ def load(
     part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size
     _refuse_blends(settings, needs)
+    _refuse_balance(settings, needs)
     if isinstance(source.train, Stream):
         _refuse_stream(settings, needs, world)
         return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
@@ -68,7 +63,7 @@ def load(
     _check_fills(part, len(images), source.name)
     if "pixel_bits" not in config and (bits := find_bits(source.train, timeout)):
         config["pixel_bits"] = bits
-    order = Order(images.labels, seed, part.whole if needs.pairs else None)
+    order = Order(images.labels, seed, part.whole if needs.pairs else None, settings.balanced_sampling)
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
@@ -140,11 +135,24 @@ def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
         )
 
 
+def _refuse_balance(settings: DataSettings, needs: Needs) -> None:
+    if settings.balanced_sampling and needs.pairs:
+        raise DataError(
+            "the method makes batches of pairs, in an order of its own that draws every class equally often already. "
+            "Leave out --balanced-sampling."
+        )
+
+
 def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
     if world > 1:
         raise DataError(
             f"{settings.data} is a stream, which is only read from front to back, and cannot be divided evenly among "
             f"{world} devices. Unpack it to a folder with train/ and val/, or use --devices 1."
+        )
+    if settings.balanced_sampling:
+        raise DataError(
+            f"--balanced-sampling picks images by their class, and {settings.data} is a stream, which is only read "
+            "from front to back. Unpack it to a folder with train/ and val/, or weigh classes: --class-weights FILE."
         )
     asked = {
         "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,
@@ -160,145 +168,3 @@ def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
             f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
             "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
         )
-
-
-class CountedBatches:
-    """The batches of a DataLoader, pinned for `device`, after the bad images that its workers met were counted here."""
-
-    def __init__(self, loader: DataLoader, bad: BadImages, full: int | None, device: torch.device):
-        self.loader, self.bad, self.full, self.device = loader, bad, full, device
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        # A DataLoader pins for the GPU that is current, and would take memory of that one.
-        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with current:
-            batches = iter(self.loader)
-        while True:
-            with current:
-                batch = next(batches, None)
-            if batch is None:
-                return
-            images, targets, bad = batch
-            for image in bad:
-                self.bad.add(*image)
-            if self.full and len(targets) < self.full:
-                raise DataError(
-                    f"none of the training images can be read, for example {bad[0][0]} ({bad[0][1]}). Check --data."
-                )
-            if len(targets):
-                yield images, targets
-
-
-def _loader(
-    dataset: Dataset,
-    order: Any,
-    workers: int,
-    config: dict[str, Any],
-    bad: BadImages,
-    device: torch.device,
-    full: int | None = None,
-) -> PrefetchLoader:
-    loader: DataLoader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=as_loaded,
-        worker_init_fn=leave_signals,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # drawn from at each epoch, so it must not be the one that the network uses
-    )
-    counted: Any = CountedBatches(loader, bad, full, device)
-    return PrefetchLoader(counted, config["mean"], config["std"], config["input_size"][0], device=device)
-
-
-class ShuffledBatches:
-    """Training batches; one pass at a time, because the worker processes stay from epoch to epoch."""
-
-    def __init__(
-        self,
-        dataset: TrainImages,
-        part: Part,
-        workers: int,
-        config: dict[str, Any],
-        bad: BadImages,
-        augmentation: BatchAugmentation,
-        device: torch.device,
-        needs: Needs,
-        resident: tuple[Decoded, Law] | None = None,
-    ):
-        self.places, self.resident = EpochPlaces(len(dataset), part), resident is not None
-        self.loader: Any = (
-            ResidentTraining(*resident, dataset, self.places, config, device)
-            if resident
-            else _loader(dataset, self.places, workers, config, bad, device, part.size)
-        )
-        self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
-        """The batches of `epoch` (0-based) from step `start` on; skipping costs nothing."""
-        self.places.epoch, self.places.start = epoch, start
-        for step, (images, targets) in enumerate(self.loader, start):
-            labels, indices = targets.unbind(1)
-            if self.views > 1:
-                images = images.unflatten(0, (self.views, -1))
-            batch = self.augmentation(images, labels, epoch, step, self.places.places)
-            yield (*batch, indices) if self.needs.indices else batch
-
-
-class OrderedBatches:
-    """Validation batches: every readable image once, in order."""
-
-    def __init__(
-        self,
-        dataset: ValidationImages,
-        batch_size: int,
-        workers: int,
-        config: dict[str, Any],
-        bad: BadImages,
-        device: torch.device,
-        kept: Decoded | None = None,
-    ):
-        self.order, self.kept = OrderedPlaces(len(dataset), batch_size), kept is not None
-        self.loader: Any = (
-            ResidentInOrder(kept, dataset.images.labels, self.order, config, device)
-            if kept
-            else _loader(dataset, self.order, workers, config, bad, device)
-        )
-
-    def __len__(self) -> int:
-        return len(self.order.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.every(0, 1)
-
-    def every(self, first: int, step: int) -> Iterator[Batch]:
-        """Each `step`-th batch from the `first` on; the others are not read."""
-        self.order.first, self.order.every = first, step
-        return iter(self.loader)
-
-
-class RawImages:
-    """(PIL image as stored, class index) of every readable validation image, in the order of the batches."""
-
-    def __init__(self, images: Images, config: dict[str, Any], bad: BadImages):
-        self.images, self.config, self.bad = images, config, bad
-
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for position in range(len(self.images)):
-            try:
-                image, label = self.images[position]
-                convert(
-                    image, MODES[self.config["input_size"][0]], self.config.get("pixel_bits")
-                )  # what cannot be converted is in no batch either
-            except Exception as error:
-                name, reason = self.images.name(position), f"{type(error).__name__}: {error}"
-                self.bad.add(name, reason, int(self.images.labels[position]))
-            else:
-                yield image, label

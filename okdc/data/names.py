@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+from okdc.errors import DataError
+
 
 def spelled(name: str) -> str:
     """The name in Unicode's composed form (NFC): some systems store the é of café as e and an accent."""
@@ -26,6 +28,20 @@ def natural_key(name: str) -> Any:
 def by_index(names: Iterable[str]) -> dict[str, int]:
     """Class name -> index, in natural order."""
     return {name: index for index, name in enumerate(sorted(set(names), key=natural_key))}
+
+
+def check_lines(names: Iterable[str], whose: str) -> None:
+    """DataError for names of classes that cannot be a line of labels.txt each; `whose` classes they are."""
+    if broken := [name for name in names if not is_line(name)]:
+        raise DataError(
+            f"the class {broken[0]!r} of {whose} has a name that is no line of text, and it is to be one of "
+            "labels.txt: rename it."
+        )
+
+
+def is_line(name: str) -> bool:
+    """Whether a name can be a line of a UTF-8 file: not empty, without line breaks, of letters that can be coded."""
+    return bool(name) and not any(letter in "\n\r" or "\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

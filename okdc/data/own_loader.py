@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from okdc.data import own_images
 from okdc.data.labels import checked_labels
+from okdc.data.names import check_lines
+from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
@@ -24,6 +28,7 @@ def wrap(
     num_classes: int | None = None,
     classes: Sequence[str] | None = None,
     preprocess: dict[str, Any] | None = None,
+    stated: dict[str, Any] | None = None,
     name: str | None = None,
     seed: int = 0,
     needs: Needs = NOTHING,
@@ -37,7 +42,8 @@ def wrap(
     without a generator of its own gives the same order when a run is resumed. Batches stay on the device they come on,
     and their images are made float32.
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
-    `preprocess` says how an image becomes an input; what it leaves out is taken as: nothing is done to it.
+    `preprocess` says how an image becomes an input. Without it that is looked for in the validation loader, else the
+    training loader, and `stated` has what the user says of it (mean, std, interpolation, crop_pct).
     Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
     training loader with torch's DistributedSampler has been divided already. A method that `needs` views sees the same
     image with every member, and pairs are those that batches happen to hold.
@@ -59,7 +65,8 @@ def wrap(
         raise DataError(
             "the training loader has labels of one class only; expected two or more. If there are more: num_classes=N"
         )
-    images = 0
+    check_lines(names, "the training data set")
+    images, judged = 0, seen
     if validation is not None:
         _check_iterable(validation, "validation")
         if world > 1 and _is_divided(validation):
@@ -68,22 +75,37 @@ def wrap(
                 "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
             )
         _check_same_classes(_dataset_classes(train), _dataset_classes(validation))
-        images = _survey(validation, "validation", seed, len(names), timeout).images
-    channels = seen.input_size[0]
-    neutral = {
-        "input_size": seen.input_size, "mean": (0.0,) * channels, "std": (1.0,) * channels,
-        "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center",
-    }  # fmt: skip
+        judged = _survey(validation, "validation", seed, len(names), timeout)
+        images = judged.images
+    raw = None
+    if preprocess is None:
+        given = {key: value for key, value in (stated or {}).items() if value is not None}
+        evaluates = validation is not None
+        preprocess, raw = preprocessing(validation if evaluates else train, judged.first, given, evaluates)
     return Data(
         train=OwnBatches(train, seen.steps, len(names), seed, *_division(train, rank, world)),
         validation=None if validation is None else OwnValidation(validation, len(names), seed),
-        validation_images=None,
+        validation_images=None if validation is None else raw,
         classes=tuple(names),
-        preprocess=neutral | (preprocess or {}),
+        preprocess=preprocess,
         name=name or type(getattr(train, "dataset", train)).__name__,
         sizes=(seen.images, images),
         bad_images={},
     )
+
+
+def state(data: Data, stated: dict[str, Any]) -> Data:
+    """The data of a user's own loader with what is said of its preprocessing only now, checked as by `wrap`.
+
+    Raises DataError also where okdc itself prepared the images in another way.
+    """
+    if not isinstance(data.train, OwnBatches):
+        return replace(data, preprocess=agreed(data.preprocess, stated, "the student was trained with"))
+    judged = data.validation if isinstance(data.validation, OwnValidation) else None
+    first = next(iter(judged) if judged else data.train.batches(0))
+    loader = judged.loader if judged else data.train.loader
+    preprocess, raw = preprocessing(loader, (first[0], first[1]), stated, judged is not None)
+    return replace(data, preprocess=preprocess, validation_images=raw if judged else None)
 
 
 class OwnBatches:
@@ -99,6 +121,11 @@ class OwnBatches:
 
     def __len__(self) -> int:
         return self.steps
+
+    @property
+    def in_order(self) -> bool:
+        """Whether it gives its images in one order always, which may be class by class, as far as can be told."""
+        return not own_images.shuffles(self.loader)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
@@ -152,6 +179,14 @@ class OwnValidation:
     def __init__(self, loader: Iterable[Any], num_classes: int, seed: int):
         self.loader, self.num_classes, self.seed = loader, num_classes, seed
 
+    @property
+    def labels(self) -> Tensor | None:
+        """The labels (images,) where they are known without decoding an image, and the images come in order."""
+        if isinstance(self.loader, (list, tuple)):
+            labels = torch.cat([labels for _, labels in self.loader])
+            return labels if labels.ndim == 1 else labels.argmax(1)
+        return own_images.labels(self.loader)
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in iterate_seeded(self.loader, self.seed):
             yield _checked(batch, "validation", self.num_classes)
@@ -164,7 +199,7 @@ class Survey:
     steps: int
     images: int
     classes: int
-    input_size: tuple[int, ...]
+    first: Batch
 
 
 def _check_iterable(loader: Any, role: str) -> None:
@@ -183,7 +218,7 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float)
     length = _length(loader)
     whole = not num_classes or length is None
     steps = images = highest = 0
-    input_size: tuple[int, ...] = ()
+    first: Batch | None = None
     batches = iterate_seeded(loader, seed, 0)
     for batch in limited(batches, timeout, lambda count: f"while looking at batch {count + 1} of the {role} loader"):
         pixels, labels = _checked(batch, role, num_classes)
@@ -192,19 +227,19 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float)
                 f"the {role} loader gave images that hold NaN or infinite numbers; expected finite ones. Look where "
                 "they are divided: by a standard deviation of 0?"
             )
-        input_size = input_size or tuple(pixels.shape[1:])
+        first = first or (pixels, labels)
         steps, images = steps + 1, images + len(pixels)
         highest = max(highest, labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max()))
         if not whole:
             break
-    if not steps:
+    if first is None:
         raise DataError(
             f"the {role} loader is empty; expected at least one batch of (images, labels). Is drop_last dropping it?"
         )
     if not whole and length is not None:
         dataset_length = _length(getattr(loader, "dataset", None))
         steps, images = length, images * length if dataset_length is None else dataset_length
-    return Survey(steps, images, highest + 1, input_size)
+    return Survey(steps, images, highest + 1, first)
 
 
 def _length(thing: Any) -> int | None:

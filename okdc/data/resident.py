@@ -223,7 +223,7 @@ class ResidentTraining:
                 positions = data.order.of(epoch)
             places = torch.tensor([place for _, place in batch])
             shown = self._readable(positions, places)
-            keys = mix(positions[places]) + (places if data.order.pairs_in else 0)
+            keys = mix(positions[places]) + (places if data.order.repeats else 0)
             images = self.kept.images[shown.to(self.device)]
             views = [
                 self.law(images, mix(keys + (derive_seed(data.seed, epoch, 2, view) << 31)).to(self.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from okdc.data.balance import balanced_order
 from okdc.data.images import Images
 from okdc.data.pairs import images_per_class, paired_order
 from okdc.data.transforms import read
@@ -36,26 +37,33 @@ def collate(samples: list[tuple[Any, ...]], bad: list[BadImage]) -> Loaded:
 
 
 class Order:
-    """Which image stands where in an epoch: a permutation, or with `pairs_in` batches of so many a balanced draw."""
+    """Which image stands where in an epoch: a permutation, or `balanced`, or with `pairs_in` batches of so many pairs.
 
-    def __init__(self, labels: Tensor, seed: int, pairs_in: int | None):
-        self.labels, self.seed, self.pairs_in = labels, seed, pairs_in
+    Where an image may come twice in an epoch, the order `repeats`.
+    """
+
+    def __init__(self, labels: Tensor, seed: int, pairs_in: int | None = None, balanced: bool = False):
+        self.labels, self.seed, self.pairs_in, self.balanced = labels, seed, pairs_in, balanced
         self.per_class = images_per_class(labels, pairs_in) if pairs_in else 0
+        self.repeats = balanced or pairs_in is not None
 
     def of(self, epoch: int) -> Tensor:
         """Positions of images, (N,); the first whole batches of them are the epoch."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         if self.pairs_in:
             return paired_order(self.labels, self.pairs_in, self.per_class, generator)
+        if self.balanced:
+            return balanced_order(self.labels, self.seed, epoch, generator)
         return torch.randperm(len(self.labels), generator=generator)
 
     def candidates(self, positions: Tensor, place: int) -> Iterator[int]:
         """The image whose place it is, then those that may stand in for it: the next ones, or others of its class."""
         own = int(positions[place])
         yield own
-        if self.pairs_in:
-            first = place - place % self.pairs_in
-            present = set(positions[first : first + self.pairs_in].tolist())
+        if self.repeats:
+            whole = self.pairs_in or 1
+            first = place - place % whole
+            present = set(positions[first : first + whole].tolist())
             alike = (self.labels == self.labels[own]).nonzero().flatten().roll(-own).tolist()
             yield from (position for position in alike if position not in present)
         for further in range(1, len(positions)):
@@ -95,9 +103,9 @@ class TrainImages(Dataset):
         return None
 
     def _view(self, image: Image.Image, epoch: int, place: int, view: int) -> Tensor:
-        # The place's own image seeds, so that a stand-in is not cropped as it is in its own place. In a balanced order
-        # an image may come twice in an epoch: then the place seeds too.
-        twice = place if self.order.pairs_in else 0
+        # The place's own image seeds, so that a stand-in is not cropped as it is in its own place. Where an image may
+        # come twice in an epoch, the place seeds too.
+        twice = place if self.order.repeats else 0
         reseed(self.seed, epoch, int(self.positions[place]), 2, view, twice)
         return self.transform(image)
 
@@ -160,11 +168,11 @@ class EpochPlaces(Sampler):
 
 
 class OrderedPlaces(Sampler):
-    """Batches of positions in order: each `every`-th of them, from the `first` on."""
+    """Batches of positions, in their order: each `every`-th batch, from the `first` on."""
 
-    def __init__(self, num_images: int, batch_size: int):
-        starts = range(0, num_images, batch_size)
-        self.batches = [list(range(start, min(start + batch_size, num_images))) for start in starts]
+    def __init__(self, positions: Sequence[int], batch_size: int):
+        starts = range(0, len(positions), batch_size)
+        self.batches = [list(positions[start : start + batch_size]) for start in starts]
         self.first, self.every = 0, 1
 
     def __len__(self) -> int:

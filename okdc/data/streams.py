@@ -19,6 +19,7 @@ from timm.data.readers.class_map import load_class_map
 from torchvision import transforms
 
 from okdc.data.images import names_by_index
+from okdc.data.names import check_lines
 from okdc.data.transforms import MODES, BatchAugmentation, image_transform, upright
 from okdc.data.values import Batch, Data, Source
 from okdc.errors import DataError
@@ -46,6 +47,7 @@ def stream_classes(stream: Stream, settings: DataSettings) -> tuple[str, ...]:
             f"'{settings.data}' does not say what its classes are; expected a text file with one class name per "
             "line, in the order of their indices: --class-map FILE.txt"
         )
+    check_lines(names, settings.data)
     return names_by_index(names)
 
 

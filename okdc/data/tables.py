@@ -9,7 +9,7 @@ from pathlib import Path
 from okdc.data.coco import read_coco
 from okdc.data.folders import open_training, read_class_map
 from okdc.data.images import Images, names_by_index, split_in_two
-from okdc.data.names import by_index, listed, natural_key
+from okdc.data.names import by_index, is_line, listed, natural_key
 from okdc.data.rows import SPLITS, Row, read_table
 from okdc.data.scan import Files
 from okdc.data.splits import ROLES, role
@@ -180,7 +180,7 @@ def _check_labels(table: Path, rows: list[Row]) -> None:
     names = {row.label for row in rows}
     if len(names) == 1:
         raise DataError(f"'{table}' has only one class ({rows[0].label}); expected at least two.")
-    if places := [row.place for row in rows if row.label.splitlines() != [row.label]]:
+    if places := [row.place for row in rows if not is_line(row.label)]:
         raise DataError(f"labels of '{table}' go over several lines ({listed(places, 3)}); expected a name each.")
     first: dict[str, Row] = {}
     torn = [(there, row) for row in rows if (there := first.setdefault(row.file, row)).label != row.label]

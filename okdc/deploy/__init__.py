@@ -7,19 +7,24 @@ Imports: `errors`, `networks`, `okdc`, `recipe`, `system`, `verification`.
 
 from __future__ import annotations
 
-from okdc.deploy.bundle import check_sums
+from okdc.deploy.bundle import check_sums, is_known
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.rehearsal import refuse_unexportable
+from okdc.deploy.statement import UNKNOWN
 from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
+    "UNKNOWN",
     "UnfitError",
     "asked",
     "check_sums",
     "export_bundle",
     "failed_folder",
     "failures",
+    "is_known",
     "not_written",
     "read",
+    "refuse_unexportable",
     "unavailable",
     "verify_bundle",
 ]

@@ -5,7 +5,6 @@ Nothing here runs code that it finds in a bundle: weights are safetensors, every
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -30,7 +29,9 @@ from okdc.system.wording import one_line, portable, without_paths
 from okdc.verification import torch_runner
 
 SUMS, WEIGHTS, GOLDEN = "SHA256SUMS", "model.safetensors", "golden.npz"
-IMAGES = ("exif", "pixel_bits")  # how stored images are read, in config.json: timm's create_transform knows it not
+# How stored images are read, and what of the rest nobody said; in config.json: timm's create_transform knows it not.
+IMAGES = ("exif", "pixel_bits", "assumed")
+_UNKNOWN = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # what a bundle says nothing of, with the first
 CACHE = "__pycache__"  # what Python leaves where predict.py was imported
 
 
@@ -56,20 +57,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def write_preprocess(folder: Path, preprocess: Mapping[str, Any]) -> None:
-    """Write preprocess.json: what timm's `create_transform` takes, and nothing else."""
-    write_json(folder / "preprocess.json", {key: value for key, value in preprocess.items() if key not in IMAGES})
-
-
-def read_preprocess(folder: Path) -> dict[str, Any]:
-    """All that was done to the images in training: preprocess.json, and how stored images are read."""
-    return read_json(folder / "preprocess.json") | read_config(folder).get("okdc", {}).get("images", {})
+def is_known(preprocess: Mapping[str, Any]) -> bool:
+    """Whether it says how an image becomes an input, and not only of which size."""
+    return "mean" in preprocess
 
 
 def write_sums(folder: Path) -> None:
     """Write SHA256SUMS over every other file of the folder, in the format of `sha256sum --check`."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in names if name != SUMS]
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in names if name != SUMS]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -87,11 +83,12 @@ def check_sums(folder: Path) -> list[str]:
     if not sums:
         return [f"{SUMS} missing"]
     problems = [f"{name} missing" for name in sums if not (folder / name).is_file()]
-    changed = (name for name, digest in sums.items() if (folder / name).is_file() and _sha256(folder / name) != digest)
+    changed = (name for name, digest in sums.items() if (folder / name).is_file() and sha256(folder / name) != digest)
     return problems + [f"{name} changed" for name in changed]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The check sum of a file, as in SHA256SUMS."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -125,7 +122,8 @@ def write_config(
         extra = {"label_names": labels}
         save_config_for_hf(student, str(path), extra, model_args=model_args, data_config=preprocess)
         config = read_json(path)
-        for stale in ("tag", "license", "origin_url"):  # these are about the weights that timm has under that name
+        # These are about the weights that timm has under that name, as is a preprocessing that is not the student's.
+        for stale in ("tag", "license", "origin_url", *(() if is_known(preprocess) else _UNKNOWN)):
             config["pretrained_cfg"].pop(stale, None)
     else:
         known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
@@ -222,27 +220,6 @@ def metadata(arch: str, classes: Sequence[str], preprocess: dict, info: Mapping[
         "okdc.preprocess": json.dumps(preprocess, sort_keys=True),
         "okdc.recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest(),
     }
-
-
-def contradictions(folder: Path) -> dict[str, str]:
-    """How preprocess.json and labels.txt differ from what config.json and model.onnx say of the same, by file."""
-    config = read_config(folder)
-    claims = [(CONFIG, config["pretrained_cfg"], config["label_names"])]
-    if (folder / "model.onnx").is_file():
-        import onnx
-
-        with contextlib.suppress(Exception):  # of a file that is broken, its own row tells
-            known = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
-            claims.append(("model.onnx", json.loads(known["okdc.preprocess"]), json.loads(known["okdc.labels"])))
-    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
-    preprocess, found = read_json(folder / "preprocess.json"), dict[str, str]()
-    for source, how, names in claims:
-        for key, value in preprocess.items():
-            if key in how and how[key] != value:
-                found.setdefault("preprocess.json", f"its {key} is {value}, that in {source} is {how[key]}")
-        if portable(names) != portable(labels):
-            found.setdefault("labels.txt", f"its classes are not those in {source}")
-    return found
 
 
 def refuse_foreign(folder: Path) -> None:

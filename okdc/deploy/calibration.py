@@ -18,18 +18,19 @@ from okdc.verification.schema import Calibration
 SEED = 0
 
 
-def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarray, Calibration]:
+def draw(data: Any, count: int, apart: bool = True) -> tuple[np.ndarray, Calibration]:
     """Up to `count` training images (N, C, H, W) float32 as the network takes them, and where they come from.
 
-    data: an okdc.data.Data. Images that are equal to one of the first `validated` validation images (all when None) are
-    left out and counted. A stream or a loader of the user's gives the images of its first batches, as it trains on
-    them. Raises ExportError when there are none.
+    data: an okdc.data.Data. Images that are equal to one of the validation images are left out and counted, if they are
+    to be `apart`. A stream or a shuffled loader of the user's gives the images of its first batches, as it trains on
+    them; one that comes in a fixed order, perhaps class by class, those of places that are drawn from the whole of it.
+    Raises ExportError when there are none.
     """
     augmented, shared = getattr(data, "training_images", None) is None, None
     if augmented:
-        images = list(islice(_as_trained(data), count))
+        images = _as_trained(data, count)
     else:
-        known = {_digest(image) for image, _ in islice(data.validation_images or (), validated)}
+        known = {_digest(image) for image, _ in (data.validation_images or () if apart else ())}
         images, shared = _raw(data, count, known)
     if len(images) < 2:
         raise ExportError(
@@ -46,10 +47,9 @@ def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarra
 
 def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], int]:
     predict = shipped.load(shipped.folder("export") / "predict.py")  # equal to the evaluation transform, bit for bit
-    order = torch.randperm(len(data.training_images), generator=torch.Generator().manual_seed(SEED))
     images: list[np.ndarray] = []
     shared = 0
-    for position in order.tolist():
+    for position in _shuffled(len(data.training_images)):
         if len(images) == count:
             break
         try:
@@ -64,10 +64,25 @@ def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], in
     return images, shared
 
 
-def _as_trained(data: Any) -> Iterator[np.ndarray]:
+def _as_trained(data: Any, count: int) -> list[np.ndarray]:
+    """Images of one pass over the training batches, in random order."""
+    images = _one_by_one(data)
+    if getattr(data.train, "in_order", False):
+        chosen = set(_shuffled(data.sizes[0])[:count])
+        found = list(islice((image for place, image in enumerate(images) if place in chosen), count))
+    else:
+        found = list(islice(images, count))
+    return [found[place] for place in _shuffled(len(found))]
+
+
+def _one_by_one(data: Any) -> Iterator[np.ndarray]:
     for batch in data.train.batches(0):
         images = batch[0][0] if batch[0].dim() == 5 else batch[0]  # the first of several views
         yield from np.ascontiguousarray(images.detach().float().cpu().numpy())
+
+
+def _shuffled(count: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
 
 
 def _digest(image: Image.Image) -> bytes:

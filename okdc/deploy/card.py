@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from okdc.deploy import targets, triton
-from okdc.deploy.bundle import WEIGHTS
+from okdc.deploy.bundle import WEIGHTS, is_known
+from okdc.deploy.statement import UNKNOWN
 from okdc.networks import stem
 from okdc.networks.saved import CONFIG
 from okdc.system.wording import portable
@@ -18,6 +19,7 @@ from okdc.verification.schema import Row, Verification
 
 PROGRAM = "model.pt2"
 
+_ASSUMED = " (assumed: nobody said it of the loader that the images came from)"
 _FILES = {  # beside those of the export targets
     WEIGHTS: "the weights",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
@@ -26,9 +28,10 @@ _FILES = {  # beside those of the export targets
     triton.FOLDER: "a model repository: `tritonserver --model-repository triton`",
     "predict.py": "image files in, classes out; needs the packages of requirements.txt and no torch",
     "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
+    "export-errors.txt": "all that exporters said of what they could not write",
     "verification.json": "what was measured, on which machine",
     "golden.npz": "two random inputs and the logits that they must give",
-    "SHA256SUMS": "`sha256sum --check SHA256SUMS`",
+    "SHA256SUMS": "`sha256sum --check SHA256SUMS` finds damage; who changes files on purpose can make the sums anew",
 }
 
 
@@ -68,7 +71,9 @@ def _results(verification: Verification) -> str:
         lines.append(_line([*cells, *latency, verdict]))
     kind = "random inputs (there were no validation images)" if verification["verdict"] == "parity_only" else "images"
     machine = verification["environment"].get("cpu" if verification["device"] == "cpu" else "gpu") or ""
-    text = f"Measured on {verification['images']} {kind}, device {verification['device']}"
+    sample = verification["sample"]
+    images = sample["told"] if sample else f"{verification['images']} {kind}"
+    text = f"Measured on {images}, device {verification['device']}"
     skipped = [f"- {entry['target']} was skipped: {entry['reason']}" for entry in verification["skipped"]]
     text += f" ({machine}); latency on {verification['threads']} thread(s)."
     return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
@@ -88,6 +93,9 @@ def _remarks(verification: Verification) -> list[str]:
     after = next((facts["parameters"] for facts in exports.values() if "parameters" in facts), None)
     if after and after != before:
         lines.append(f"- Parallel branches are fused in the exported files: {before:,} parameters become {after:,}.")
+    for name, facts in exports.items():
+        if "opset" in facts:
+            lines.append(f"- {name} has opset {facts['opset']}, in version {facts['ir_version']} of the format.")
     for split, classes in verification["data"]["unreadable"].items():
         lost = ", ".join(f"{count} of {name}" for name, count in classes.items())
         lines.append(f"- Images of the {split} split that could not be read: {lost}.")
@@ -149,9 +157,12 @@ def _files(folder: Path) -> str:
 
 
 def _origin(config: dict, info: Mapping[str, Any]) -> str:
-    cfg = config["pretrained_cfg"]
+    cfg, assumed = config["pretrained_cfg"], config["okdc"].get("images", {}).get("assumed", ())
     keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-    lines = ["## Preprocessing", "", *(f"- {key}: {cfg[key]}" for key in keys if key in cfg)]
+    shown = (f"- {key}: {cfg[key]}{_ASSUMED * (key in assumed)}" for key in keys if key in cfg)
+    lines = ["## Preprocessing", "", *shown]
+    if not is_known(cfg):
+        lines += ["", f"How an image becomes an input is not stated in this bundle: {UNKNOWN}."]
     numbers = {key: value for key, value in (info.get("metrics") or {}).items() if isinstance(value, (int, float, str))}
     if numbers:
         lines += ["", "## Training", "", *(f"- {key}: {_number(value, '{:.4g}')}" for key, value in numbers.items())]

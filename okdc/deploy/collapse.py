@@ -8,27 +8,31 @@ from collections.abc import Sequence
 from okdc.verification.schema import Row, Verification
 
 
-def say_collapse(rows: Sequence[Row], read: int, images: int, recorded: Verification, classes: int) -> None:
+def say_collapse(rows: Sequence[Row], here: int, recorded: Verification, classes: int) -> None:
     """Say in the first float32 row with a top-1 where that is lower than the recorded one by more than chance allows.
 
-    That is three standard deviations of the difference of two samples of one share: the `read` of the `images` here,
-    and those of the export. What was not read to its end may have come class by class: as many draws as `classes`.
+    That is three standard deviations of the difference of two samples of one share: the images `here`, and those of the
+    export. Of an export that took the first images, class by class, as many are counted as there are `classes`.
     """
     row, before = _scored(rows), _scored(recorded["rows"])
     if row is None or before is None or row["top1"] is None or before["top1"] is None:
         return
     lost = before["top1"] - row["top1"]
-    samples = ((read, images), (recorded["images"], recorded["data"].get("images", 0)))
-    here, then = [count if count >= whole else min(count, classes) for count, whole in samples]
+    then = recorded["images"] if is_fair(recorded) else min(recorded["images"], classes)
     share = (row["top1"] * here + before["top1"] * then) / (here + then) / 100
     allowed = 300 * math.sqrt(share * (1 - share) * (1 / here + 1 / then))
     if lost > allowed + 1e-9:
         told = (
-            f"its top-1 is {row['top1']:.2f}% on these {read:,} images and was {before['top1']:.2f}% on the "
+            f"its top-1 is {row['top1']:.2f}% on these {here:,} images and was {before['top1']:.2f}% on the "
             f"{recorded['images']:,} of the export, {lost:.3g} points lower where chance explains {allowed:.3g}: these "
             "are harder, labelled otherwise or prepared in another way, and how good the student is here was not shown"
         )
         row["reason"] = f"{row['reason']}; {told}" if row["reason"] else told
+
+
+def is_fair(recorded: Verification) -> bool:
+    """Whether a bundle was verified on all images or on a sample: okdc once took the first ones."""
+    return bool(recorded.get("sample")) or recorded["images"] >= recorded["data"].get("images", 0)
 
 
 def _scored(rows: Sequence[Row]) -> Row | None:

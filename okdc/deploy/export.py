@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle, torch_runner
+from okdc.deploy import bundle, statement, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
-from okdc.deploy.collapse import say_collapse
+from okdc.deploy.collapse import is_fair, say_collapse
 from okdc.deploy.machine import environment
 from okdc.deploy.targets import asked, known
 from okdc.deploy.writing import existing, further, leave_out, write
@@ -29,9 +29,9 @@ from okdc.networks.saved import CONFIG
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.verification import Gates, Pipeline, compare, failed_row
+from okdc.verification import Gates, Pipeline, compare, failed_row, take
 from okdc.verification import torch_runner as run_torch
-from okdc.verification.gates import for_cpu, is_variant
+from okdc.verification.gates import fail, for_cpu, is_variant
 from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
 
 _A_FEW = 8  # training images, for the range of the activations
@@ -81,6 +81,7 @@ def export_bundle(
     part.mkdir(parents=True)
     try:
         skipped = _write_student(part, student, arch, model_args, classes, preprocess)
+        data = take(data, settings.images)
         calibration, drawn, without = _draw(data, settings)
         exported, unavailable, notes = write(
             part, student, arch, settings, classes, preprocess, info, calibration, without, device
@@ -96,7 +97,6 @@ def export_bundle(
             data,
             input_size=preprocess["input_size"],
             device=device,
-            images=settings.images,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
             gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
@@ -136,7 +136,10 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     exported, skipped = existing(folder)
     others = further(exported, device)
     here = _data_facts(data)
-    same_data = all(recorded["data"].get(key) == here[key] for key in ("name", "images"))  # type: ignore[literal-required]
+    same_data = is_fair(recorded) and all(
+        recorded["data"].get(key) == here[key]  # type: ignore[literal-required]
+        for key in ("name", "images")
+    )
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
@@ -153,14 +156,15 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         alone=_alone(folder),
     )
     if not same_data:
-        say_collapse(verification["rows"], verification["images"], here["images"], recorded, len(facts["classes"]))
-    odd = bundle.contradictions(folder)
+        say_collapse(verification["rows"], verification["images"], recorded, len(facts["classes"]))
+    odd, (wrong, other) = statement.contradictions(folder), statement.odd_programs(folder)
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
-    for file, reason in odd.items():
+    for file, reason in (odd | wrong).items():
         _add_failure(verification, file, reason)
     if not all(row["pass"] for row in verification["rows"] if row["name"] not in others):
         verification["verdict"] = "fail"
     skipped += [*verification["skipped"], *_unchecked(verification, folder)]
+    skipped += [{"target": name, "reason": reason} for name, reason in other.items()]
     verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
     return verification
 
@@ -168,9 +172,8 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
 def read(folder: Path) -> dict[str, Any]:
     """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
     config = bundle.read_config(folder)
-    labels = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
-    preprocess = bundle.read_preprocess(folder)
-    return {"architecture": config["architecture"], "classes": tuple(labels), "preprocess": preprocess}
+    preprocess = statement.read_preprocess(folder)
+    return {"architecture": config["architecture"], "classes": statement.read_labels(folder), "preprocess": preprocess}
 
 
 def failed_folder(folder: Path) -> Path:
@@ -202,8 +205,8 @@ def _write_student(
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
     bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args)
-    bundle.write_preprocess(part, preprocess)
-    (part / "labels.txt").write_text("".join(f"{name}\n" for name in classes), encoding="utf-8")
+    statement.write_preprocess(part, preprocess)
+    statement.write_labels(part / statement.LABELS, classes)
     reason = bundle.settle_loader(part)
     return [{"target": bundle.WEIGHTS, "reason": reason}] if reason else []
 
@@ -215,8 +218,8 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return None, None, _NO_IMAGES
     try:
         if any(target.calibrated for target in wanted):
-            return *draw(data, settings.calibration_images, settings.images), ""
-        return draw(data, _A_FEW, validated=0)[0], None, _NO_IMAGES
+            return *draw(data, settings.calibration_images), ""
+        return draw(data, _A_FEW, apart=False)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)
 
@@ -248,7 +251,9 @@ def _pipelines(folder: Path) -> dict[str, Pipeline]:
 
 
 def _unchecked(verification: Verification, folder: Path) -> list[Skipped]:
-    """A "skipped" entry for predict.py where there were no raw images to try it on."""
+    """A "skipped" entry for predict.py where nobody knows what it should do, or there were no raw images to try it."""
+    if not bundle.is_known(statement.read_preprocess(folder)):
+        return [{"target": "predict.py", "reason": statement.UNKNOWN}]
     if not (folder / "predict.py").is_file() or any(row["name"] == "predict.py" for row in verification["rows"]):
         return []
     reason = "there are no raw validation images, so the preprocessing it does was not compared with that of training"
@@ -259,6 +264,7 @@ def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment(verification["device"])
     bundle.recommend(part, for_cpu(verification["rows"], {target.row for target in known().values() if target.predict}))
+    statement.note_programs(part)
     bundle.write_json(part / "verification.json", verification)
     write_card(part, arch, bundle.read_config(part), verification, info)
     bundle.write_sums(part)
@@ -272,10 +278,15 @@ def _data_facts(data: Any | None) -> DataFacts:
 
 
 def _add_failure(verification: Verification, file: str, reason: str | None) -> None:
-    """A failed row for a file in which `reason` is wrong, if anything is."""
-    if reason:
+    """Its row fails for a file in which `reason` is wrong, if anything is; a new one where it has none."""
+    if reason is None:
+        return
+    row = next((row for row in verification["rows"] if row["name"] == file), None)
+    if row is None:
         verification["rows"].append(failed_row(file, reason))
-        verification["verdict"] = "fail"
+    else:
+        fail(row, reason)
+    verification["verdict"] = "fail"
 
 
 def _wrong_labels(labels: Sequence[str], data: Any | None) -> str | None:

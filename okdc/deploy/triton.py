@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from okdc.deploy.statement import LABELS, write_labels
+
 FOLDER = "triton"
 NEEDS = ("onnx",)  # the export targets without which there is nothing to serve
 
@@ -36,8 +38,8 @@ dynamic_batching {{
 """
 
 
-def write(bundle: Path, arch: str, input_size: Sequence[int], classes: Sequence[str], largest: int) -> None:
-    """Write `bundle`/triton: a model of each file that Triton can serve, whose images (C, H, W) it puts together.
+def write(folder: Path, arch: str, input_size: Sequence[int], classes: Sequence[str], largest: int) -> None:
+    """Write `folder`/triton: a model of each file that Triton can serve, whose images (C, H, W) it puts together.
 
     The batch of the graphs is free up to `largest`, which is also what an engine of the bundle was built for.
     """
@@ -47,13 +49,13 @@ def write(bundle: Path, arch: str, input_size: Sequence[int], classes: Sequence[
         (f"{name}_tensorrt", "tensorrt_plan", "model.engine", "model.plan"),
     )
     for model, platform, source, file in served:
-        if not (bundle / source).is_file():
+        if not (folder / source).is_file():
             continue
-        folder = bundle / FOLDER / model
-        (folder / "1").mkdir(parents=True)
-        shutil.copyfile(bundle / source, folder / "1" / file)
-        (folder / "labels.txt").write_text("".join(f"{label}\n" for label in classes), encoding="utf-8")
+        place = folder / FOLDER / model
+        (place / "1").mkdir(parents=True)
+        shutil.copyfile(folder / source, place / "1" / file)
+        write_labels(place / LABELS, classes)
         dims = ", ".join(map(str, input_size))
         facts = {"name": model, "platform": platform, "largest": largest, "dims": dims}
         config = _CONFIG.format(**facts, classes=len(classes), delay=_QUEUE_DELAY)
-        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+        (place / "config.pbtxt").write_text(config, encoding="utf-8")

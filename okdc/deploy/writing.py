@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle, targets, triton
+from okdc.deploy import bundle, requirements, targets, triton
 from okdc.deploy.targets import Target
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
-from okdc.system.wording import one_line, without_paths
+from okdc.system.wording import all_lines, one_line, without_paths
 from okdc.verification import Exported, Gates
 from okdc.verification.schema import Skipped
 
+ERRORS = "export-errors.txt"
 _LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
 
 
@@ -59,9 +60,9 @@ def write(
                 notes[target.name] = target.module.write(student, example, path, **options)
                 offered[target.name] = path
             except Exception as error:  # an exporter may raise anything; the other files are still written
-                problem = f"it could not be written: {one_line(error)}"
+                problem = f"it could not be written: {one_line(error)}{_kept(part, target, error)}"
         exported[target.row] = Exported(path, target.module, problem)
-    _add_programs(part, wanted, exported)
+    _add_programs(part, wanted, exported, bundle.is_known(preprocess))
     if settings.triton:
         triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return exported, [{"target": name, "reason": reason} for name, reason in reasons.items()], notes
@@ -130,11 +131,25 @@ def _unfounded(target: Target, written: Mapping[str, Any]) -> str | None:
     return f"it is made from {lost}, which could not be written" if lost else None
 
 
-def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported]) -> None:
-    """predict.py where there is a file that it runs, and the export targets that are of use on the device."""
-    if any(target.predict and target.row in exported for target in wanted):
+def _kept(part: Path, target: Target, error: Exception) -> str:
+    """Where the whole of an error of several lines is now, in words."""
+    whole = all_lines(error)
+    if whole == one_line(error):
+        return ""
+    with open(part / ERRORS, "a", encoding="utf-8") as file:
+        file.write(f"{target.file}\n\n{whole}\n\n")
+    return f" (all of it: {ERRORS})"
+
+
+def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool) -> None:
+    """The export targets that are of use on the device, and predict.py where there is a file that it runs.
+
+    known: whether the preprocessing is; predict.py would have to guess it.
+    """
+    if known and any(target.predict and target.row in exported for target in wanted):
         shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
-        (part / "requirements.txt").write_text("numpy\npillow\nonnxruntime>=1.22\n", encoding="utf-8")
+        files = [part / target.file for target in wanted if target.predict and (part / target.file).is_file()]
+        (part / "requirements.txt").write_text(requirements.text(files), encoding="utf-8")
     for target in wanted:
         if target.tool:
             shutil.copyfile(target.path, part / target.path.name)

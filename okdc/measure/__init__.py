@@ -2,7 +2,7 @@
 
 It runs the pipeline's own parts.
 
-Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `methods`, `needs`, `networks`, `pipeline`, `recipe`,
+Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `methods`, `needs`, `networks`, `okdc`, `pipeline`, `recipe`,
 `system`, `training`, `verification`.
 """
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from okdc.networks.build import arguments, load, names
 from okdc.networks.input import check_input, data_config
+from okdc.networks.steady import refuse_unsteady
 from okdc.networks.tuning import checkpoint_gradients, freeze, keep_activations
 
 __all__ = [
     "arguments", "check_input", "checkpoint_gradients", "data_config", "freeze", "keep_activations", "load", "names",
+    "refuse_unsteady",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import timm
 from timm.models import resolve_model_input_args
 from torch import nn
 
-from okdc.errors import NetworkError, first_line, nearest
+from okdc.errors import NetworkError, first_line, nearest, refuse_address
 from okdc.networks import (
     cifar,  # noqa: F401  (registers resnet32_cifar and its like with timm)
     from_torchvision,
@@ -42,6 +42,7 @@ def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Co
         return load(settings_of(Path(settings.model), settings, typed), num_classes)
     classes = _agreed_classes(settings, num_classes)
     network = _build(settings, classes)
+    refuse_address(settings.checkpoint, "--checkpoint")
     heads = _classifiers(network, settings) if settings.checkpoint is not None else []
     # A checkpoint may be of the network as its library builds it, or as it was after its stem had been changed.
     stem_later = settings.checkpoint is not None and weights.fits(network, settings.checkpoint, heads)

@@ -89,11 +89,12 @@ def load(network: nn.Module, path: str | Path, names: Sequence[str]) -> None:
             reset_classifier(network, len(rows), names)
     differences = _differences(network.state_dict(), state)
     if differences:
+        arch = architecture(path)
         more = f"; and {len(differences) - _SHOWN} more" if differences[_SHOWN:] else ""
         raise NetworkError(
             f"{path} is not a checkpoint of this network ({type(network).__name__}): "
             f"{'; '.join(differences[:_SHOWN])}{more}. "
-            f"Give the network that it was saved from{_architecture(Path(path))} with --model, "
+            f"Give the network that it was saved from{f' ({arch})' if arch else ''} with --model, "
             "or another file with --checkpoint."
         )
     network.load_state_dict(state)
@@ -148,10 +149,10 @@ def _differences(own: dict[str, Tensor], given: dict[str, Tensor]) -> list[str]:
     return found + [f"{key} is unknown" for key in given if key not in own]
 
 
-def _architecture(path: Path) -> str:
-    """` (name)` if the checkpoint says which network it is of, as timm's and okdc's do."""
+def architecture(path: str | Path) -> str | None:
+    """The name of the network that a checkpoint is of, where it says that, as timm's and okdc's do."""
     try:
         name = torch.load(path, map_location="cpu", weights_only=True).get("arch")
-    except Exception:  # only asked for to make a message better
-        return ""
-    return f" ({name})" if isinstance(name, str) else ""
+    except Exception:  # whatever it is instead does not say so
+        return None
+    return name if isinstance(name, str) else None

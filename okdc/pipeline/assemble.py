@@ -7,20 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from okdc import networks
+from okdc import deploy, networks
 from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
+from okdc.pipeline import saved_classes
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
-from okdc.recipe import Recipe, TrainSettings, runs_code
+from okdc.recipe import STATED, NetworkSettings, Recipe, TrainSettings, runs_code
 from okdc.training.machine import choose_device
+
+_KNOWN = ("timm", "torchvision", "okdc")  # packages whose networks have been exported
 
 log = logging.getLogger("okdc")
 
@@ -56,11 +60,22 @@ def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -
 
 def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Prepared:
     asked, _ = needs(recipe)
+    if recipe.data.balanced_sampling:  # of a recipe: okdc.compress refuses it where it is typed
+        raise DataError(
+            "balanced_sampling orders images that okdc reads, and a loader of your own has its order. Give the loader "
+            "torch's WeightedRandomSampler and leave it out of the recipe, or give data=FOLDER instead of the loader."
+        )
     data = wrap(
         loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
-        world=world(), timeout=recipe.train.timeout,
+        world=world(), timeout=recipe.train.timeout, stated={name: getattr(recipe.data, name) for name in STATED},
     )  # fmt: skip
-    return _target(model, recipe, data.classes), data.preprocess["input_size"], lambda: data
+    size, side = data.preprocess["input_size"], recipe.network.img_size
+    if side and size[1:] != (side, side):
+        raise DataError(
+            f"img_size is {side}, and the images of the loader are {size[1]}x{size[2]}: make them of that size there, "
+            "or leave img_size out."
+        )
+    return _target(model, recipe, data.classes), size, lambda: data
 
 
 def _outputs(model: Any, recipe: Recipe) -> int | None:
@@ -97,13 +112,31 @@ def _target(model: Any, recipe: Recipe, classes: tuple[str, ...]) -> nn.Module:
             f"--small-input changes a network that okdc builds; the {type(model).__name__} that you pass is trained as "
             "it is. Change its first layers yourself, or give its name or package.module:function."
         )
-    target = model if isinstance(model, nn.Module) else networks.load(recipe.network, len(classes))
+    target = model if isinstance(model, nn.Module) else _built(recipe.network, classes)
     if recipe.network.small_input:
         changed = stem.described(stem.changes(target)) or "nothing to change: it takes small images as it is"
         log.warning("%s for small images: %s", recipe.network.model, changed)
     if not any(True for _ in target.parameters()):
         raise NetworkError(f"{type(target).__name__} has no parameters: there is nothing to train.")
     return target
+
+
+def _built(settings: NetworkSettings, classes: tuple[str, ...]) -> nn.Module:
+    network = networks.load(settings, len(classes))
+    if settings.checkpoint or settings.pretrained or Path(settings.model).exists():
+        input_size = networks.data_config(network, settings)["input_size"]
+        saved_classes.start(network, settings.checkpoint or settings.model, classes, input_size)
+    return network
+
+
+def refuse_unfit(target: nn.Module, input_size: tuple[int, int, int], recipe: Recipe) -> None:
+    """NetworkError or ExportError, in seconds, for a network of which nothing could ship after the last epoch.
+
+    An export on trial takes seconds; networks of timm and torchvision are known to do it (tests/zoo).
+    """
+    networks.refuse_unsteady(target, input_size)
+    if type(target).__module__.partition(".")[0] not in _KNOWN:
+        first(lambda: deploy.refuse_unexportable(target, input_size, recipe.export))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from okdc.data import Data
-from okdc.errors import DataError, RecipeError
+from okdc.errors import DataError, RecipeError, refuse_address
 from okdc.pipeline import class_names
 from okdc.recipe import Recipe, runs_code
 from okdc.training.machine import choose_device
@@ -29,7 +29,12 @@ def of(recipe: Recipe, data: Data) -> Tensor | None:
         return None
     if runs_code(recipe.method["name"]):
         log.warning("--class-weights acts in okdc.losses.cross_entropy alone: %s must use it", recipe.method["name"])
-    weights = rarity(data) if asked == "auto" else _read(Path(asked), data.classes)
+    if asked == "auto" and recipe.data.balanced_sampling:
+        log.warning(
+            "--class-weights auto and --balanced-sampling both make up for classes of uneven size: together they weigh "
+            "rare classes twice. One of them is enough."
+        )
+    weights = rarity(data) if asked == "auto" else _read(asked, data.classes)
     return weights.to(choose_device(recipe.train.device))
 
 
@@ -45,7 +50,9 @@ def rarity(data: Data) -> Tensor:
     return torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
 
 
-def _read(file: Path, classes: Sequence[str]) -> Tensor:
+def _read(given: str, classes: Sequence[str]) -> Tensor:
+    refuse_address(given, "--class-weights")
+    file = Path(given)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

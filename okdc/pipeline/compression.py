@@ -14,15 +14,15 @@ from torch import nn
 
 from okdc import deploy, losses, methods, report, training
 from okdc.data import Data
-from okdc.errors import RecipeError
+from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
-from okdc.recipe import LOADER, Recipe, TrainSettings, flat_settings, override, resolve
+from okdc.recipe import LOADER, STATED, DataSettings, Recipe, TrainSettings, flat_settings, load, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
-from okdc.training import TrainState, checkpoint, launch
+from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
 from okdc.training.machine import Machine, choose_device
 
@@ -48,25 +48,32 @@ def compress(
     A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
+    refuse_address(output, "--output")
+    refuse_address(resume, "--resume")
     resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), method, settings)
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
         with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
             resolved = first(lambda: run_folder.as_begun(resolved, folder, last))
+            names = first(lambda: loggers.chosen(resolved.train.log))
             if leads:
                 _tell_unavailable(resolved)
+            logs = held.enter_context(loggers.Loggers(names if leads else (), folder, resolved.to_dict()))
             seed_everything(resolved.train.seed)
             target, data = assemble.network_and_data(model, loader, validation, resolved)
+            if last is None:
+                assemble.refuse_unfit(target, data.preprocess["input_size"], resolved)
             named = not isinstance(model, nn.Module)
-            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held)
+            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
+            data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
-            _deliver(result, trained, state, lost)
+            _deliver(result, trained, state, lost, logs)
     return result
 
 
@@ -89,10 +96,21 @@ def _resolved(
         )
     else:
         resolved = resolve(recipe, flat=flat, method_settings=methods.settings, source="okdc.compress")
+    if loader is not None:
+        resolved = replace(resolved, data=_said_of_loader(resolved.data, recipe, settings))
     resolved = replace(resolved, train=launch.as_started(resolved.train))
     name = resolved.method["name"]
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
     return resolved
+
+
+def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, given: dict[str, Any]) -> DataSettings:
+    """Settings without the preprocessing that a recipe has for its own data; with what is given of the loader's."""
+    began = recipe if recipe is None or isinstance(recipe, Recipe) else load(recipe, typed=None)
+    if began is not None and began.data.data == LOADER:
+        return data
+    nobody: dict[str, Any] = {name: None for name in STATED if given.get(name) is None}
+    return replace(data, **nobody)
 
 
 def _tell_unavailable(recipe: Recipe) -> None:
@@ -102,9 +120,13 @@ def _tell_unavailable(recipe: Recipe) -> None:
 
 
 def _refuse_data_settings(given: dict[str, Any]) -> None:
-    """RecipeError for settings of the data that were given beside a loader, which makes its batches without them."""
+    """RecipeError for settings of the data that were given beside a loader, which makes its batches without them.
+
+    Those of `STATED` may be: they say what the loader does, for the bundle.
+    """
     sections = flat_settings()
     names = [name for name, value in given.items() if value is not None and sections.get(name, ("",))[0] == "data"]
+    names = [name for name in names if name not in STATED]
     if names:
         raise RecipeError(
             f"{' and '.join(names)} cannot act on a loader of your own, which makes its batches as it was written: do "
@@ -113,7 +135,14 @@ def _refuse_data_settings(given: dict[str, Any]) -> None:
 
 
 def _train(
-    target: nn.Module, data: Data, recipe: Recipe, folder: Path, last: Path | None, named: bool, held: ExitStack
+    target: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    folder: Path,
+    last: Path | None,
+    named: bool,
+    held: ExitStack,
+    logs: loggers.Loggers,
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
     weights = class_weights.of(recipe, data)
@@ -128,7 +157,7 @@ def _train(
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
-                begin=lambda: run_folder.begin(folder, recipe, student, held),
+                begin=lambda: run_folder.begin(folder, recipe, student, held), loggers=logs,
             )  # fmt: skip
             return method, state, *byproducts.take(method, folder, settle)
         finally:
@@ -143,7 +172,7 @@ def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainSt
     return judged | {"holdout": state.best}
 
 
-def _deliver(result: Result, method: Method, state: TrainState, lost: str | None) -> None:
+def _deliver(result: Result, method: Method, state: TrainState, lost: str | None, logs: loggers.Loggers) -> None:
     """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
@@ -158,6 +187,9 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
         report.write(folder, facts_of(result, method, state) | {"byproducts": further})
+        logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
+    if result.verification and not deploy.is_known(data.preprocess):
+        print(f"{folder / 'export'}: {deploy.UNKNOWN}", file=sys.stderr)
 
 
 def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from okdc import deploy, networks
-from okdc.data import Data, load, open_source
+from okdc.data import Data, agreed, complete, load, open_source
 from okdc.deploy import hub
-from okdc.errors import ExportError, NetworkError
+from okdc.errors import ExportError, NetworkError, refuse_address
 from okdc.networks.saved import config_of
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
-from okdc.recipe import LOADER, DataSettings, NetworkSettings, Recipe, override
+from okdc.recipe import LOADER, STATED, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ def export(
     output: the bundle's folder, by default `source`/export.
     model: the package.module:function that a run trained, which runs only if it is named here.
     push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the bundle if it is fit to ship.
-    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given).
+    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given), and
+    mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
     """
+    refuse_address(output, "--output")
     if push_to_hub:
         hub.check(push_to_hub)
     is_object = isinstance(source, nn.Module)
@@ -46,7 +48,7 @@ def export(
     known = found is not None
     found = found or _of_name(type(source).__name__ if is_object else str(source), settings)
     student = source if isinstance(source, nn.Module) else found.load(model)
-    config = found.preprocess or networks.data_config(student, found.network)
+    config = _preprocessing(found, student, {name: settings[name] for name in STATED if settings.get(name) is not None})
     data = _images(found.recipe, config) if known or "data" in settings else None
     folder = Path(output) if output else found.folder / "export"
     with run_folder.alone(folder.parent):
@@ -62,6 +64,7 @@ def export(
 
 def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verification:
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
+    refuse_address(bundle, "the bundle")
     folder = Path(bundle)
     run = folder if run_folder.is_run(folder) else folder.parent
     folder = folder / "export" if run == folder else folder
@@ -105,7 +108,8 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
     trained = load_recipe(folder / run_folder.RECIPE, typed=None)
     trained = replace(trained, data=replace(trained.data, exif=known["preprocess"].get("exif", False)))
     recipe = override(trained, settings)
-    same = recipe.data == trained.data  # of other images the report says nothing
+    stated = {name: getattr(trained.data, name) for name in STATED}
+    same = replace(recipe.data, **stated) == trained.data  # of other images the report says nothing
     info = {
         "recipe": recipe.to_dict(),
         "title": folder.name,
@@ -132,10 +136,27 @@ def _of_name(name: str, settings: dict[str, Any]) -> _Source:
     return _Source(name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"])
 
 
+def _preprocessing(found: _Source, student: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """How the images of a student are prepared, with what is `given` where that is not known; input_size alone where it
+    stays so. DataError where something else is known."""
+    known = found.preprocess
+    if not known:
+        return networks.data_config(student, found.network, **given)
+    if not given:
+        return known
+    if not deploy.is_known(known):
+        return complete(known, given)
+    return agreed(known, given, f"{found.name} was trained with")
+
+
 def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:
     """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
     if recipe.data.data == LOADER:
         return None
+    if not deploy.is_known(config):
+        raise ExportError(
+            f"{recipe.data.data} cannot be prepared for this student: {deploy.UNKNOWN} (with --data, too)."
+        )
     # Training images are hardly read; photos are turned as they were when it learned, whatever is the default now.
     settings: DataSettings = replace(recipe.data, workers=0, resident="off", exif=config.get("exif", False))
     source = open_source(settings, recipe.train.seed)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from okdc import deploy, networks
-from okdc.data import Data
+from okdc.data import Data, state
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
-from okdc.recipe import ExportSettings, Recipe, override
+from okdc.recipe import STATED, ExportSettings, Recipe, override
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -32,7 +32,12 @@ class Result:
     byproducts: dict[str, nn.Module] = field(default_factory=dict)  # further networks of the same training, by name
 
     def export(self, **settings: Any) -> Verification:
-        """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section."""
+        """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section.
+
+        Also mean, std, interpolation and crop_pct, which say what a loader of one's own does, for the bundle.
+        """
+        if stated := {name: settings.pop(name) for name in STATED if name in settings}:
+            self.data = state(self.data, stated)
         with run_folder.alone(self.path):
             self.verification = self.bundle(override(self.recipe, settings).export)
         return self.verification

@@ -221,8 +221,8 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 # Settings that say where, how fast and how carefully a run is done, not what it learns.
 ASIDE = {
-    "device", "timeout", "recovery_interval", "checkpoint_hist", "log_interval", "torchcompile", "torchcompile_mode",
-    "channels_last", "workers", "resident", "max_bad_images",
+    "device", "timeout", "recovery_interval", "checkpoint_hist", "log", "log_interval", "torchcompile",
+    "torchcompile_mode", "channels_last", "workers", "resident", "max_bad_images",
 }  # fmt: skip
 
 

@@ -11,15 +11,13 @@ import torch
 from torch import nn
 
 from okdc import networks
-from okdc.anatomy import inspect
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
-from okdc.networks.saved import config_of
-from okdc.pipeline import class_names, run_folder
+from okdc.networks import weights
+from okdc.pipeline import class_names, saved_classes
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
 from okdc.system.waiting import limited
-from okdc.training import checkpoint
 
 ENOUGH = 2000  # validation images to see whether a teacher knows anything
 
@@ -66,8 +64,8 @@ def align(teacher: nn.Module, name: str, classes: Sequence[str], input_size: tup
     Its classifier's rows are what moves, so that it stays the network that it is. NetworkError where only some of the
     names are the same, or the order cannot be changed; names of another kind altogether are said and taken as they are.
     """
-    theirs = _class_names(teacher, name)
-    if not theirs or theirs == list(classes) or not (class_names.known(theirs) and class_names.known(classes)):
+    theirs = saved_classes.names_of(teacher, name)
+    if not theirs or not saved_classes.differ(theirs, classes):
         return
     told = class_names.difference(theirs, classes, "the teacher", "the data")
     if not set(theirs) & set(classes):
@@ -78,38 +76,12 @@ def align(teacher: nn.Module, name: str, classes: Sequence[str], input_size: tup
             f"the teacher {name} knows other classes than the data have: {told}. Train it on these images first (okdc "
             "compress --method baseline --model NAME), or rename the folders of what is the same."
         )
-    _reorder(teacher, name, [theirs.index(each) for each in classes], input_size, told)
-    _say(name, f"the same classes in another order ({told}); its outputs were put in that of the data.")
-
-
-def _class_names(teacher: nn.Module, name: str) -> list[str] | None:
-    """What the outputs of a run, a checkpoint in its folder, a bundle or a network from a hub are called, if known."""
-    place = Path(name.removeprefix("local-dir:"))
-    folder = place.parent if place.is_file() else place
-    if (config := config_of(folder)) is not None:
-        found = config.get("label_names")
-    elif run_folder.is_run(folder):
-        found = (run_folder.read_student(folder) or {}).get("classes")
-    else:
-        found = (getattr(teacher, "pretrained_cfg", None) or {}).get("label_names")
-    return [str(each) for each in found] if found else None
-
-
-@torch.no_grad()
-def _reorder(teacher: nn.Module, name: str, order: list[int], input_size: tuple[int, int, int], told: str) -> None:
-    """Let output i be what output `order[i]` was, by moving the classifier's rows; NetworkError where it is not."""
-    weight = next(teacher.parameters())
-    images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    expected = teacher.eval()(images)[:, order]
-    classifier = teacher.get_submodule(inspect(teacher, input_size).classifier)
-    for parameter in classifier.parameters():
-        if len(parameter) == len(order):
-            parameter.copy_(parameter[order])
-    if not torch.allclose(teacher(images), expected, rtol=1e-4, atol=1e-5):
+    if not saved_classes.reorder(teacher, [theirs.index(each) for each in classes], input_size):
         raise NetworkError(
             f"the teacher {name} knows the same classes in another order: {told}. Its outputs cannot be put in the "
             "order of the data: give the data in the teacher's, with --class-map FILE."
         )
+    _say(name, f"the same classes in another order ({told}); its outputs were put in that of the data.")
 
 
 def _say(name: str, told: str) -> None:
@@ -148,10 +120,11 @@ def check_accuracy(teacher: nn.Module, name: str, data: Data, device: torch.devi
 def _settings(name: str, in_chans: int) -> NetworkSettings:
     if not Path(name).is_file():
         return NetworkSettings(model=name, in_chans=in_chans, pretrained=not Path(name).exists())
-    arch = checkpoint.load(name).get("arch")
-    if not isinstance(arch, str) or runs_code(arch):
+    arch = weights.architecture(name)
+    if arch is None or runs_code(arch):
         raise NetworkError(
-            f"the teacher {name} does not say which network of timm or torchvision it holds. Give the folder of the "
-            "run that saved it: --teacher runs/NAME."
+            f"the teacher {name} does not say which network of timm or torchvision it holds (its name under 'arch', "
+            "beside weights that can be read without running code). Give the folder of the run or bundle (--teacher "
+            "runs/NAME), or a function of yours that loads it (--teacher package.module:function)."
         )
     return NetworkSettings(model=arch, in_chans=in_chans, checkpoint=name)

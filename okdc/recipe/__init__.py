@@ -21,11 +21,20 @@ from okdc.recipe.recipe import (
     resolve,
     runs_code,
 )
-from okdc.recipe.sections import LOADER, CohortSettings, DataSettings, ExportSettings, NetworkSettings, TrainSettings
+from okdc.recipe.sections import (
+    LOADER,
+    STATED,
+    CohortSettings,
+    DataSettings,
+    ExportSettings,
+    NetworkSettings,
+    TrainSettings,
+)
 
 __all__ = [
     "DEFAULT",
     "LOADER",
+    "STATED",
     "CohortSettings",
     "DataSettings",
     "ExportSettings",

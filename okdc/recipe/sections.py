@@ -94,6 +94,9 @@ class DataSettings:
     color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
     aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
     reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    balanced_sampling: bool = _setting(
+        False, "draw every class equally often: images of rare classes repeat, those of frequent ones take turns"
+    )
     mixup: float = _setting(0.0, "mixup alpha; 0 is off", at_least=0)
     cutmix: float = _setting(0.0, "cutmix alpha; 0 is off", at_least=0)
     smoothing: float = _setting(0.0, "label smoothing", at_least=0, at_most=1)
@@ -189,6 +192,10 @@ class TrainSettings:
         None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
         at_least=1,
     )  # fmt: skip
+    log: list[str] | None = _setting(
+        None, "who is told of every epoch: tensorboard, wandb, mlflow (comma separated); tensorboard, where installed, "
+        "when not given", choices=("tensorboard", "wandb", "mlflow"),
+    )  # fmt: skip
     log_interval: int = _setting(50, "steps between lines when there is no terminal", at_least=1)
 
     @property
@@ -214,12 +221,13 @@ class ExportSettings:
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
-    opset: int = _setting(20, "ONNX opset, 18 to 22", at_least=18, at_most=22)
+    opset: int = _setting(20, "ONNX opset, 13 to 22: older ones for older runtimes", at_least=13, at_most=22)
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
     threads: int = _setting(1, "CPU threads of the latency measurement", at_least=1)
     images: int | None = _setting(
-        None, "validation images to verify with; all when not given", "--verify-images", at_least=1
-    )
+        None, "validation images to verify with, drawn from all classes; all when not given", "--verify-images",
+        at_least=1,
+    )  # fmt: skip
     calibration_images: int = _setting(
         256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
     )
@@ -232,5 +240,7 @@ class ExportSettings:
     )  # fmt: skip
     license: str | None = _setting(None, "licence of the weights for the model card, such as apache-2.0 or mit")
 
+
+STATED = ("mean", "std", "interpolation", "crop_pct")  # settings of the data that may stand beside a loader
 
 LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python

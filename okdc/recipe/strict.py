@@ -29,8 +29,9 @@ class Limits:
         """What is wrong with one value, or None."""
         if value is None:
             return None
-        if self.choices and value not in self.choices:
-            return f"expected one of {', '.join(self.choices)}, got {value!r}"
+        for each in value if isinstance(value, list) else [value]:
+            if self.choices and each not in self.choices:
+                return f"expected one of {', '.join(self.choices)}, got {each!r}"
         if self.length is not None and len(value) != self.length:
             return f"expected {self.length} values, got {len(value)}"
         numbers = value if isinstance(value, list) else [value]

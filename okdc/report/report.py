@@ -191,4 +191,7 @@ def _uses(folder: Path, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Measure accuracy, agreement and latency again, on this machine", f"okdc verify {bundle} --data {data}"),
         ("Build the TensorRT engine, on the machine that will run it", f"okdc export {run} --onnx --trt"),
     ]
+    lost = [each for each in (facts.get("verification") or {}).get("skipped") or () if each["target"] == "predict.py"]
+    if lost and "unknown" in lost[0]["reason"]:
+        uses[0] = ("Say how its images are prepared, for a predict.py", f"okdc export {run} --mean R,G,B --std R,G,B")
     return uses if facts.get("verification") else [("Export and verify first", f"okdc export {run} --onnx"), *uses[:2]]

@@ -10,8 +10,18 @@ from okdc.errors import first_line
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line without local paths: what a bundle may carry."""
-    return without_paths(first_line(error))
+    """An error as one line without local paths or colours: what a bundle may carry."""
+    return without_paths(_plain(first_line(error)))
+
+
+def all_lines(error: BaseException) -> str:
+    """All that an error says, likewise."""
+    return without_paths(_plain(str(error).strip())) or one_line(error)
+
+
+def _plain(text: str) -> str:
+    """The text without the codes that colour a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
 def without_paths(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -21,10 +20,11 @@ from okdc.system.signals import StopSignal
 from okdc.system.waiting import Waiting
 from okdc.training import checkpoint
 from okdc.training.evaluation import evaluate
+from okdc.training.loggers import Loggers
 from okdc.training.lost_data import data_that_stops
 from okdc.training.machine import Machine
 from okdc.training.parallel import synchronised
-from okdc.training.progress import Display, Events, Row, faster_data, write_summary
+from okdc.training.progress import Display, Row, faster_data, write_summary
 from okdc.training.state import Run, TrainState, build, restore, save
 from okdc.training.step import Batch, put, stepper
 from okdc.training.watch import Watch
@@ -44,10 +44,12 @@ def fit(
     arch: str,
     recipe: dict[str, Any],
     begin: Callable[[], None] = lambda: None,
+    loggers: Loggers | None = None,
 ) -> TrainState:
-    """Train `method` on `data`, leaving last.pth.tar, model_best.pth.tar, summary.csv and events in `folder`.
+    """Train `method` on `data`, leaving last.pth.tar, model_best.pth.tar and summary.csv in `folder`.
 
-    `begin` is called when nothing more can be refused, before anything is written to `folder`.
+    `begin` is called when nothing more can be refused, before anything is written to `folder`. `loggers` are told of
+    each epoch.
     `resume` is the last.pth.tar of an interrupted run, which goes on as if nothing had happened; a complete one is
     returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
     RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
@@ -71,6 +73,7 @@ def fit(
     if settings.branch_lr_scale != 1 and len(method.cohort) == 1:
         raise RecipeError("--branch-lr-scale is of other members, and there are none: leave it out, or give --lr.")
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
+    loggers = loggers or Loggers((), folder, recipe)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
     advice = faster_data(recipe, getattr(data.train, "resident", False))
     show = Display(settings.epochs, steps, settings.log_interval, advice, quiet=rank() > 0)
@@ -85,12 +88,12 @@ def fit(
         else:
             display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
             first(lambda: write_summary(folder / "summary.csv", state.history))
+        loggers.begin(state.history)
         if not state.is_over(settings):
-            events = Events(folder, state.epoch, quiet=rank() > 0)
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
             # What was done is saved when no alarm of `waiting` can ring any more.
-            with contextlib.closing(events), data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
-                _train(state, data, run, stop, display, events, waiting, watch)
+            with data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
+                _train(state, data, run, stop, display, loggers, waiting, watch)
         if early := state.stopped_early(settings):
             display.note(f"Stopped early {early}. A larger --patience with --resume goes on.")
         barrier()  # what the first rank has written is there for all
@@ -104,7 +107,7 @@ def _train(
     run: Run,
     stop: StopSignal,
     display: Display,
-    events: Events,
+    loggers: Loggers,
     waiting: Waiting,
     watch: Watch,
 ) -> None:
@@ -147,7 +150,7 @@ def _train(
         row = _row(state, metrics)
         _finish_epoch(state, row, counts, run)
         display.epoch(row)
-        events.epoch(row)
+        loggers.epoch(row)
         _leave_if_asked(state, run, stop, display)
 
 

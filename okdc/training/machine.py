@@ -29,7 +29,10 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         fewer = f" or --devices {count}" if world() > 1 else ""
-        raise RecipeError(f"--device {device}: torch finds {count} CUDA devices here. Try --device auto{fewer}.")
+        raise RecipeError(
+            f"--device {device}: torch finds {count} CUDA devices here. Try --device auto{fewer}; "
+            "okdc doctor says what is missing."
+        )
     return device
 
 

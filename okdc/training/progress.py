@@ -1,15 +1,12 @@
-"""What a person sees of a training run: a bar on a terminal, lines elsewhere, summary.csv, and TensorBoard's events."""
+"""What a person sees of a training run: a bar on a terminal, lines elsewhere, and summary.csv."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
 import io
 import os
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -96,35 +93,6 @@ class Display:
     def _render(self) -> Group:
         accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
-
-
-class Events:
-    """TensorBoard's event files, when `tensorboard` is installed; never a reason for a run to fail."""
-
-    def __init__(self, folder: Path, first_epoch: int, quiet: bool = False) -> None:
-        self.writer: Any = None
-        if quiet or importlib.util.find_spec("tensorboard") is None:
-            return
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder), purge_step=first_epoch)
-
-    def epoch(self, row: Row) -> None:
-        """Write the numbers of one line of the history."""
-        if self.writer is None:
-            return
-        with contextlib.suppress(Exception):
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self.writer.add_scalar(name, value, row["epoch"])
-            self.writer.flush()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            with contextlib.suppress(Exception):
-                self.writer.close()
 
 
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:

@@ -9,5 +9,6 @@ from __future__ import annotations
 from okdc.verification.comparison import compare, failed_row
 from okdc.verification.gates import Gates
 from okdc.verification.runners import Exported, Pipeline, torch_runner
+from okdc.verification.sample import take
 
-__all__ = ["Exported", "Gates", "Pipeline", "compare", "failed_row", "torch_runner"]
+__all__ = ["Exported", "Gates", "Pipeline", "compare", "failed_row", "take", "torch_runner"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import nn
 from okdc.errors import DataError
 from okdc.system.wording import one_line, without_paths
 from okdc.tasks.tally import Tally
-from okdc.verification import latency
+from okdc.verification import latency, sample
 from okdc.verification.gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
 from okdc.verification.runners import Exported, Pipeline, Run, logits_of, start, torch_runner
 from okdc.verification.schema import VERSION, Figures, Latency, Row, Verification
@@ -56,13 +55,15 @@ def compare(
     student: None where the network cannot be rebuilt; the files are then held to `gates.expected_top1` and `golden`.
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
+    images: how many of the validation images, drawn as `sample` says; all when None.
     pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
     alone: a module that can run the student in a process of its own, so that torch too is timed there, and its file.
     "skipped" holds the targets whose own device is not here, "environment" and "data" nothing: only the caller knows.
     """
     session = _Session(student, targets, pipelines or {}, device)
     labelled = data is not None and data.validation is not None
-    first = session.stream(_batches(data, input_size, images, raw=bool(pipelines)))
+    data = sample.take(data, images)
+    first = session.stream(_batches(data, input_size, raw=bool(pipelines)))
     session.probe(first, golden)
     rows = session.rows(labelled, gates)
     if batch_sizes:
@@ -73,6 +74,7 @@ def compare(
         "verdict": verdict(rows, labelled, [name for name, exported in targets.items() if exported.device]),
         "recommended": recommended,
         "images": session.count,
+        "sample": sample.described(data, session.labels),
         "device": device,
         "threads": threads,
         "rows": rows,
@@ -250,25 +252,21 @@ class _Session:
             torch.set_num_threads(before)
 
 
-def _batches(data: Any | None, input_size: Sequence[int], limit: int | None, raw: bool) -> Iterator[Batch]:
-    """The validation batches up to `limit` images, or random ones without labels where there are none."""
+def _batches(data: Any | None, input_size: Sequence[int], raw: bool) -> Iterator[Batch]:
+    """The validation batches, or random ones without labels where there are none."""
     if data is None or data.validation is None:
         generator = np.random.default_rng(0)
         for _ in range(0, RANDOM_IMAGES, 16):
             yield generator.standard_normal((16, *input_size), dtype=np.float32), None, None
         return
     originals = iter(data.validation_images) if raw and data.validation_images is not None else None
-    left = limit or sys.maxsize
     for images, labels in data.validation:
-        batch = np.ascontiguousarray(torch.as_tensor(images)[:left].detach().float().cpu().numpy())
-        truth = torch.as_tensor(labels)[:left].cpu().numpy()
+        batch = np.ascontiguousarray(torch.as_tensor(images).detach().float().cpu().numpy())
+        truth = torch.as_tensor(labels).cpu().numpy()
         pairs = list(itertools.islice(originals, len(batch))) if originals is not None else None
         if pairs is not None and [int(label) for _, label in pairs] != truth.tolist():
             raise DataError("validation_images does not give the images of validation in the same order.")
         yield batch, truth, [image for image, _ in pairs] if pairs is not None else None
-        left -= len(batch)
-        if left <= 0:
-            return
 
 
 def failed_row(name: str, reason: str) -> Row:

@@ -17,8 +17,6 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from okdc.verification.schema import Recommended, Row
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
@@ -54,14 +52,11 @@ NO_WISHES = Gates()
 
 
 def chance(gates: Gates, labels: Sequence[int]) -> float:
-    """Points by which a top-1 that is known from other images may be off for these: three standard deviations.
-
-    Images that come class by class are no random sample: as many draws are counted as the label changes.
-    """
+    """Points by which a top-1 that is known from other images may be off for these: three standard deviations."""
     if gates.expected_top1 is None or gates.known_from in (None, len(labels)):
         return 0.0
-    share, draws = gates.expected_top1 / 100, 1 + int(np.count_nonzero(np.diff(labels)))
-    return 300 * math.sqrt(share * (1 - share) / (draws * min(1, gates.known_from / len(labels))))
+    share = gates.expected_top1 / 100
+    return 300 * math.sqrt(share * (1 - share) / min(len(labels), gates.known_from))
 
 
 def fail(row: Row, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""verification.json, version 3: what its fields are called, their types and units, for all who write and read it.
+"""verification.json, version 4: what its fields are called, their types and units, for all who write and read it.
 
 Plain dictionaries, as they are in the file; the names and types of their keys are checked wherever they are used.
 Whoever adds, removes or renames a field raises `VERSION`. Shares are per cent, times milliseconds, sizes megabytes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-VERSION = 3
+VERSION = 4
 
 
 class Latency(TypedDict):
@@ -86,6 +86,16 @@ class DataFacts(TypedDict):
     unreadable: dict[str, dict[str, int]]
 
 
+class Sample(TypedDict):
+    """Which of the validation images were looked at, where not all were asked for."""
+
+    of: int  # images that there are
+    seed: int
+    by_class: bool  # each class has its share; False: their labels were not known before, and places were drawn
+    per_class: list[int]  # the fewest and the most images of a class
+    told: str  # the same in words
+
+
 class Calibration(TypedDict):
     """The training images that int8 was calibrated on."""
 
@@ -111,6 +121,7 @@ class Verification(_OfExport):
     verdict: str  # pass, fail, or parity_only: there were no labelled images
     recommended: Recommended | None
     images: int
+    sample: Sample | None  # None: all validation images
     device: str
     threads: int
     rows: list[Row]

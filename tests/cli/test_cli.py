@@ -67,7 +67,18 @@ def test_help_is_quick() -> None:
     assert min(seconds() for _ in range(5)) < 0.6
 
 
-COMMANDS = ["compress", "export", "verify", "compare", "benchmark", "inspect", "profile", "methods", "recipes"]
+COMMANDS = [
+    "compress",
+    "export",
+    "verify",
+    "compare",
+    "benchmark",
+    "inspect",
+    "profile",
+    "methods",
+    "recipes",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -311,3 +322,22 @@ def test_inspect_shows_what_a_method_would_build() -> None:
     assert refused.exit_code == 2 and "nothing is shared" in told(refused)
     alone = okdc("inspect", "resnet20_cifar", "--members", "3")
     assert alone.exit_code == 2 and "add --method NAME" in told(alone)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verify", "ADDRESS"],
+        ["compress", "--resume", "ADDRESS"],
+        ["compress", "--output", "ADDRESS"],
+        ["compress", "--model", "test_resnet", "--checkpoint", "ADDRESS"],
+        ["export", "test_resnet", "--output", "ADDRESS"],
+    ],
+    ids=lambda words: f"{words[0]} {words[-2]}",
+)
+def test_an_address_is_shown_as_it_was_typed(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    address = "https://example.org/runs/1"
+    done = CliRunner().invoke(main, [address if word == "ADDRESS" else word for word in words])
+    assert done.exit_code == 2 and f"{address} is an address" in " ".join(done.output.split()), done.output
+    assert not (tmp_path / "https:").exists()

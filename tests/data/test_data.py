@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from okdc.data import Data, load, open_source, wrap
-from okdc.data.loading import CountedBatches
+from okdc.data.batches import CountedBatches
 from okdc.data.readable import BadImages
 from okdc.data.streams import _read
 from okdc.errors import DataError

@@ -15,6 +15,13 @@ ONE_HOT = torch.eye(3)[LABELS]
 SHARES = torch.tensor([[0.5, 0.5, 0.0]] * 4)
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "two\rlines", ""])
+def test_a_class_name_that_is_no_line_is_refused_before_training(name: str) -> None:
+    with pytest.raises(DataError, match="no line of text"):
+        wrap([(IMAGES, LABELS)], classes=["a", "b", name])
+    assert wrap([(IMAGES, LABELS)], classes=["a", "b", "c\u2028d\x85e"]).classes[2] == "c\u2028d\x85e"
+
+
 @pytest.mark.parametrize(
     ("labels", "words", "advice"),
     [

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from okdc import deploy, networks
-from okdc.deploy import targets, writing
+from okdc.deploy import requirements, targets, writing
 from okdc.deploy.bundle import load_student, read_golden, recover, write_sums
 from okdc.deploy.machine import environment
 from okdc.errors import ExportError, GateError
@@ -187,6 +187,36 @@ def test_a_target_that_cannot_be_written_fails_and_the_rest_is_kept(
     assert (tmp_path / "export-failed" / "model.safetensors").is_file()
 
 
+def test_all_that_an_exporter_said_is_kept_and_its_colours_are_not(
+    student: torch.nn.Module, data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"\x1b[96mno way\x1b[0m to say {tmp_path}/net.py\nstep 1 of 3\nNext steps: none")
+
+    monkeypatch.setattr(targets.find("onnx").module, "write", write)
+    with pytest.raises(GateError, match=r"onnx: it could not be written: no way to say net\.py \(all of it: export-e"):
+        export(student, data, tmp_path / "export", QUICK)
+    said = (tmp_path / "export-failed" / "export-errors.txt").read_text()
+    assert said == "model.onnx\n\nno way to say net.py\nstep 1 of 3\nNext steps: none\n\n"
+    assert "export-errors.txt" in (tmp_path / "export-failed" / "README.md").read_text()
+
+
+def test_the_oldest_onnxruntime_that_takes_every_file_is_named(tmp_path: Path) -> None:
+    def file(name: str, opset: int, form: int) -> Path:
+        versions = [onnx.helper.make_opsetid("", opset)]
+        model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), opset_imports=versions, ir_version=form)
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    def needed(*files: Path) -> str:
+        return requirements.text(files).splitlines()[-1]
+
+    plain, newer = file("a.onnx", 18, 8), file("b.onnx", 20, 9)
+    assert needed(plain) == "onnxruntime>=1.14" and needed(plain, newer) == "onnxruntime>=1.17"
+    assert needed(file("c.onnx", 18, 10)) == "onnxruntime>=1.18"  # what was written before, whatever the opset
+    assert needed(file("d.onnx", 13, 7)) == "onnxruntime>=1.7"
+
+
 def test_a_crash_leaves_the_earlier_bundle_and_no_litter(student: torch.nn.Module, data: Images, copy: Path) -> None:
     class Broken:
         def __iter__(self) -> Iterator[Any]:
@@ -331,6 +361,12 @@ def shift_labels(folder: Path) -> None:
     write_sums(folder)
 
 
+def change_program(folder: Path) -> None:
+    with open(folder / "predict.py", "a", encoding="utf-8") as file:
+        file.write("# and more\n")
+    write_sums(folder)
+
+
 def truncate(folder: Path) -> None:
     content = (folder / "model.onnx").read_bytes()
     (folder / "model.onnx").write_bytes(content[: len(content) // 2])
@@ -345,8 +381,9 @@ def truncate(folder: Path) -> None:
         (shift_labels, "labels.txt"),
         (lambda folder: edit_preprocess(folder, mean=[0.485, 0.456, 0.406]), "predict.py"),
         (lambda folder: edit_preprocess(folder, std=[0.3, 0.3, 0.3]), "predict.py"),
+        (change_program, "predict.py"),
     ],
-    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std"],
+    ids=["perturbed weights", "truncated", "labels shifted by one", "wrong mean", "wrong std", "another program"],
 )
 def test_planted_faults_fail_their_row(copy: Path, data: Images, spoil: Any, row: str) -> None:
     spoil(copy)
@@ -388,13 +425,20 @@ def test_a_collapse_on_other_images_is_said_and_fails_only_on_the_same(
     assert same["verdict"] == "fail" and "when last measured it was 87.50%" in deploy.failures(same)
 
 
-def test_images_that_were_not_all_read_count_as_no_more_draws_than_classes(
+def test_the_first_images_that_an_older_okdc_took_count_as_no_more_draws_than_classes(
     copy: Path, data: Images, student: torch.nn.Module
 ) -> None:
-    export(student, scored(data, student, 10, "mine"), copy, WEIGHTS_ONLY)
+    export(student, scored(data, student, 8, "mine"), copy, WEIGHTS_ONLY)
     other = scored(data, student, 0, "other")
-    assert "was 62.50%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
-    assert deploy.verify_bundle(copy, other, replace(QUICK, images=12))["rows"][0]["reason"] is None
+    assert "was 50.00%" in deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"]
+    sampled = deploy.verify_bundle(copy, other, replace(QUICK, images=14))
+    assert "on these 14 images and was 50.00%" in sampled["rows"][0]["reason"], "a sample: fourteen draws"
+    assert sampled["sample"]["told"].startswith("14 of 16 images, ")
+    recorded = json.loads((copy / "verification.json").read_text())
+    recorded["data"]["images"] = 40
+    (copy / "verification.json").write_text(json.dumps(recorded))
+    write_sums(copy)
+    assert deploy.verify_bundle(copy, other, QUICK)["rows"][0]["reason"] is None
 
 
 def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) -> None:

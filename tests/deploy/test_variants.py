@@ -213,7 +213,7 @@ def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
 
 def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result, tmp_path: Path) -> None:
     written = json.loads((bundle / "verification.json").read_text())
-    assert written["schema_version"] == schema.VERSION == 3
+    assert written["schema_version"] == schema.VERSION == 4
     assert conforms(written, schema.Verification) == []
     assert written == result.verification, "what is returned is what is written"
     write_json(tmp_path / "again.json", written)
@@ -434,3 +434,14 @@ def test_a_fault_in_the_bundles_own_preprocessing_is_caught(
         "torch", "when last measured"
     )
     assert verification["verdict"] == ("fail" if failed else "parity_only")
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_in_class_order_is_calibrated_on_all_its_classes(shuffle: bool) -> None:
+    labels = torch.arange(4).repeat_interleave(16)
+    images = labels.view(-1, 1, 1, 1).float() + torch.zeros(64, 3, 4, 4)
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    drawn, facts = calibration.draw(wrap(torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=shuffle)), 16)
+    assert facts["augmented"] and drawn.shape == (16, 3, 4, 4)
+    classes = drawn[:, 0, 0, 0].tolist()
+    assert set(classes) == {0, 1, 2, 3} and classes != sorted(classes), "nor are the first those of the first class"

@@ -193,7 +193,12 @@ def test_unreadable_image_is_named_and_skipped(bundle, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nowhere.png"], "no image or folder"), (["empty"], "holds no images"), (["a.png", "--top=0"], "--top")],
+    [
+        (["https://example.org/a.png"], "https://example.org/a.png is an address"),
+        (["nowhere.png"], "no image or folder"),
+        (["empty"], "holds no images"),
+        (["a.png", "--top=0"], "--top"),
+    ],
 )
 def test_wrong_use(bundle, arguments, message):
     (bundle / "empty").mkdir(exist_ok=True)
@@ -218,6 +223,26 @@ def test_incomplete_bundle(bundle, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(predict.PredictError, match=message):
         predict.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nope.onnx", "--model nope.onnx: it is not in .*The ONNX files there: model.onnx"),
+        ("labels.txt", "--model labels.txt: it is no ONNX file. The ONNX files there: model.onnx"),
+    ],
+)
+def test_a_model_that_is_not_there_is_not_the_bundles_fault(bundle, model, message):
+    with pytest.raises(predict.PredictError, match=message):
+        predict.load(bundle, model=model)
+
+
+def test_only_a_line_break_ends_a_label(bundle, tmp_path):
+    for file in ("model.onnx", "preprocess.json"):
+        shutil.copy(bundle / file, tmp_path)
+    names = ["red\u2028or\x85rouge", "gr\x0cün", "blue\x1c"]
+    (tmp_path / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="\n")
+    assert predict.load(tmp_path).labels == names
 
 
 def test_batches_give_what_single_images_give(bundle):

@@ -51,6 +51,12 @@ def logits(network: torch.nn.Module, batch: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(batch)).numpy()
 
 
+def assert_plain(model: onnx.ModelProto) -> None:
+    """What to_onnx.py leaves out of a file is in none that is made of it: onnxruntime spells out what is usual."""
+    before = model.SerializeToString()
+    assert to_onnx._plain(model).SerializeToString() == before and model.ir_version == 9
+
+
 def spoil(path: Path, to: Path) -> Path:
     """The same function with one channel of the first convolution 3,000 times as large, and small again after it."""
     model = onnx.load(path)
@@ -69,6 +75,7 @@ def test_fp16_is_half_the_size_with_float32_around_it(network: torch.nn.Module, 
     path = tmp_path / to_fp16.FILE
     facts = to_fp16.write(None, None, path, onnx=plain)
     run = to_fp16.runner(path, threads=1)
+    assert_plain(onnx.load(path))
     assert run.precisions.keys() == {"fp16"} and to_onnx.runner(plain).precisions.keys() == {"fp32"}
     assert facts["bytes"] == path.stat().st_size < 0.6 * plain.stat().st_size and facts["kept_in_float"] == []
     model = onnx.load(path)
@@ -120,6 +127,7 @@ def test_int8_as_its_runtime_wants_it(network: torch.nn.Module, plain: Path, tmp
     biases = [name for name in dequantized if name in tensors and tensors[name].data_type == onnx.TensorProto.INT32]
     assert bool(biases) is not signed  # nor biases in 32 bits
     assert {entry.domain for entry in model.opset_import} == {""}
+    assert_plain(model)
     assert {entry.key: entry.value for entry in model.metadata_props} == METADATA
     batch = images(50, seed=9)
     assert (run(batch).argmax(1) == logits(network, batch).argmax(1)).mean() >= 0.97

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import okdc
 from okdc.data import wrap
 from okdc.errors import DataError, NetworkError, RunError
-from okdc.pipeline import run_folder, teachers
+from okdc.pipeline import assemble, run_folder, teachers
 from okdc.recipe import Recipe, override
 from tests.helpers.networks import Tiny
 
@@ -159,3 +159,37 @@ def test_outputs_that_cannot_be_moved_are_refused(run: okdc.Result) -> None:
 
     with pytest.raises(NetworkError, match=r"cannot be put in the order of the data: .*--class-map FILE"):
         teachers.align(Twice(), str(run.path), NAMES[::-1], (3, 16, 16))
+
+
+def start(run: okdc.Result, names: list[str]) -> nn.Module:
+    """The target of a run that begins with the weights of `run`, on data whose classes are `names`."""
+    loader = Loader(names)
+    recipe = override(Recipe(), SETTINGS | {"checkpoint": str(run.path / "model_best.pth.tar"), "method": "baseline"})
+    return assemble.network_and_data(recipe.network.model, loader, loader, recipe)[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "told"),
+    [
+        (NAMES, [0, 1, 2, 3], ""),
+        (["fig", "plum", "lemon", "cherry"], [1, 3, 2, 0], "in another order (number 0 is 'cherry' in the saved"),
+        (["n01", "n02", "n03", "n04"], [0, 1, 2, 3], "its classes have other names"),
+        (["cherry", "fig", "lemon", "quince"], None, "'plum' only in the saved network; 'quince' only in the data"),
+    ],
+    ids=["same", "order", "kind", "some"],
+)
+def test_a_run_that_begins_with_saved_weights_knows_their_classes_by_name(
+    run: okdc.Result, names: list[str], rows: list[int] | None, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, learned = start(run, names), run.student.state_dict()
+    state = network.state_dict()
+    assert told in caplog.text and bool(told) == bool(caplog.records)
+    assert all(module.training for module in network.modules())
+    kept = [torch.equal(state[key], learned[key]) for key in state if not key.startswith("head.")]
+    assert kept and all(kept)
+    if rows is None:
+        assert "it gets a new classifier" in caplog.text
+        assert not any(torch.equal(row, old) for row in state["head.weight"] for old in learned["head.weight"])
+    else:
+        assert torch.equal(state["head.weight"], learned["head.weight"][rows])
+        assert torch.equal(state["head.bias"], learned["head.bias"][rows])

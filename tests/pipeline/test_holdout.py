@@ -44,7 +44,8 @@ def test_the_figures_of_a_run_are_those_of_the_validation_images(tmp_path: Path)
     from okdc.training.evaluation import judge
     from okdc.training.machine import Machine
 
-    again, counts = judge(result.student, result.data.test, Machine.of(result.recipe.train))
+    assert result.data.validation is not None
+    again, counts = judge(result.student, result.data.validation, Machine.of(result.recipe.train))
     assert {name: row[name] for name in again} == again and int(counts.sum()) == result.data.sizes[1]
     assert "set aside" in (result.path / "report.html").read_text(encoding="utf-8")
 

@@ -18,6 +18,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,6 +87,8 @@ def test_the_whole_road(run: tuple[Path, subprocess.CompletedProcess[str]], fold
     assert rows["onnx"]["top1"] == rows["torch"]["top1"] == rows["predict.py"]["top1"]
     for name in ("report.html", "report.md", "summary.csv", "last.pth.tar", "model_best.pth.tar", "recipe.yaml"):
         assert (path / name).stat().st_size > 100
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    assert events.Tensors("verification/text_summary")[0].tensor_proto.string_val == [b"pass"]
     again = command("verify", path, cwd=path.parents[1])
     assert again.returncode == 0, again.stderr
     images = sorted((folder / "val" / "red").iterdir())
@@ -416,10 +419,13 @@ def test_every_example_is_run_here() -> None:
 
 def test_the_student_of_a_classifier_in_a_module_stays_trained_when_a_gate_fails(tmp_path: Path) -> None:
     class Unsteady(Tiny):
-        """Not the same twice: an export of it cannot agree."""
+        """Not the same twice, once it was trained: an export of it cannot agree."""
+
+        trained = False
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            noise = 0.0 if self.training else torch.rand(len(x), 1, device=x.device)
+            self.trained |= self.training
+            noise = torch.rand(len(x), 1, device=x.device) if self.trained and not self.training else 0.0
             return super().forward(x) * (1 - 2 * noise)
 
     images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import okdc
+from okdc import networks
 from okdc.data import Data, wrap
 from okdc.errors import DataError, NetworkError, RecipeError
 from okdc.pipeline import teachers
-from okdc.recipe import CohortSettings
+from okdc.recipe import CohortSettings, NetworkSettings
 from tests.helpers.networks import Tiny
 
 CPU = torch.device("cpu")
@@ -127,3 +128,15 @@ class DataLoaders:
         images = torch.randn(64, 3, 32, 32, generator=generator) * 0.3 + labels.view(-1, 1, 1, 1) - 1.5
         self.train = [(images[i : i + 16], labels[i : i + 16]) for i in range(0, 64, 16)]
         self.validation = self.train[:2]
+
+
+def test_a_file_that_names_its_network_may_call_the_weights_what_it_likes(tmp_path: Path) -> None:
+    trained, file = networks.load(NetworkSettings(model="resnet20_cifar"), 4), tmp_path / "teacher.pth"
+    held = trained.state_dict()
+    for content in ({"net": held, "acc": 91.0}, {"net": {f"module.{key}": value for key, value in held.items()}}):
+        torch.save({**content, "arch": "resnet20_cifar"}, file)
+        found = teachers.load(str(file), (3, 32, 32), 4).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in held.items())
+    torch.save({"net": held}, file)
+    with pytest.raises(NetworkError, match=r"does not say which network .*--teacher package\.module:function"):
+        teachers.load(str(file), (3, 32, 32), 4)

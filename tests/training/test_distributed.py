@@ -464,8 +464,9 @@ def digits(batch_size: int, number: int = 0, of: int = 1, needs: Needs = NOTHING
         (Needs(pairs=True), {}),
         (Needs(indices=True), {"reprob": 0.5}),
         (Needs(views=True), {"mixup": 0.4, "reprob": 0.5}),
+        (Needs(indices=True), {"balanced_sampling": True}),
     ],
-    ids=["plain", "blended", "pairs", "indices", "views"],
+    ids=["plain", "blended", "pairs", "indices", "views", "balanced"],
 )
 def test_four_processes_see_the_batch_of_one(needs, settings):
     batches = [next(digits(24, needs=needs, **settings).train.batches(1, 3))]
@@ -622,6 +623,7 @@ def test_the_command_line_trains_with_four_processes_and_goes_on_with_two(tmp_pa
     again = okdc("--resume", str(tmp_path / "run"), "--devices", "2", "--epochs", "2")
     assert "2 devices, before 4" in again.stderr and "16 images per step, before 32" in again.stderr
     assert len((tmp_path / "run" / "summary.csv").read_text().splitlines()) == 3
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2  # the first process's alone, of each time
 
 
 def okdc(*arguments: str) -> subprocess.CompletedProcess:

@@ -27,6 +27,7 @@ from okdc.data import wrap
 from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.methods.ahbf import Ahbf
 from okdc.training import checkpoint
+from okdc.training.loggers import Loggers
 from okdc.training.machine import Machine, choose_device
 from okdc.training.progress import Display, faster_data
 from okdc.training.state import save
@@ -254,7 +255,8 @@ def test_precision_and_memory_layout_follow_the_device():
 
 
 def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
-    state = run(tmp_path)
+    with Loggers(["tensorboard"], tmp_path, {}) as loggers:
+        state = run(tmp_path, loggers=loggers)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_balanced,lr,loss/ce,loss/kl,"
     header += "top1/target,top1/branch1,top1/branch2,"
@@ -263,7 +265,7 @@ def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
     row = state.history[-1]
     assert row["train_loss"] == pytest.approx(row["loss/ce"] + row["loss/kl"])
     assert row["eval_top5"] == 100 and row["eval_top1"] == row["top1/target"]
-    assert list(tmp_path.glob("events.*"))
+    assert list(tmp_path.glob("tensorboard/events.*"))
 
 
 def test_the_student_is_judged_on_every_validation_image(tmp_path):
