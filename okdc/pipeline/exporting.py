@@ -37,8 +37,8 @@ def export(
     output: the bundle's folder, by default `source`/export.
     model: the package.module:function that a run trained, which runs only if it is named here.
     push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the bundle if it is fit to ship.
-    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given), and
-    mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
+    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given),
+    and mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
     """
     refuse_address(output, "--output")
     if push_to_hub:

@@ -80,6 +80,17 @@ def test_commands_are_found_and_parsed() -> None:
     assert refused(["compress", "--epoch", "3"]) == ["--epoch"] and refused(["comprss"]) == ["comprss"]
 
 
+def test_links_between_files_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / ".github" / "CONTRIBUTING.md", *PAGES]:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+
+def test_every_method_has_its_cost_on_the_page_to_choose_from() -> None:
+    rows = re.findall(r"(?m)^\| `(\w+)` \| \d", (ROOT / "docs" / "choose.md").read_text(encoding="utf-8"))
+    assert sorted(rows) == methods.names()
+
+
 TABLE = re.findall(r"(?m)^\| `(--[\w-]+)` \| (same|default|form|no) \|(.*)\|$", (ROOT / "docs" / "timm.md").read_text())
 
 
