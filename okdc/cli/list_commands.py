@@ -56,7 +56,7 @@ def recipes(words: tuple[str, ...]) -> None:
         raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
 
 
-@main.command()
+@main.command(short_help="Say what this machine has, and what to install.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for a report of a fault.")
 def doctor(as_json: bool) -> None:
     """Say what this machine has for training and deploying, and what to type where something is missing.
