@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from okdc.data.names import listed, spelled
+from okdc.data.paths import are_files
 from okdc.data.scan import is_image
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
 DELIMITERS = ",;\t|"
 PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
+IDS = ("id", "image_id", "img_id", "image_name", "img_name", "name")  # paths, where they are files
 LABELS = ("label", "class", "category", "target", "class_name", "label_name")
 SPLITS = ("split", "subset", "set")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: `place` says where it is named, `file` is its whole path, `split` a word or nothing."""
+    """One image: `place` says where it is named, `file` is its path, as it is written, `split` a word or nothing."""
 
     place: str
     file: str
@@ -43,17 +44,12 @@ def read_table(table: Path, settings: DataSettings) -> list[Row]:
     return [
         Row(
             f"line {line} of {table.name}",
-            file_of(table, row[path]),
+            row[path],
             spelled(row[label]),
             "" if split is None else row[split],
         )
         for line, row in cells
     ]
-
-
-def file_of(table: Path, path: str) -> str:
-    """The whole path of an image that a table names from its own folder."""
-    return os.path.normpath(os.path.join(table.parent, path))
 
 
 def _read(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -108,16 +104,20 @@ def _path_column(table: Path, header: list[str], cells: list[tuple[int, list[str
     """The one that is given, or is named so, or whose first cells are files."""
     if given:
         return _given(table, header, given, "--path-column")
-    some = [row for _, row in cells[:20]]
-    full = [i for i in range(len(header)) if all(os.path.isfile(file_of(table, row[i])) for row in some)]
-    named = _column(header, PATHS)
-    if named is None and len(full) != 1:
+    if (named := _column(header, PATHS)) is not None:
+        return named
+    others = [i for i, name in enumerate(header) if _column([name], (*LABELS, *SPLITS)) is None]
+    full = [i for i in others if are_files(table, [row[i] for _, row in cells[:20]])]
+    if len(full) != 1:
+        ids = _column([name if i in (full or others) else "" for i, name in enumerate(header)], IDS)
+        if ids is not None:
+            return ids
         raise DataError(
             f"which column of '{table}' has the paths? Expected one called {', '.join(PATHS[:3])} or {PATHS[6]}; it "
             f"has {listed(header, 20)}, of which {listed(header[i] for i in full) or 'none'} holds paths of files from "
             f"'{table.parent}'. Say which: --path-column NAME"
         )
-    return full[0] if named is None else named
+    return full[0]
 
 
 def _label_column(table: Path, header: list[str], taken: set[int | None], given: str | None) -> int:

@@ -6,10 +6,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from okdc.data.coco import read_coco
+from okdc.data.annotations import read_annotations
 from okdc.data.folders import open_training, read_class_map
 from okdc.data.images import Images, names_by_index, split_in_two
 from okdc.data.names import by_index, listed, natural_key
+from okdc.data.paths import located
 from okdc.data.rows import SPLITS, Row, read_table
 from okdc.data.scan import Files
 from okdc.data.splits import ROLES, role
@@ -58,14 +59,9 @@ def open_table(settings: DataSettings) -> Source:
 
 
 def _read(table: Path, settings: DataSettings) -> list[Row]:
-    rows = read_coco(table) if table.suffix.lower() == ".json" else read_table(table, settings)
-    if missing := [row for row in rows if not os.path.isfile(row.file)]:
-        raise DataError(
-            f"{len(missing)} of the {len(rows)} files that '{table}' names do not exist, for example "
-            f"{listed((f'{row.file} ({row.place})' for row in missing), 3)}; expected paths from the folder of that "
-            f"file, '{table.parent}'. Mend them, or move it; of a table with other paths too: --path-column NAME"
-        )
-    return rows
+    rows = read_annotations(table) if table.suffix.lower() == ".json" else read_table(table, settings)
+    files = located(table, [row.file for row in rows], [row.place for row in rows])
+    return [replace(row, file=file) for row, file in zip(rows, files, strict=True)]
 
 
 def _second(folder: Path, given: str) -> Path:
