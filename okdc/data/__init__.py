@@ -6,8 +6,8 @@ of worker processes; that is what lets a run that was killed in the middle of an
 To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan` and `names`, where that is a folder;
 `tables`, with `rows`, `annotations` and `paths`, where it is a file of labels); `images` is one split and its labels,
 which everything below reads; `loading.load` makes batches of it. `samples` says which image comes when and reads it by
-`transforms`; or `resident` keeps all decoded and `batchwise` augments whole batches. `streams` and `own_loader` go their
-own way.
+`transforms`; or `resident` keeps all decoded and `batchwise` augments whole batches. `streams` and `own_loader` go
+their own way.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
 """

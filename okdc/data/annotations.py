@@ -23,8 +23,15 @@ def read_annotations(path: Path) -> list[Row]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be read as JSON ({error}); {EXPECTED}.") from error
+    if isinstance(content, list) and all(isinstance(entry, dict) for entry in content) and content:
+        raise DataError(
+            f"'{path}' is a list of objects; expected one in each line of a .jsonl file: "
+            f"jq -c '.[]' '{path}' > '{path.with_suffix('.jsonl')}'"
+        )
     if isinstance(content, dict) and "labels" in content and "annotations" not in content:
         return _fiftyone(path, content)
+    if isinstance(content, dict) and content and all(isinstance(label, str) for label in content.values()):
+        return _fiftyone(path, {"labels": content})  # file -> label, and nothing else
     return _coco(path, content)
 
 

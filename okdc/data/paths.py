@@ -46,14 +46,15 @@ def _key(name: str) -> str:
     return spelled(name).casefold()
 
 
-def located(table: Path, names: Sequence[str], places: Sequence[str]) -> list[str]:
+def located(table: Path, names: Sequence[str], places: Sequence[str], root: Path | None = None) -> list[str]:
     """The whole paths of the files that `names` are; `places` say where in the table each stands.
 
-    Names are paths from the folder of the table, or from the one folder in it, or beside it, that has them all.
+    Names are paths from the folder of the table, or from the one folder in it, or beside it, or in `root`, that has
+    them all.
     DataError for files that are not there, and for names that several fit.
     """
     finder = Finder()
-    folder = _folder(finder, table, names)
+    folder = _folder(finder, table, names, root)
     found = [finder.find(folder, name) for name in names]
     if missing := [i for i, paths in enumerate(found) if not paths]:
         some = (f"{os.path.normpath(os.path.join(folder, names[i]))} ({places[i]})" for i in missing)
@@ -76,10 +77,13 @@ def are_files(table: Path, names: Sequence[str]) -> bool:
     return any(_has_all(finder, folder, names) for near in _near(table) for folder in near)
 
 
-def _near(table: Path) -> Iterator[list[Path]]:
-    """Where the paths may begin, the likelier first: the folder of the table, those in it, and those beside it."""
+def _near(table: Path, root: Path | None = None) -> Iterator[list[Path]]:
+    """Where paths may begin, the likelier first: the folder of the table, those in it, then `root` and those beside."""
     yield [table.parent]
     yield [table.parent / name for name in folders(table.parent)]
+    if root and not root.samefile(table.parent):
+        yield [root]
+        yield [root / name for name in folders(root)]
     above = table.absolute().parent.parent
     if os.access(above, os.R_OK):
         yield [above]
@@ -90,9 +94,9 @@ def _has_all(finder: Finder, folder: Path, names: Sequence[str]) -> bool:
     return os.access(folder, os.R_OK | os.X_OK) and all(finder.find(folder, name) for name in names)
 
 
-def _folder(finder: Finder, table: Path, names: Sequence[str]) -> Path:
+def _folder(finder: Finder, table: Path, names: Sequence[str], root: Path | None) -> Path:
     """The first of the places that has all files; where none has, the one that has the most."""
-    for near in _near(table):
+    for near in _near(table, root):
         full = [folder for folder in near if _has_all(finder, folder, names)]
         if len(full) > 1:
             # Kaggle's train.csv names the images of train/, and those of test/ may be called alike.
@@ -106,7 +110,7 @@ def _folder(finder: Finder, table: Path, names: Sequence[str]) -> Path:
             if full != [table.parent]:
                 log.info("the files that '%s' names are in '%s'", table, full[0])
             return full[0]
-    some, every = names[:: max(1, len(names) // 100)], [folder for near in _near(table) for folder in near]
+    some, every = names[:: max(1, len(names) // 100)], [folder for near in _near(table, root) for folder in near]
     return max(every, key=lambda folder: sum(_has_all(finder, folder, [name]) for name in some))
 
 
@@ -115,4 +119,4 @@ def _way_out(finder: Finder, table: Path, name: str) -> str:
     for i in range(1, len(parts)):
         if finder.find(table.parent, "/".join(parts[i:])):
             return f"Are they of another computer? Cut '{name[: len('/'.join(parts[:i])) + 1]}' off the paths."
-    return f"Mend them, or move '{table.name}'; of a table with other paths too: --path-column NAME"
+    return f"Delete those rows, mend the paths, or move '{table.name}'; of a table with other paths too: --path-column NAME"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from okdc.data.values import Source, log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
-TABLES = (".csv", ".tsv")
+TABLES = (".csv", ".tsv", ".jsonl")
 ENDINGS = (*TABLES, ".json")
+MISSING = ("nan", "na", "n/a", "#n/a", "null", "undefined")  # as programs write an empty cell
 
 
 def is_table(settings: DataSettings) -> bool:
@@ -58,9 +60,9 @@ def open_table(settings: DataSettings) -> Source:
     return _source(table, rows, validation, settings)
 
 
-def _read(table: Path, settings: DataSettings) -> list[Row]:
+def _read(table: Path, settings: DataSettings, root: Path | None = None) -> list[Row]:
     rows = read_annotations(table) if table.suffix.lower() == ".json" else read_table(table, settings)
-    files = located(table, [row.file for row in rows], [row.place for row in rows])
+    files = located(table, [row.file for row in rows], [row.place for row in rows], root)
     return [replace(row, file=file) for row, file in zip(rows, files, strict=True)]
 
 
@@ -78,7 +80,7 @@ def _beside_folders(root: Path, settings: DataSettings) -> Source:
     """Training images in class folders, and a file that names those to validate with."""
     table = _second(root, settings.val_split)
     train, classes, _ = open_training(replace(settings, val_split=DataSettings().val_split))
-    rows = _read(table, settings)
+    rows = _read(table, settings, root)
     _check_labels(table, rows)
     if foreign := by_index({row.label for row in rows} - classes.keys()):
         raise DataError(
@@ -178,6 +180,7 @@ def _check_labels(table: Path, rows: list[Row]) -> None:
         raise DataError(f"'{table}' has only one class ({rows[0].label}); expected at least two.")
     if places := [row.place for row in rows if row.label.splitlines() != [row.label]]:
         raise DataError(f"labels of '{table}' go over several lines ({listed(places, 3)}); expected a name each.")
+    _warn_of_doubtful(table, names)
     first: dict[str, Row] = {}
     torn = [(there, row) for row in rows if (there := first.setdefault(row.file, row)).label != row.label]
     if torn:
@@ -187,3 +190,21 @@ def _check_labels(table: Path, rows: list[Row]) -> None:
             f"{there.label} ({there.place}), {row.label} ({row.place}). okdc trains classifiers with "
             "one label per image: delete the wrong rows."
         )
+
+
+def _warn_of_doubtful(table: Path, names: set[str]) -> None:
+    """Say which classes may be one that is written in several ways, or none: what spreadsheets hide."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural_key):
+        alike.setdefault(_bare(name), []).append(name)
+    if several := [" and ".join(same) for same in alike.values() if len(same) > 1]:
+        log.warning("labels of '%s' that are nearly the same are classes of their own: %s", table, listed(several))
+    if absent := [name for name in by_index(names) if name.casefold() in MISSING]:
+        log.warning("a label of '%s' that looks like a missing one is a class: %s", table, listed(absent))
+
+
+def _bare(name: str) -> str:
+    try:
+        return f"{float(name):g}"
+    except ValueError:
+        return re.sub(r"[\s_-]+", " ", name).casefold()
