@@ -15,6 +15,8 @@ from okdc.data.names import listed
 from okdc.data.scan import is_image
 from okdc.errors import DataError
 
+TABLES = (".csv", ".tsv", ".jsonl")
+ENDINGS = (*TABLES, ".json")
 DELIMITERS = ",;\t|"
 
 

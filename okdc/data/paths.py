@@ -119,4 +119,6 @@ def _way_out(finder: Finder, table: Path, name: str) -> str:
     for i in range(1, len(parts)):
         if finder.find(table.parent, "/".join(parts[i:])):
             return f"Are they of another computer? Cut '{name[: len('/'.join(parts[:i])) + 1]}' off the paths."
-    return f"Delete those rows, mend the paths, or move '{table.name}'; of a table with other paths too: --path-column NAME"
+    return (
+        f"Delete those rows, mend the paths, or move '{table.name}'; if paths are elsewhere in it: --path-column NAME"
+    )

@@ -36,11 +36,6 @@ def role(name: str) -> str | None:
 
 def check_path(root: Path, given: str) -> None:
     """Raise DataError for what is no folder, and for one that is a level too high or too low."""
-    if root.is_file():
-        raise DataError(
-            f"--data '{given}' is a file; expected a folder with train/ and val/, or a table of paths and labels "
-            "(.csv, .tsv, COCO's .json). Unpack it, then name the folder."
-        )
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
         hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
@@ -111,7 +106,12 @@ def _found(root: Path, wanted: str, flag: str, but: Sequence[str] = ()) -> Path 
 
 def _validation(root: Path, train: Path | None) -> Path | None:
     but = [train.relative_to(root).parts[0]] if train else []
-    return _found(root, "validation", "--val-split", but) or _found(root, "test", "--val-split", but)
+    found = _found(root, "validation", "--val-split", but)
+    test = None if found else _found(root, "test", "--val-split", but)
+    if train and test and _holds_images(test) and not folders(test):
+        log.warning("'%s' holds images without class folders, and is not used", test)
+        return None
+    return found or test
 
 
 def _check_beside(root: Path, train: Path, validation: Path | None) -> None:

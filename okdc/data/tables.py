@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from okdc.data.annotations import read_annotations
+from okdc.data.cells import ENDINGS
 from okdc.data.folders import open_training, read_class_map
 from okdc.data.images import Images, names_by_index, split_in_two
 from okdc.data.names import by_index, listed, natural_key
@@ -19,8 +20,6 @@ from okdc.data.values import Source, log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
-TABLES = (".csv", ".tsv", ".jsonl")
-ENDINGS = (*TABLES, ".json")
 MISSING = ("nan", "na", "n/a", "#n/a", "null", "undefined")  # as programs write an empty cell
 
 
