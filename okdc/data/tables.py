@@ -1,4 +1,4 @@
-"""Labels in a file beside the images: a table of paths and labels, or the annotations of COCO."""
+"""Labels in a file beside the images: a table of paths and labels, or annotations in JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from okdc.data.values import Source, log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
+SEVERAL = re.compile(r"[\s,;|]+")  # between the labels of an image that has several
+FRACTION = re.compile(r"-?\d+[.,]\d*[1-9]\d*")
 MISSING = ("nan", "na", "n/a", "#n/a", "null", "undefined")  # as programs write an empty cell
 
 
@@ -198,6 +200,12 @@ def _warn_of_doubtful(table: Path, names: set[str]) -> None:
         alike.setdefault(_bare(name), []).append(name)
     if several := [" and ".join(same) for same in alike.values() if len(same) > 1]:
         log.warning("labels of '%s' that are nearly the same are classes of their own: %s", table, listed(several))
+    if several := [
+        name for name in by_index(names) if len(parts := SEVERAL.split(name)) > 1 and names.issuperset(parts)
+    ]:
+        log.warning("labels of '%s' that look like several are classes of their own: %s", table, listed(several))
+    if measured := [name for name in by_index(names) if FRACTION.fullmatch(name)]:
+        log.warning("labels of '%s' that look like measurements are a class each: %s", table, listed(measured))
     if absent := [name for name in by_index(names) if name.casefold() in MISSING]:
         log.warning("a label of '%s' that looks like a missing one is a class: %s", table, listed(absent))
 

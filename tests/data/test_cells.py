@@ -91,13 +91,18 @@ def test_a_column_that_flags_a_split(save: Save, flag: str, no: str, yes: str) -
         (lambda i, c: c.upper() if i > 15 else c, "nearly the same are classes of their own: CAT and cat, DOG and dog"),
         (lambda i, c: f"{i % 2}{'.0' * (i > 15)}", "0 and 0.0, 1 and 1.0"),
         (lambda i, c: "big cat" if i % 4 == 0 else "big_cat" if i % 2 == 0 else c, "big cat and big_cat"),
+        (lambda i, c: "cat, dog" if i > 15 else c, "look like several are classes of their own: cat, dog"),
+        (
+            lambda i, c: f"{i // 2 * 0.25}",
+            "look like measurements are a class each: 0.5, 0.25, 0.75, 1.5, 1.25 and 2 more",
+        ),
         (lambda i, c: "nan" if i % 4 == 0 else c, "looks like a missing one is a class: nan"),
     ],
 )
 def test_labels_that_spreadsheets_spoil_are_said(
     save: Save, caplog: pytest.LogCaptureFixture, label: Callable[[int, str], str], words: str
 ) -> None:
-    opened(save("a.csv", "path,label", lambda i, c: f"im/{i}.png,{label(i, c)}"))
+    opened(save("a.csv", "path,label", lambda i, c: f'im/{i}.png,"{label(i, c)}"'))
     assert words in caplog.text
     caplog.clear()
     opened(save("a.csv", "path,label", lambda i, c: f"im/{i}.png,{c}"))

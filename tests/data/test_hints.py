@@ -127,9 +127,13 @@ def test_images_that_are_unlabelled_test_images_do_not_stop_a_run(
 
 
 def test_folds_inside_of_train_are_read_by_a_class_map(tmp_path: Path) -> None:
+    for fold in ("fold1", "fold2", "fold3"):
+        write_split(tmp_path / fold, 2, CLASSES)
+    fails(settings(tmp_path), "'fold1' and 'fold2'", "To train on several, move them into one train/")
+    (tmp_path / "train").mkdir()
     for fold in ("fold1", "fold2"):
-        write_split(tmp_path / "train" / fold, 2, CLASSES)
-    write_split(tmp_path / "val", 2, CLASSES)
+        (tmp_path / fold).rename(tmp_path / "train" / fold)
+    (tmp_path / "fold3").rename(tmp_path / "val")
     fails(settings(tmp_path), "do not have the same classes", "--class-map FILE.txt")
     (tmp_path / "map.txt").write_text("cat\ndog\n")
     source = open_source(settings(tmp_path, class_map="map.txt"), 0)
