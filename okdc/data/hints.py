@@ -14,11 +14,11 @@ from okdc.data.splits import role
 from okdc.errors import DataError
 
 ARCHIVES = {  # how names end -> what to do with such a file
-    (".zip",): "It is an archive: unzip -q '{path}' -d '{stem}'",
+    (".zip",): "Unpack it: unzip -q '{path}' -d '{stem}'",
     (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"): (
-        "It is an archive: mkdir -p '{stem}' && tar -xf '{path}' -C '{stem}'"
+        "Unpack it: mkdir -p '{stem}' && tar -xf '{path}' -C '{stem}'"
     ),
-    (".7z", ".rar", ".gz"): "It is an archive: unpack it",
+    (".7z", ".rar", ".gz"): "It is an archive. Unpack it",
 }
 KINDS = ARCHIVES | {
     (".xlsx", ".xls", ".ods", ".numbers"): "It is a spreadsheet: save the sheet as CSV UTF-8, and name that file",

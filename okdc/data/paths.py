@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,10 @@ from okdc.data.scan import entries, folders, is_image
 from okdc.data.splits import role
 from okdc.data.values import log
 from okdc.errors import DataError
+
+LABELS = re.compile(
+    "annot|label|meta|split|list|csv|table", re.IGNORECASE
+)  # in the name of a folder that has only these
 
 
 @dataclass
@@ -78,14 +83,17 @@ def are_files(table: Path, names: Sequence[str]) -> bool:
 
 
 def _near(table: Path, root: Path | None = None) -> Iterator[list[Path]]:
-    """Where paths may begin, the likelier first: the folder of the table, those in it, then `root` and those beside."""
+    """Where paths may begin, the likelier first: the folder of the table, those in it, `root` and those in that.
+
+    Last what is beside a folder of labels alone, such as annotations/; beside another one there are other data sets.
+    """
     yield [table.parent]
     yield [table.parent / name for name in folders(table.parent)]
     if root and not root.samefile(table.parent):
         yield [root]
         yield [root / name for name in folders(root)]
     above = table.absolute().parent.parent
-    if os.access(above, os.R_OK):
+    if LABELS.search(table.absolute().parent.name) and os.access(above, os.R_OK):
         yield [above]
         yield [above / name for name in folders(above)]
 
@@ -108,7 +116,7 @@ def _folder(finder: Finder, table: Path, names: Sequence[str], root: Path | None
             )
         if full:
             if full != [table.parent]:
-                log.info("the files that '%s' names are in '%s'", table, full[0])
+                log.warning("the files that '%s' names are in '%s'", table, full[0])
             return full[0]
     some, every = names[:: max(1, len(names) // 100)], [folder for near in _near(table, root) for folder in near]
     return max(every, key=lambda folder: sum(_has_all(finder, folder, [name]) for name in some))

@@ -18,7 +18,7 @@ CLASSES = ("cat", "dog")
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pets.7z", "an archive: unpack it"),
+        ("pets.7z", "an archive. Unpack it"),
         ("labels.xlsx", "spreadsheet: save the sheet as CSV UTF-8"),
         ("a.parquet", "pandas.read_parquet('{}/a.parquet').to_csv('{}/a.csv', index=False)"),
         ("a.h5", "okdc.compress(model, loader)"),

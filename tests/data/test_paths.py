@@ -61,10 +61,13 @@ def test_ids_win_over_other_columns_that_are_files_too(folder: Path) -> None:
 
 
 def test_a_table_in_a_folder_beside_the_images(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "okdc")
     for name in ("{:04d}.jpg", "train/{:04d}.jpg"):
         check(table(folder / "labels" / "train.csv", [name.format(i) for i in range(20)]), folder / "train")
     assert f"are in '{folder / 'train'}'" in caplog.text
+    given = table(
+        folder / "pets" / "train.csv", [f"{i:04d}.jpg" for i in range(20)]
+    )  # beside pets/ are other data sets
+    fails(settings(given), "20 of the 20 files")
 
 
 def test_folders_that_hold_the_same_names_are_asked_about(folder: Path) -> None:
