@@ -73,7 +73,7 @@ def _fiftyone(path: Path, content: dict[str, Any]) -> list[Row]:
     # With a confidence or attributes, a label is an object of its own.
     given = {image: label.get("label") if isinstance(label, dict) else label for image, label in labels.items()}
     kind: type = str if classes is None else int
-    known = {image: label for image, label in given.items() if label is not None}
+    known = {image: label for image, label in given.items() if label not in (None, "")}
     wrong = [image for image, label in known.items() if type(label) is not kind]
     if classes is not None:
         wrong = wrong or [image for image, label in known.items() if not 0 <= label < len(classes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +64,12 @@ def open_arrays(settings: DataSettings) -> Source:
 
 def _split(path: Path, keys: tuple[str, ...]) -> Images | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             key = next((key for key in keys if key in file), None)
             if key is None:
                 return None
             images, labels = file[key], file[key.replace("images", "labels").replace("x_", "y_")]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"'{path}' cannot be read ({type(error).__name__}: {error}); {EXPECTED}.") from error
     if images.ndim == 4 and images.shape[-1] == 1:
         images = images[..., 0]

@@ -175,5 +175,9 @@ def test_arrays_that_cannot_be_trained_on(tmp_path: Path) -> None:
     fails(settings(arrays(path, train_images=np.zeros((12, 8, 8), np.float32))), "float32")
     fails(settings(arrays(path, "val_images val_labels")), "no split 'train'")
     fails(settings(arrays(path, "train_images")), "cannot be read (KeyError")
-    path.write_text("x")
+    for content in (b"x", b"", b"PK\3\4", b"\x93NUMPY\1\0"):
+        path.write_bytes(content)
+        fails(settings(path), "cannot be read")
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
     fails(settings(path), "cannot be read")
