@@ -162,9 +162,13 @@ def read_class_map(path: str, root: Path) -> dict[str, int]:
     return {name: index for name, index in clean.items() if name}
 
 
+def _shown(name: str) -> str:
+    return name if name == name.strip() else repr(name)
+
+
 def _check_same_classes(train: str, classes: dict[str, int], validation: str, there: dict[str, int]) -> None:
     alone = {train: sorted(set(classes) - set(there)), validation: sorted(set(there) - set(classes))}
-    parts = [f"only in {folder}: {listed(names)}" for folder, names in alone.items() if names]
+    parts = [f"only in {folder}: {listed(map(_shown, names))}" for folder, names in alone.items() if names]
     if parts:
         inner = {spelled(name) for outer in folders(Path(train)) for name in folders(Path(train) / outer)}
         deeper = (

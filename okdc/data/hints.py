@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 
 from okdc.data.cells import ENDINGS
 from okdc.data.names import listed, natural_key
@@ -69,7 +70,8 @@ def _data_sets(root: Path) -> str:
     """The files of CIFAR and MNIST as they are downloaded, and ImageNet's flat val/."""
     for name, kept in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
         if root.name == kept or (root / kept).is_dir():
-            return f"It holds CIFAR's own files: --data torch/{name}:{root.parent if root.name == kept else root}"
+            folder = root.parent if root.name == kept else root
+            return f"It holds CIFAR's own files: --data {quote(f'torch/{name}:{folder}')}"
     for inner, name in (
         (".", "mnist"),
         ("MNIST/raw", "mnist"),
@@ -79,7 +81,7 @@ def _data_sets(root: Path) -> str:
         if any((root / inner).glob("*-idx3-ubyte*")):
             place = "MNIST/raw" if name == "mnist" else "FashionMNIST/raw"
             move = f"mkdir -p '{root / place}' && mv '{root / inner}'/*-ubyte* '{root / place}', then "
-            return f"It holds MNIST's own files: {'' if inner == place else move}--data torch/{name}:{root}"
+            return f"It holds MNIST's own files: {'' if inner == place else move}--data {quote(f'torch/{name}:{root}')}"
     if (root / "val").is_dir() and any((root / "val").glob("ILSVRC2012_val_00000*")):
         return (
             "Of ImageNet as Kaggle has it, LOC_val_solution.csv has the labels of val/: cut -d' ' -f1 "
@@ -97,7 +99,7 @@ def _inside(root: Path) -> str:
         level = [path / name for path in level for name in folders(path)][:100]
         for path in level:
             if any(role(name) == "training" and folders(path / name) for name in folders(path)):
-                return f"'{path}' in it has a split to train on: --data {path}"
+                return f"'{path}' in it has a split to train on: --data {quote(str(path))}"
     return ""
 
 
@@ -118,11 +120,12 @@ def _labels(root: Path) -> str:
     }
     validation = [path for path in tables if roles[path] == "validation"]
     if any(role(name) == "training" and folders(root / name) for name in folders(root)):
-        named = f"--data {root} --val-split {(validation or tables)[0].absolute()}"
+        named = f"--data {quote(str(root))} --val-split {quote(str((validation or tables)[0].absolute()))}"
     else:
         train = [path for path in tables if roles[path] == "training"] or tables
         second = [path for path in validation if path != train[0]]
-        named = f"--data {train[0]}" + (f" --val-split {second[0].absolute()}" if second else "")
+        named = f"--data {quote(str(train[0]))}"
+        named += f" --val-split {quote(str(second[0].absolute()))}" if second else ""
     return f"If the labels are in {listed(os.path.relpath(path, root) for path in tables)}: {named}"
 
 
@@ -146,5 +149,5 @@ def _archives(root: Path) -> str:
                 path=path, stem=root / path.name.partition(".")[0]
             )
     if arrays := [name for name in _files(root) if name.endswith(".npz")]:
-        return f"If the images are in {listed(arrays)}: --data {root / arrays[0]}"
+        return f"If the images are in {listed(arrays)}: --data {quote(str(root / arrays[0]))}"
     return ""

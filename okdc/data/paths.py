@@ -14,9 +14,8 @@ from okdc.data.splits import role
 from okdc.data.values import log
 from okdc.errors import DataError
 
-LABELS = re.compile(
-    "annot|label|meta|split|list|csv|table", re.IGNORECASE
-)  # in the name of a folder that has only these
+# What a folder is called that holds files of labels alone.
+LABELS = re.compile("(annotation|annot|anno|label|meta|metadata|split|list|csv|table)s?", re.IGNORECASE)
 
 
 @dataclass
@@ -51,18 +50,24 @@ def _key(name: str) -> str:
     return spelled(name).casefold()
 
 
-def located(table: Path, names: Sequence[str], places: Sequence[str], root: Path | None = None) -> list[str]:
-    """The whole paths of the files that `names` are; `places` say where in the table each stands.
+def located(
+    table: Path, names: Sequence[str], places: Sequence[str], splits: Sequence[str], root: Path | None = None
+) -> list[str]:
+    """The whole paths of the files that `names` are; `places` say where in the table each stands, `splits` its split.
 
     Names are paths from the folder of the table, or from the one folder in it, or beside it, or in `root`, that has
-    them all.
-    DataError for files that are not there, and for names that several fit.
+    them all, or all of a split. DataError for files that are not there, and for names that several fit.
     """
     finder = Finder()
-    folder = _folder(finder, table, names, root)
-    found = [finder.find(folder, name) for name in names]
+    whole = _folder(finder, table, names, root, table.stem)
+    of_split = {} if whole else _by_split(finder, table, names, splits, root)
+    bases = [whole] * len(names) if whole else [of_split.get(split) for split in splits]
+    if None in bases:
+        bases = [_most(finder, table, names, root)] * len(names)
+    chosen = [base for base in bases if base]
+    found = [finder.find(base, name) for base, name in zip(chosen, names, strict=True)]
     if missing := [i for i, paths in enumerate(found) if not paths]:
-        some = (f"{os.path.normpath(os.path.join(folder, names[i]))} ({places[i]})" for i in missing)
+        some = (f"{os.path.normpath(os.path.join(chosen[i], names[i]))} ({places[i]})" for i in missing)
         raise DataError(
             f"{len(missing)} of the {len(names)} files that '{table}' names do not exist, for example "
             f"{listed(some, 3)}; expected paths from the folder of that file, '{table.parent}', or all from one in it. "
@@ -93,7 +98,7 @@ def _near(table: Path, root: Path | None = None) -> Iterator[list[Path]]:
         yield [root]
         yield [root / name for name in folders(root)]
     above = table.absolute().parent.parent
-    if LABELS.search(table.absolute().parent.name) and os.access(above, os.R_OK):
+    if LABELS.fullmatch(table.absolute().parent.name) and os.access(above, os.R_OK):
         yield [above]
         yield [above / name for name in folders(above)]
 
@@ -102,13 +107,13 @@ def _has_all(finder: Finder, folder: Path, names: Sequence[str]) -> bool:
     return os.access(folder, os.R_OK | os.X_OK) and all(finder.find(folder, name) for name in names)
 
 
-def _folder(finder: Finder, table: Path, names: Sequence[str], root: Path | None) -> Path:
-    """The first of the places that has all files; where none has, the one that has the most."""
+def _folder(finder: Finder, table: Path, names: Sequence[str], root: Path | None, split: str) -> Path | None:
+    """The first of the places that has all files, which may be of a `split`; None where none has."""
     for near in _near(table, root):
         full = [folder for folder in near if _has_all(finder, folder, names)]
         if len(full) > 1:
             # Kaggle's train.csv names the images of train/, and those of test/ may be called alike.
-            full = [folder for folder in full if role(folder.name) and role(folder.name) == role(table.stem)] or full
+            full = [folder for folder in full if role(folder.name) and role(folder.name) == role(split)] or full
         if len(full) > 1:
             raise DataError(
                 f"the files that '{table}' names are in several folders alike ({listed(map(str, full), 3)}); expected "
@@ -118,6 +123,21 @@ def _folder(finder: Finder, table: Path, names: Sequence[str], root: Path | None
             if full != [table.parent]:
                 log.warning("the files that '%s' names are in '%s'", table, full[0])
             return full[0]
+    return None
+
+
+def _by_split(
+    finder: Finder, table: Path, names: Sequence[str], splits: Sequence[str], root: Path | None
+) -> dict[str, Path | None]:
+    """The folder of each split, where there are several."""
+    parts = {split: [name for name, of in zip(names, splits, strict=True) if of == split] for split in set(splits)}
+    if len(parts) < 2:
+        return {}
+    return {split: _folder(finder, table, part, root, split) for split, part in sorted(parts.items())}
+
+
+def _most(finder: Finder, table: Path, names: Sequence[str], root: Path | None) -> Path:
+    """The place that has the most of the files."""
     some, every = names[:: max(1, len(names) // 100)], [folder for near in _near(table, root) for folder in near]
     return max(every, key=lambda folder: sum(_has_all(finder, folder, [name]) for name in some))
 

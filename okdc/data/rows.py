@@ -83,7 +83,9 @@ def _path_column(table: Path, cells: Cells, given: str | None) -> int:
     if (named := _column(header, PATHS)) is not None:
         return named
     others = [i for i, name in enumerate(header) if _column([name], (*LABELS, *SPLITS)) is None]
-    full = [i for i in others if are_files(table, cells.column(i)[:20])]
+    some = {i: cells.column(i)[:20] for i in others}
+    # A column of 0 and 1 is none of paths, though there may be a 0.png and a 1.png.
+    full = [i for i in others if 2 * len(set(some[i])) > len(some[i]) and are_files(table, some[i])]
     if len(full) != 1:
         ids = _column([name if i in (full or others) else "" for i, name in enumerate(header)], IDS)
         if ids is not None:

@@ -63,7 +63,8 @@ def open_table(settings: DataSettings) -> Source:
 
 def _read(table: Path, settings: DataSettings, root: Path | None = None) -> list[Row]:
     rows = read_annotations(table) if table.suffix.lower() == ".json" else read_table(table, settings)
-    files = located(table, [row.file for row in rows], [row.place for row in rows], root)
+    names, places, splits = zip(*((row.file, row.place, row.split) for row in rows), strict=True)
+    files = located(table, names, places, splits, root)
     return [replace(row, file=file) for row, file in zip(rows, files, strict=True)]
 
 

@@ -70,6 +70,28 @@ def test_a_table_in_a_folder_beside_the_images(folder: Path, caplog: pytest.LogC
     fails(settings(given), "20 of the 20 files")
 
 
+def test_each_split_in_its_own_folder(tmp_path: Path) -> None:
+    rows = [(f"{i % 10}.jpg", CLASSES[i % 2], "train" if i < 10 else "val") for i in range(20)]
+    for name, _, split in rows:
+        write(tmp_path / f"my_{split}" / name)
+    (tmp_path / "a.csv").write_text("\n".join(["filename,label,split", *map(",".join, rows)]))
+    fails(settings(tmp_path / "a.csv"), "in several folders alike")  # of the whole: each folder has all names
+    rows = [(f"{split}{name}", label, split) for name, label, split in rows]
+    for name, _, split in rows:
+        write(tmp_path / f"my_{split}" / name)
+    (tmp_path / "a.csv").write_text("\n".join(["filename,label,split", *map(",".join, rows)]))
+    source = open_source(settings(tmp_path / "a.csv"), 0)
+    assert source.train.name(0) == str(tmp_path / "my_train" / "train0.jpg")
+    assert source.validation.name(9) == str(tmp_path / "my_val" / "val9.jpg")
+
+
+def test_marks_are_no_names_of_files(folder: Path) -> None:
+    for name in ("0", "1"):
+        write(folder / f"{name}.png")
+    given = table(folder / "train.csv", [f"{i:04d},{i % 2},{i % 3}" for i in range(20)], "number,sick,old,label")
+    check(given, folder / "train")
+
+
 def test_folders_that_hold_the_same_names_are_asked_about(folder: Path) -> None:
     given = table(folder / "labels.csv", [f"{i:04d}" for i in range(20)])
     fails(settings(given), "several folders alike", str(folder / "test"), "Write the folder into the paths: test/0000")
