@@ -8,6 +8,8 @@ Or from Python: `predictor = predict.load(folder)`, then `predictor(images)`, wh
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import math
 import sys
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _BATCH = 32
+_HEIC = (".heic", ".heif")
 _ORIENTATION = 0x0112  # the tag of EXIF, and what undoes each of its values but 1, which is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -177,7 +180,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise PredictError(f"There is no image or folder {path}.")
-    known = Image.registered_extensions()
+    known = {*Image.registered_extensions(), *_HEIC}
     found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
     if not found:
         raise PredictError(f"The folder {path} holds no images (such as .jpg or .png).")
@@ -186,6 +189,8 @@ def _files(path: Path) -> list[Path]:
 
 def _open(files: Sequence[Path], bits: int) -> Iterator[tuple[Path, Image.Image]]:
     """The images that can be read; the others are named on stderr."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()  # a package of its own, for photos of phones
     for file in files:
         try:
             with Image.open(file) as image:
@@ -193,7 +198,8 @@ def _open(files: Sequence[Path], bits: int) -> Iterator[tuple[Path, Image.Image]
                 _eight_bits(image, bits)  # an error now rather than in the midst of a batch
                 yield file, image
         except (OSError, ValueError, SyntaxError, PredictError, Image.DecompressionBombError) as error:
-            print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
+            advice = " (HEIC needs a decoder: pip install pillow-heif)" if file.suffix.lower() in _HEIC else ""
+            print(f"{file} cannot be read as an image and is skipped: {error}{advice}", file=sys.stderr)
 
 
 def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:

@@ -111,7 +111,8 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
 @main.command(cls=flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
 @click.argument("bundle", metavar="BUNDLE|RUN")
 @flags.settings(
-    "data.data", "export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"
+    *("data.data", "data.val_split", "data.path_column", "data.label_column"),
+    *("export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"),
 )
 def verify(bundle: str, **_: Any) -> None:
     """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
@@ -120,6 +121,7 @@ def verify(bundle: str, **_: Any) -> None:
 
     \b
     okdc verify runs/NAME/export --data /imagenet
+    okdc verify runs/NAME --val-split test
     """
     from okdc import deploy, pipeline
     from okdc.cli import tables

@@ -65,7 +65,8 @@ class DataSettings:
 
     data: str = _setting(
         "digits",
-        "folder with train/ and val/, labels as .csv, .tsv or COCO's .json, digits, or torch/NAME, hfds/ID, wds/PATH",
+        "folder with train/ and val/, labels as .csv, .tsv, .jsonl or COCO's .json, .npz, digits, or torch/NAME, "
+        "hfds/ID, wds/PATH",
         "--data-dir",
     )
     train_split: str = _setting("train", "name of the training split")

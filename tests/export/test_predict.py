@@ -191,6 +191,13 @@ def test_unreadable_image_is_named_and_skipped(bundle, tmp_path):
     assert done.stdout.startswith("images/a.png")
 
 
+def test_heic_in_a_folder_is_named_with_what_reads_it(bundle, tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    done = run(bundle, str(tmp_path), "images/a.png")
+    assert done.returncode == 1 and done.stdout.startswith("images/a.png")
+    assert "IMG_1.HEIC cannot be read" in done.stderr and "pip install pillow-heif" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
