@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.runtimes import missing, not_run
 from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "export_bundle",
     "failed_folder",
     "failures",
+    "missing",
+    "not_run",
     "not_written",
     "read",
     "unavailable",

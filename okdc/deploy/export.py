@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle, torch_runner
+from okdc.deploy import bundle, runtimes, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
 from okdc.deploy.collapse import say_collapse
@@ -75,6 +75,7 @@ def export_bundle(
     failed = failed_folder(folder)
     bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
+    lacking = runtimes.missing(settings)  # and a name that is none's, before anything is written
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -92,7 +93,7 @@ def export_bundle(
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            exported | further(exported, device),
+            exported | further(exported, device) | runtimes.rows(exported, settings),
             data,
             input_size=preprocess["input_size"],
             device=device,
@@ -105,11 +106,12 @@ def export_bundle(
             alone=_alone(part),
         )
         _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
-        skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
+        skipped = [*unavailable, *skipped, *lacking, *verification["skipped"], *_unchecked(verification, part)]
         verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
         verification["parameters"] = sum(p.numel() for p in student.parameters())
         if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
             leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
+        runtimes.add_programs(part, settings)
         _finish(part, arch, verification, info)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
@@ -134,7 +136,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
     exported, skipped = existing(folder)
-    others = further(exported, device)
+    others = further(exported, device) | runtimes.rows(exported, settings)
     here = _data_facts(data)
     same_data = all(recorded["data"].get(key) == here[key] for key in ("name", "images"))  # type: ignore[literal-required]
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
@@ -158,9 +160,12 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
     for file, reason in odd.items():
         _add_failure(verification, file, reason)
-    if not all(row["pass"] for row in verification["rows"] if row["name"] not in others):
+    told = {
+        name for name, each in others.items() if each.device or each.precision != "fp32"
+    }  # in their rows, and stop nothing
+    if not all(row["pass"] for row in verification["rows"] if row["name"] not in told):
         verification["verdict"] = "fail"
-    skipped += [*verification["skipped"], *_unchecked(verification, folder)]
+    skipped += [*runtimes.missing(settings), *verification["skipped"], *_unchecked(verification, folder)]
     verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
     return verification
 

@@ -19,13 +19,13 @@ import torch
 
 from okdc import deploy, networks, pipeline
 from okdc.data import wrap
-from okdc.deploy import bundle, targets, torch_runner
+from okdc.deploy import bundle, runtimes, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
 from okdc.networks.saved import config_of
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
-from okdc.verification import latency
+from okdc.verification.alone import measure_alone
 from okdc.verification.schema import Row, Verification
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
@@ -145,7 +145,7 @@ def _torch(folder: Path, verification: Verification, settings: ExportSettings, c
     shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
-        timed = latency.measure_alone(
+        timed = measure_alone(
             torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}
         )
     except RuntimeError as error:
@@ -158,6 +158,7 @@ def _skipped(verification: Verification) -> dict[str, str]:
     known = targets.known()
     rows = {name: target.row for name, target in known.items()}
     rows |= {target.on(device): target.on(device) for target in known.values() for device in target.devices}
+    rows |= {name: name for name in runtimes.known()}
     return {rows[each["target"]]: each["reason"] for each in verification["skipped"] if each["target"] in rows}
 
 

@@ -213,7 +213,7 @@ def conforms(value: Any, kind: Any, where: str = "verification") -> list[str]:
 
 def test_verification_json_is_as_its_schema_says(bundle: Path, result: Result, tmp_path: Path) -> None:
     written = json.loads((bundle / "verification.json").read_text())
-    assert written["schema_version"] == schema.VERSION == 3
+    assert written["schema_version"] == schema.VERSION == 4
     assert conforms(written, schema.Verification) == []
     assert written == result.verification, "what is returned is what is written"
     write_json(tmp_path / "again.json", written)
