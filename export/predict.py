@@ -52,8 +52,7 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     Resizing must stay Pillow's: that of OpenCV or of a tensor library gives other pixels.
     """
     channels, height, width = config["input_size"]
-    image = _upright(image) if config.get("exif", False) else image
-    image = _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if channels == 1 else "RGB")
+    image = decoded(image, config)
     scale = config.get("crop_pct") or 0.875
     target = math.floor(height / scale), math.floor(width / scale)
     mode = config.get("crop_mode") or "center"
@@ -73,6 +72,12 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels).transpose(2, 0, 1) / np.float32(255)
     mean, std = (np.asarray(config[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
     return np.ascontiguousarray((pixels - mean) / std)
+
+
+def decoded(image: Image.Image, config: dict[str, Any]) -> Image.Image:
+    """The image as `preprocess` resizes it: upright if it was in training, of 8 bits, grey or RGB."""
+    image = _upright(image) if config.get("exif", False) else image
+    return _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if config["input_size"][0] == 1 else "RGB")
 
 
 def load(folder: str | Path, threads: int | None = None, model: str | None = None, device: str = "cpu") -> Predictor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
-from okdc.deploy.runtimes import missing, not_run
+from okdc.deploy.runtimes import not_installed, not_run
 from okdc.deploy.targets import asked, not_written, unavailable
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "export_bundle",
     "failed_folder",
     "failures",
-    "missing",
+    "not_installed",
     "not_run",
     "not_written",
     "read",

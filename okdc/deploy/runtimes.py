@@ -43,9 +43,8 @@ class Runtime:
 def known() -> dict[str, Runtime]:
     """Every runtime by its name."""
     files = sorted(shipped.folder("export").glob("run_*.py"))
-    return {
-        name: Runtime(name, path, shipped.load(path)) for path in files for name in [path.stem.removeprefix("run_")]
-    }
+    found = [Runtime(path.stem.removeprefix("run_"), path, shipped.load(path)) for path in files]
+    return {runtime.name: runtime for runtime in found}
 
 
 def asked(settings: ExportSettings) -> list[Runtime]:
@@ -60,7 +59,7 @@ def asked(settings: ExportSettings) -> list[Runtime]:
     return [found[name] for name in dict.fromkeys(settings.runtimes)]
 
 
-def missing(settings: ExportSettings) -> list[Skipped]:
+def not_installed(settings: ExportSettings) -> list[Skipped]:
     """Which of the runtimes that are asked for are not installed, and what to type."""
     reasons = {runtime.name: runtime.module.available() for runtime in asked(settings)}
     return [{"target": name, "reason": reason} for name, reason in reasons.items() if reason is not None]

@@ -59,7 +59,8 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
         verification = pipeline.verify(folder, device=where, **settings)
         export = override(Recipe(), settings).export
         rows = _torch(folder, verification, export, compiled)
-        rows += [_row(each) for each in verification["rows"] if each["name"] not in ("torch", "predict.py")]
+        untimed = {"torch", "predict.py", *(target.row for target in targets.known().values() if target.raw)}
+        rows += [_row(each) for each in verification["rows"] if each["name"] not in untimed]
         absent = _missing(folder) | reasons | _skipped(verification)
         rows += [_absent(name, reason) for name, reason in absent.items()]
     facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
@@ -117,7 +118,7 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     name, folder = recipe.network.model, scratch / "export"
     network = networks.load(recipe.network, typed=[name])
     config = networks.data_config(network, recipe.network)
-    formats = {setting: True for target in targets.known().values() for setting in target.asked_by}
+    formats = {setting: True for each in targets.known().values() if not each.raw for setting in each.asked_by}
     lenient = {"batch_sizes": [], "max_drop": 100.0, "min_agreement": 0.0}
     settings = override(recipe, {**formats, **lenient}).export
     classes = networks.check_input(network, config["input_size"]).shape[1]
@@ -172,7 +173,9 @@ def _missing(folder: Path) -> dict[str, str]:
     # An export replaces the bundle, so what is in it is asked for again.
     there = [setting for target in known if (folder / target.file).exists() for setting in target.asked_by]
     for target in known:
-        if not (folder / target.file).exists():
+        if target.raw:
+            missing[target.row] = "it takes images of any size, on which its time depends: it is not timed"
+        elif not (folder / target.file).exists():
             settings = dict.fromkeys([*there, *target.asked_by])
             typed = " ".join(f"--{setting.replace('_', '-')}" for setting in settings)
             reason = target.module.available() or failed.get(target.row)

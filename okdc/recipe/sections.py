@@ -207,6 +207,7 @@ class ExportSettings:
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
+    embed_preprocess: bool = _setting(False, "write model.full.onnx: decoded images of any size in, probabilities out")
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
     runtimes: list[str] = _setting(

@@ -153,8 +153,9 @@ class _Session:
         tally = self.tallies[name]
         tally.score(out, labels)
         if reference is not None:
-            # A pipeline promises the predictions of torch: only what rounding may turn over passes for a tie.
-            tally.agreement(out, reference, ROUNDING if name in self.pipelines else TOLERANCE)
+            # A pipeline promises the predictions of torch: only what its rounding may turn over passes for a tie.
+            close = getattr(self.pipelines[name], "ties", ROUNDING) if name in self.pipelines else TOLERANCE
+            tally.agreement(out, reference, close)
             tally.difference(out, reference)
 
     def probe(self, images: np.ndarray, golden: tuple[np.ndarray, np.ndarray] | None) -> None:
@@ -195,7 +196,8 @@ class _Session:
                 row["worth_shipping"], row["reason"] = None, f"made for {made_for}: what its speed is here says nothing"
         for name, pipeline in self.pipelines.items():
             if self.tallies[name].images or name in self.problems:
-                row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
+                path, precision = getattr(pipeline, "path", None), getattr(pipeline, "precision", "fp32")
+                row = self._row(name, path.name if path else name, _size(path) if path else None, labelled)
                 drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
                 if precision == "fp32":
                     ties = 100 * row["ties"] / max(self.tallies[name].images, 1)

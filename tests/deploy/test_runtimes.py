@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -164,12 +166,11 @@ def test_what_a_runtime_cannot_do_stops_no_export(
     )
 
 
-def test_a_process_that_dies_on_the_clock_names_its_signal(tmp_path: Path) -> None:
-    module, path = tmp_path / "run_glass.py", tmp_path / "model.onnx"
+def test_a_process_that_dies_on_the_clock_names_its_signal(plain: Path, tmp_path: Path) -> None:
+    module, images = tmp_path / "run_glass.py", np.zeros((1, 3, 16, 16), dtype=np.float32)
     module.write_text(glass(at_the_images=DIES))
-    targets.find("onnx").module.write(tiny(), EXAMPLE, path)
     with pytest.raises(RuntimeError, match="its process died of SIGFPE"):
-        measure_alone(str(module), path, "cpu", EXAMPLE.numpy(), [1], 1, {"precision": "fp32"})
+        measure_alone(str(module), plain / "model.onnx", "cpu", images, [1], 1, {"precision": "fp32"})
 
 
 def test_a_runtime_that_is_not_here_is_told_and_ends_with_exit_code_2(
@@ -218,6 +219,22 @@ def test_the_real_ones_give_what_torch_gives(written: tuple[torch.nn.Module, Pat
     run = Alone(str(runtime.path), path, "cpu", {"precision": "fp32"})
     assert run.provider.startswith(runtime.module.NAME)
     assert_same(run, network)
+
+
+@pytest.mark.parametrize(
+    ("able", "precisions"),
+    [
+        (["FP32", "INT8", "WINOGRAD"], ("fp32",)),
+        (["BF16", "FP32", "FP16", "INT8"], ("fp32", "bf16")),  # a server's CPU: bf16 is what it takes by itself
+        (["FP32", "FP16"], ("fp32", "fp16")),
+    ],
+)
+def test_openvino_is_asked_what_the_cpu_can(
+    able: list[str], precisions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = SimpleNamespace(get_property=lambda device, name: able)
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    assert runtimes.known()["openvino"].module.precisions() == precisions
 
 
 def test_openvino_computes_in_the_number_type_that_is_asked_for(written: tuple[torch.nn.Module, Path]) -> None:
