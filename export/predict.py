@@ -1,24 +1,35 @@
 """Classify images with the model in this folder; needs numpy, pillow and onnxruntime only.
 
-    python predict.py IMAGE_OR_FOLDER... [--top 5] [--model model.onnx] [--json]
+    python predict.py IMAGE_OR_FOLDER... [--top 5] [--model model.onnx] [--device cuda] [--batch-size 32] [--json]
+    cat IMAGE | python predict.py -
 
+With --json, a line for each image, in order: {"image", "predictions": [{"label", "index", "probability"}, ...]}, best
+first, or {"image", "error"} for one that cannot be read.
+Exit codes: 0 all is well; 1 an image could not be read, the others are answered; 2 wrong use, or the bundle or the
+device cannot be used; 3 the model failed on an image.
 Or from Python: `predictor = predict.load(folder)`, then `predictor(images)`, where images are PIL images.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _BATCH = 32
+_HEIC = (".heic", ".heif")
+_STDIN = Path("-")
 _ORIENTATION = 0x0112  # the tag of EXIF, and what undoes each of its values but 1, which is upright
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,7 +39,11 @@ _TURNS = {
 
 
 class PredictError(Exception):
-    """A file that is missing or cannot be used; the message says which and what to do."""
+    """A file or a device that is missing or cannot be used; the message says which and what to do."""
+
+
+class ModelError(PredictError):
+    """A model that fails on an image."""
 
 
 def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
@@ -39,8 +54,7 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     Resizing must stay Pillow's: that of OpenCV or of a tensor library gives other pixels.
     """
     channels, height, width = config["input_size"]
-    image = _upright(image) if config.get("exif", False) else image
-    image = _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if channels == 1 else "RGB")
+    image = decoded(image, config)
     scale = config.get("crop_pct") or 0.875
     target = math.floor(height / scale), math.floor(width / scale)
     mode = config.get("crop_mode") or "center"
@@ -62,35 +76,41 @@ def preprocess(image: Image.Image, config: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray((pixels - mean) / std)
 
 
-def load(folder: str | Path, threads: int | None = None, model: str | None = None) -> Predictor:
-    """The predictor of a bundle, on its recommended file or on `model`; PredictError if a file is missing or broken."""
-    return Predictor(Path(folder), threads, model)
+def decoded(image: Image.Image, config: dict[str, Any]) -> Image.Image:
+    """The image as `preprocess` resizes it: upright if it was in training, of 8 bits, grey or RGB."""
+    image = _upright(image) if config.get("exif", False) else image
+    return _eight_bits(image, config.get("pixel_bits", 16)).convert("L" if config["input_size"][0] == 1 else "RGB")
+
+
+def load(folder: str | Path, threads: int | None = None, model: str | None = None, device: str = "cpu") -> Predictor:
+    """The predictor of a bundle, on its recommended file or on `model`, on cpu, cuda or cuda:1.
+
+    Raises PredictError if a file is missing or broken, or onnxruntime cannot use the device.
+    """
+    return Predictor(Path(folder), threads, model, device)
 
 
 class Predictor:
     """The network of a bundle with its preprocessing and labels."""
 
-    def __init__(self, folder: Path, threads: int | None = None, model: str | None = None) -> None:
-        import onnxruntime
-
+    def __init__(self, folder: Path, threads: int | None = None, model: str | None = None, device: str = "cpu") -> None:
         self.file = model or _recommended(folder)
         if model is not None:
             _check_model(folder, model)
         for name in (self.file, "preprocess.json", "labels.txt"):
             if not (folder / name).is_file():
                 raise PredictError(f"{folder} has no {name}: it is not a whole bundle. Copy or export it again.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
         try:
             images = _noted(folder).get("images", {})  # how stored images are read
             self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8")) | images
             text = (folder / "labels.txt").read_text(encoding="utf-8")
             self.labels = text.removesuffix("\n").split("\n")  # splitlines would also break a name at U+0085 or U+2028
-            providers = ["CPUExecutionProvider"]
-            self._session = onnxruntime.InferenceSession(str(folder / self.file), options, providers=providers)
+            self._session = _session(folder / self.file, device, threads)
+        except PredictError:
+            raise
         except Exception as error:  # onnxruntime's own errors share no base class
-            raise PredictError(f"The bundle in {folder} is broken: {error}. Copy or export it again.") from error
+            other = "" if device == "cpu" else f", or onnxruntime cannot use {device}"
+            raise PredictError(f"The bundle in {folder} is broken{other}: {error}. Copy or export it again.") from error
         channels = self.config["input_size"][0]
         if channels not in (1, 3):
             raise PredictError(
@@ -105,41 +125,94 @@ class Predictor:
         outputs = []
         for start in range(0, len(images), _BATCH):
             batch = np.stack([preprocess(image, self.config) for image in images[start : start + _BATCH]])
-            outputs.append(self._session.run(None, {self._session.get_inputs()[0].name: batch})[0])
+            outputs.append(self.run(batch))
         return np.concatenate(outputs) if outputs else np.empty((0, len(self.labels)), dtype=np.float32)
+
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        """Raw outputs (images, classes) for what `preprocess` gives, (images, C, H, W); ModelError if that fails."""
+        try:
+            return self._session.run(None, {self._session.get_inputs()[0].name: inputs})[0]
+        except Exception as error:  # onnxruntime's own errors share no base class
+            raise ModelError(f"{self.file} fails on {len(inputs)} images at once: {error}") from error
 
     def __call__(self, images: Sequence[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
         """For every image its `top` most likely labels with their probabilities, best first."""
-        logits = self.logits(images).astype(np.float64)
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = odds / odds.sum(axis=1, keepdims=True)
-        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
-        return [[(self.labels[i], float(row[i])) for i in order] for row, order in zip(probabilities, best)]
+        return [[(self.labels[index], odds) for index, odds in best] for best in _ranked(self.logits(images), top)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 1 when an image could not be read."""
+    """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(description="Classify images with the model in this folder.")
-    parser.add_argument("images", nargs="+", type=_here, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument("images", nargs="+", type=_here, metavar="IMAGE_OR_FOLDER", help="- reads one image from stdin")
     parser.add_argument("--top", type=int, default=5, help="labels per image (default 5)")
     parser.add_argument("--model", metavar="FILE", help="file of this folder to run (default: the recommended one)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
+    parser.add_argument("--batch-size", type=int, default=_BATCH, help=f"images at once (default {_BATCH})")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
     given = parser.parse_args(arguments)
-    if given.top < 1:
-        parser.error(f"--top must be at least 1, not {given.top}")
+    for name in ("top", "batch_size"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(given, name)}")
     try:
         files = [file for path in given.images for file in _files(path)]
-        predictor = load(Path(__file__).parent, model=given.model)
+        predictor = load(Path(__file__).parent, model=given.model, device=given.device)
     except PredictError as error:
         parser.exit(2, f"{error}\n")
-    unread = 0
-    for start in range(0, len(files), _BATCH):
-        opened = list(_open(files[start : start + _BATCH], predictor.config.get("pixel_bits", 16)))
-        unread += len(files[start : start + _BATCH]) - len(opened)
-        results = predictor([image for _, image in opened], given.top) if opened else []
-        for (file, _), labels in zip(opened, results):
-            print(_line(file, labels, given.json))
+    starts = range(0, len(files), given.batch_size)
+    try:
+        unread = sum([_answer(predictor, files[start : start + given.batch_size], given) for start in starts])
+    except ModelError as error:
+        parser.exit(3, f"{error}\n")
     return 1 if unread else 0
+
+
+def _answer(predictor: Predictor, files: Sequence[Path], given: argparse.Namespace) -> int:
+    """Print what is seen in each of the images, run as one batch; returns how many could not be read."""
+    read = [_read(file, predictor.config) for file in files]
+    inputs = [each for each in read if not isinstance(each, str)]
+    ranked = iter(_ranked(predictor.run(np.stack(inputs)), given.top) if inputs else ())
+    for file, each in zip(files, read):
+        found: dict[str, Any] = {"error": f"cannot be read as an image: {each}"}
+        if not isinstance(each, str):
+            best = [(predictor.labels[i], i, odds) for i, odds in next(ranked)]
+            found = {"predictions": [dict(zip(("label", "index", "probability"), entry)) for entry in best]}
+        if given.json:
+            print(json.dumps({"image": str(file)} | found), flush=True)
+        elif isinstance(each, str):
+            print(f"{file} {found['error']}; it is skipped", file=sys.stderr)
+        else:
+            print("  ".join([str(file), *(f"{label} {100 * odds:.1f}%" for label, _, odds in best)]), flush=True)
+    return len(files) - len(inputs)
+
+
+def _ranked(logits: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
+    """For every row of logits the numbers of its `top` most likely classes with their probabilities, best first."""
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = odds / odds.sum(axis=1, keepdims=True)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    return [[(int(i), float(row[i])) for i in order] for row, order in zip(probabilities, best)]
+
+
+def _session(file: Path, device: str, threads: int | None) -> Any:
+    """An onnxruntime session on the device; PredictError where onnxruntime would use the CPU instead."""
+    import onnxruntime
+
+    kind, _, number = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or not f"0{number}".isdecimal()):
+        raise PredictError(f"There is no device {device!r}: give cpu, cuda or cuda:1.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    provider: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
+    if kind == "cuda":
+        provider = "CUDAExecutionProvider", {"device_id": number or "0", "use_tf32": "0"}  # float32 means it
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()  # NVIDIA's Python packages, where those are what there is
+    session = onnxruntime.InferenceSession(str(file), options, providers=[provider], enable_fallback=0)
+    if session.get_providers()[0] != provider[0]:
+        raise PredictError(f"onnxruntime cannot use {device}: pip install 'onnxruntime-gpu[cuda,cudnn]', or take cpu.")
+    return session
 
 
 def _recommended(folder: Path) -> str:
@@ -173,34 +246,29 @@ def _here(given: str) -> Path:
 
 def _files(path: Path) -> list[Path]:
     """The image itself, or all images in a folder and below."""
-    if path.is_file():
+    if path == _STDIN or path.is_file():
         return [path]
     if not path.is_dir():
         raise PredictError(f"There is no image or folder {path}.")
-    known = Image.registered_extensions()
+    known = {*Image.registered_extensions(), *_HEIC}
     found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in known)
     if not found:
         raise PredictError(f"The folder {path} holds no images (such as .jpg or .png).")
     return found
 
 
-def _open(files: Sequence[Path], bits: int) -> Iterator[tuple[Path, Image.Image]]:
-    """The images that can be read; the others are named on stderr."""
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image.load()
-                _eight_bits(image, bits)  # an error now rather than in the midst of a batch
-                yield file, image
-        except (OSError, ValueError, SyntaxError, PredictError, Image.DecompressionBombError) as error:
-            print(f"{file} cannot be read as an image and is skipped: {error}", file=sys.stderr)
-
-
-def _line(file: Path, labels: list[tuple[str, float]], as_json: bool) -> str:
-    if as_json:
-        predictions = [{"label": label, "probability": probability} for label, probability in labels]
-        return json.dumps({"image": str(file), "predictions": predictions}, ensure_ascii=False)
-    return "  ".join([str(file), *(f"{label} {100 * probability:.1f}%" for label, probability in labels)])
+def _read(file: Path, config: dict[str, Any]) -> np.ndarray | str:
+    """The input of the network, or why there is none."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()  # a package of its own, for photos of phones
+    try:
+        with Image.open(io.BytesIO(sys.stdin.buffer.read()) if file == _STDIN else file) as image:
+            return preprocess(image, config)
+    except UnidentifiedImageError:
+        heic = file.suffix.lower() in _HEIC
+        return "HEIC needs a decoder: pip install pillow-heif" if heic else "it is of no known format"
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        return str(error) or type(error).__name__
 
 
 def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
@@ -251,4 +319,10 @@ def _center_crop(image: Image.Image, height: int, width: int, fill: int | tuple[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,7 @@ from okdc.errors import RecipeError
     "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
 )
 @click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
-@flags.settings("export.batch_sizes", "export.threads", "export.images", "data.data", "train.device")
+@flags.settings("export.batch_sizes", "export.threads", "export.images", "export.runtimes", "data.data", "train.device")
 @flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
 def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
@@ -31,6 +31,7 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     \b
     okdc benchmark runs/NAME --batch-sizes 1,8,32 --output speed.md
     okdc benchmark resnet18 --threads 2 --no-compile
+    okdc benchmark resnet18 --runtimes openvino
     """
     from okdc.cli import tables
     from okdc.measure import benchmark as benchmarks

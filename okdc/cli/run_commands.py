@@ -111,7 +111,8 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
 @main.command(cls=flags.GroupedCommand, short_help="Verify an exported bundle again, on this machine.")
 @click.argument("bundle", metavar="BUNDLE|RUN")
 @flags.settings(
-    "data.data", "export.batch_sizes", "export.threads", "export.images", "export.max_drop", "export.min_agreement"
+    *("data.data", "data.val_split", "data.path_column", "data.label_column", "export.batch_sizes", "export.threads"),
+    *("export.images", "export.max_drop", "export.min_agreement", "export.runtimes"),
 )
 def verify(bundle: str, **_: Any) -> None:
     """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
@@ -120,6 +121,8 @@ def verify(bundle: str, **_: Any) -> None:
 
     \b
     okdc verify runs/NAME/export --data /imagenet
+    okdc verify runs/NAME --val-split test
+    okdc verify runs/NAME --runtimes openvino,opencv
     """
     from okdc import deploy, pipeline
     from okdc.cli import tables
@@ -128,13 +131,16 @@ def verify(bundle: str, **_: Any) -> None:
     tables.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))
+    require_asked(verification, flags.given())
 
 
 def require_asked(verification: Verification | None, settings: Mapping[str, Any]) -> None:
-    """Fail with exit code 2 when a file was asked for that cannot be written here; everything else is written."""
+    """Fail with exit code 2 when a file or a runtime was asked for that is not to be had here; all else is done."""
     from okdc import deploy
 
     on = [name for name, value in settings.items() if value is True]
-    reason = deploy.not_written(verification, on) if verification else None
+    reason = None
+    if verification:
+        reason = deploy.not_written(verification, on) or deploy.not_run(verification, settings.get("runtimes") or [])
     if reason:
         raise ExportError(reason)

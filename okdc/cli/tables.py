@@ -68,6 +68,7 @@ def show_verification(verification: Verification, next_command: str | None = Non
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
     timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
     table = _table("exported", "MB", "top-1", "agrees\nwith torch", "max diff", timing, "ships")
+    table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True  # a narrow terminal folds names, not verdicts
     for row in rows:
         table.add_row(
             row["name"],

@@ -4,11 +4,11 @@ The order of the images is f(seed, epoch) and the augmentation of an image is f(
 of worker processes; that is what lets a run that was killed in the middle of an epoch go on as if nothing had happened.
 
 To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan` and `names`, where that is a folder;
-`tables`, with `rows` and `coco`, where it is a file of labels); `images` is one split and its labels, which everything
-below reads; `loading.load` makes `batches` of it. `samples` says which image comes when (`pairs` and `balance`: by
-their classes) and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments whole batches.
-`streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the images of the
-latter.
+`tables`, with `rows`, `annotations` and `paths`, where it is a file of labels); `images` is one split and its labels,
+which everything below reads; `loading.load` makes `batches` of it. `samples` says which image comes when (`pairs` and
+`balance`: by their classes) and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments
+whole batches. `streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the
+images of the latter.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
@@ -13,6 +14,9 @@ from okdc.data.scan import EXTENSIONS, Naming, Place, Scan, files, folders, scan
 from okdc.data.values import Source, log
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
+
+# As macOS, Windows and Linux call a copy of a folder.
+COPY = re.compile(r"copy of (.+)|(.+?)(?: - copy| copy| \(copy\))?(?: ?\(\d+\)| \d+)?", re.IGNORECASE)
 
 
 def open_folder(settings: DataSettings) -> Source:
@@ -57,6 +61,7 @@ def _open(folder: Path, named: dict[str, int] | None, settled: bool) -> tuple[Im
         )
     if named is None:
         _check_names(names, folder)
+        _warn_of_copies(names, folder)
     elif unnamed := [name for name in by_index(names) if spelled(name) not in named]:
         log.warning("the class map leaves out images of '%s': %s", folder, listed(unnamed))
     return Images(dataset, dataset.labels, str(folder)), classes
@@ -132,6 +137,17 @@ def _check_names(names: set[str], folder: Path) -> None:
             )
 
 
+def _warn_of_copies(names: set[str], folder: Path) -> None:
+    """Say which class folders a file manager made of others."""
+    copies = [
+        name for name in by_index(names) if (match := COPY.fullmatch(name)) and {*match.groups()} & (names - {name})
+    ]
+    if copies:
+        log.warning(
+            "class folders of '%s' that look like copies of others are classes of their own: %s", folder, listed(copies)
+        )
+
+
 def read_class_map(path: str, root: Path) -> dict[str, int]:
     """Class name -> index, from a file as it is named or in the folder `root`; DataError where it cannot be read."""
     try:
@@ -146,11 +162,20 @@ def read_class_map(path: str, root: Path) -> dict[str, int]:
     return {name: index for name, index in clean.items() if name}
 
 
+def _shown(name: str) -> str:
+    return name if name == name.strip() else repr(name)
+
+
 def _check_same_classes(train: str, classes: dict[str, int], validation: str, there: dict[str, int]) -> None:
     alone = {train: sorted(set(classes) - set(there)), validation: sorted(set(there) - set(classes))}
-    parts = [f"only in {folder}: {listed(names)}" for folder, names in alone.items() if names]
+    parts = [f"only in {folder}: {listed(map(_shown, names))}" for folder, names in alone.items() if names]
     if parts:
+        inner = {spelled(name) for outer in folders(Path(train)) for name in folders(Path(train) / outer)}
+        deeper = (
+            f" In the folders of '{train}' are these classes? List them in a file, one per line: --class-map FILE.txt"
+        )
         raise DataError(
             f"training and validation do not have the same classes ({'; '.join(parts)}); expected the same class "
             "folders in both. Rename, add or delete folders until they agree."
+            f"{deeper if inner >= set(there) else ''}"
         )

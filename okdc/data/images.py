@@ -14,6 +14,8 @@ from okdc.data.names import check_lines, listed
 from okdc.data.values import Source, log
 from okdc.errors import DataError
 
+PAGES = "several pages"  # in the info of an image of which the first one is read
+
 
 class Images(Dataset):
     """(PIL image as stored, class index) by position; raises whatever reading the image raises."""

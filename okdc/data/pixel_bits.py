@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from okdc.data.images import Images
+from okdc.data.images import PAGES, Images
+from okdc.data.names import listed
 from okdc.data.values import log
 from okdc.errors import DataError
 from okdc.system.waiting import limited
@@ -42,8 +43,8 @@ def eight_bits(image: Image.Image, bits: int | None) -> Image.Image:
 def find_bits(images: Images, timeout: float) -> int | None:
     """How many bits the values of deep images fill, by a sample of the training images; None where none is deep.
 
-    DataError for negative values and for those of more than 16 bits, whose range nobody knows, and where no image
-    comes for `timeout` seconds (0: never).
+    Says which images of the sample have several pages. DataError for negative values and for those of more than 16
+    bits, whose range nobody knows, and where no image comes for `timeout` seconds (0: never).
     """
     every = -(-len(images) // SAMPLE)
 
@@ -51,7 +52,14 @@ def find_bits(images: Images, timeout: float) -> int | None:
         position = count * every // SAMPLE * SAMPLE
         return f"while decoding, near position {position} of {images.origin} ({images.name(position)})"
 
-    found = list(limited(_ranges(images, every), timeout, near))
+    paged: list[str] = []
+    found = list(limited(_ranges(images, every, paged), timeout, near))
+    if paged:
+        log.warning(
+            "images of %s have several pages or frames, of which the first one is read: %s",
+            images.origin,
+            listed(paged, 3),
+        )
     _check_colours(images, max((high for kind, _, high in found if kind == DEEP_COLOURS), default=255))
     ranges = [(low, high) for kind, low, high in found if kind == "deep"]
     if not ranges:
@@ -71,12 +79,17 @@ def find_bits(images: Images, timeout: float) -> int | None:
     return bits
 
 
-def _ranges(images: Images, every: int) -> Iterator[tuple[str, int, int]]:
-    """What kind of numbers each image of the sample has, and the lowest and highest of those that are looked at."""
+def _ranges(images: Images, every: int, paged: list[str]) -> Iterator[tuple[str, int, int]]:
+    """What kind of numbers each image of the sample has, and the lowest and highest of those that are looked at.
+
+    `paged` is told the images of several pages.
+    """
     for position in range(0, len(images), every):
         kind, low, high = "", 0, 0
         with contextlib.suppress(Exception):  # an image that cannot be read is named when its turn comes
             image, _ = images[position]
+            if image.info.get(PAGES):
+                paged.append(images.name(position))
             if is_deep(image):
                 kind, low, high = "deep", int(np.asarray(image).min()), int(np.asarray(image).max())
             elif image.info.get(DEEP_COLOURS):

@@ -1,27 +1,32 @@
-"""The rows of a table of images: a CSV or TSV file with a header, and in each row a path and a label, maybe a split."""
+"""The rows of a table of images: a path, a label, maybe a split; which columns these are is found or said."""
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from okdc.data.cells import Cells, lines, read_cells
 from okdc.data.names import listed, spelled
-from okdc.data.scan import is_image
+from okdc.data.paths import are_files
+from okdc.data.values import log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
-DELIMITERS = ",;\t|"
 PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "img_path")
+IDS = ("id", "image_id", "imageid", "img_id", "image_name", "img_name", "name")  # paths, where they are files
 LABELS = ("label", "class", "category", "target", "class_name", "label_name")
 SPLITS = ("split", "subset", "set")
+FLAGS = {  # of which split are rows where it is not so, and where it is
+    "is_valid": ("train", "validation"), "is_val": ("train", "validation"), "is_validation": ("train", "validation"),
+    "is_test": ("train", "test"), "is_train": ("validation", "train"), "is_training": ("validation", "train"),
+}  # fmt: skip
+NO_OR_YES = {"0": 0, "0.0": 0, "false": 0, "no": 0, "": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: `place` says where it is named, `file` is its whole path, `split` a word or nothing."""
+    """One image: `place` says where it is named, `file` is its path, as it is written, `split` a word or nothing."""
 
     place: str
     file: str
@@ -30,63 +35,29 @@ class Row:
 
 
 def read_table(table: Path, settings: DataSettings) -> list[Row]:
-    """What a CSV or TSV file says of each image; DataError for columns that are not found and for empty cells."""
-    header, cells = _read(table)
-    path = _path_column(table, header, cells, settings.path_column)
-    split = _column(["" if name == settings.label_column else name for name in header], SPLITS)
-    label = _label_column(table, header, {path, split}, settings.label_column)
-    if empty := [line for line, row in cells if not row[path] or not row[label]]:
+    """What a table says of each image; DataError for columns that are not found and for empty cells."""
+    cells = read_cells(table)
+    path = _path_column(table, cells, settings.path_column)
+    open_names = ["" if i == path or name == settings.label_column else name for i, name in enumerate(cells.header)]
+    split = _column(open_names, (*SPLITS, *FLAGS))
+    splits = [""] * len(cells.rows) if split is None else _splits(table, cells, split)
+    labels, used = _labels(table, cells, {path, split}, settings.label_column)
+    files = cells.column(path)
+    if empty := [
+        line for (line, _), file, label in zip(cells.rows, files, labels, strict=True) if not file or not label
+    ]:
         raise DataError(
-            f"{len(empty)} rows of '{table}' have no {header[path]} or no {header[label]} ({_lines(empty)}); "
-            "expected one label for each image. Fill the cells, or delete the rows."
+            f"{len(empty)} rows of '{table}' have no {cells.header[path]} or no {_names(cells, used)} "
+            f"({lines(empty)}); expected one label for each image. Fill the cells, or delete the rows."
         )
-    return [
-        Row(
-            f"line {line} of {table.name}",
-            file_of(table, row[path]),
-            spelled(row[label]),
-            "" if split is None else row[split],
-        )
-        for line, row in cells
-    ]
+    if unused := [name or "(no name)" for i, name in enumerate(cells.header) if i not in {path, split, *used}]:
+        log.warning("columns of '%s' that are not used: %s", table, listed(unused))
+    places = (f"line {line} of {table.name}" for line, _ in cells.rows)
+    return [Row(*row) for row in zip(places, files, map(spelled, labels), splits, strict=True)]
 
 
-def file_of(table: Path, path: str) -> str:
-    """The whole path of an image that a table names from its own folder."""
-    return os.path.normpath(os.path.join(table.parent, path))
-
-
-def _read(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows, each with its line; DataError for what is no table."""
-    try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            delimiter = "\t" if table.suffix.lower() == ".tsv" else max(DELIMITERS, key=first.count)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{table}' is not UTF-8 ({error}): save it as CSV UTF-8.") from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"the table '{table}' cannot be read ({error}): see to its quotes and permissions.") from error
-    if len(lines) < 2:
-        raise DataError(f"'{table}' has no rows; expected a header such as path,label and a row for each image.")
-    (_, header), *rows = lines
-    if len(header) < 2 or any(is_image(name) for name in header):
-        raise DataError(
-            f"the first line of '{table}' is {listed(header)}; expected the names of two columns or more, such as "
-            "path,label. Write them above the first image."
-        )
-    if uneven := [line for line, row in rows if len(row) != len(header)]:
-        raise DataError(
-            f"{len(uneven)} rows of '{table}' do not have the {len(header)} cells of its header ({listed(header)}), "
-            f"see {_lines(uneven)}. Put quotes around what holds a '{delimiter}'."
-        )
-    return header, rows
-
-
-def _lines(numbers: Sequence[int]) -> str:
-    return f"line{'s' * (len(numbers) > 1)} {listed(map(str, numbers), 3)}"
+def _names(cells: Cells, columns: Iterable[int]) -> str:
+    return listed(cells.header[i] for i in sorted(columns))
 
 
 def _column(header: list[str], names: Iterable[str]) -> int | None:
@@ -104,31 +75,67 @@ def _given(table: Path, header: list[str], name: str, flag: str) -> int:
     return header.index(name)
 
 
-def _path_column(table: Path, header: list[str], cells: list[tuple[int, list[str]]], given: str | None) -> int:
+def _path_column(table: Path, cells: Cells, given: str | None) -> int:
     """The one that is given, or is named so, or whose first cells are files."""
+    header = cells.header
     if given:
         return _given(table, header, given, "--path-column")
-    some = [row for _, row in cells[:20]]
-    full = [i for i in range(len(header)) if all(os.path.isfile(file_of(table, row[i])) for row in some)]
-    named = _column(header, PATHS)
-    if named is None and len(full) != 1:
+    if (named := _column(header, PATHS)) is not None:
+        return named
+    others = [i for i, name in enumerate(header) if _column([name], (*LABELS, *SPLITS)) is None]
+    some = {i: cells.column(i)[:20] for i in others}
+    # A column of 0 and 1 is none of paths, though there may be a 0.png and a 1.png.
+    full = [i for i in others if 2 * len(set(some[i])) > len(some[i]) and are_files(table, some[i])]
+    if len(full) != 1:
+        ids = _column([name if i in (full or others) else "" for i, name in enumerate(header)], IDS)
+        if ids is not None:
+            return ids
         raise DataError(
             f"which column of '{table}' has the paths? Expected one called {', '.join(PATHS[:3])} or {PATHS[6]}; it "
             f"has {listed(header, 20)}, of which {listed(header[i] for i in full) or 'none'} holds paths of files from "
             f"'{table.parent}'. Say which: --path-column NAME"
         )
-    return full[0] if named is None else named
+    return full[0]
 
 
-def _label_column(table: Path, header: list[str], taken: set[int | None], given: str | None) -> int:
-    """The one that is given, or is named so, or the only one that is left."""
+def _splits(table: Path, cells: Cells, column: int) -> list[str]:
+    words = cells.column(column)
+    flag = cells.header[column].lower().replace(" ", "_").replace("-", "_")
+    if flag not in FLAGS:
+        return words
+    if wrong := sorted({word for word in words if word.lower() not in NO_OR_YES}):
+        raise DataError(
+            f"the column {cells.header[column]} of '{table}' holds {listed(wrong)}; expected True or False."
+        )
+    return [FLAGS[flag][NO_OR_YES[word.lower()]] for word in words]
+
+
+def _labels(table: Path, cells: Cells, taken: set[int | None], given: str | None) -> tuple[list[str], list[int]]:
+    """The label of each row, and the columns that say it: the one given, named so or left alone, or one per class."""
+    left = [i for i in range(len(cells.header)) if i not in taken]
+    named = _column([name if i in left else "" for i, name in enumerate(cells.header)], LABELS)
     if given:
-        return _given(table, header, given, "--label-column")
-    left = [i for i in range(len(header)) if i not in taken]
-    named = _column([name if i in left else "" for i, name in enumerate(header)], LABELS)
-    if named is None and len(left) != 1:
+        named = _given(table, cells.header, given, "--label-column")
+    elif named is None and len(left) == 1:
+        (named,) = left
+    if named is not None:
+        return cells.column(named), [named]
+    marks = [i for i in left if cells.header[i] and {*cells.column(i)} <= {"0", "1", "0.0", "1.0"}]
+    if len(marks) < 2:
         raise DataError(
             f"which column of '{table}' has the labels? Expected one called {', '.join(LABELS[:3])} or {LABELS[3]}; it "
-            f"has {listed(header, 20)}. Say which: --label-column NAME"
+            f"has {listed(cells.header, 20)}. Say which: --label-column NAME"
         )
-    return left[0] if named is None else named
+    return _one_hot(table, cells, marks), marks
+
+
+def _one_hot(table: Path, cells: Cells, columns: list[int]) -> list[str]:
+    marked = [[i for i in columns if float(row[i])] for _, row in cells.rows]
+    if wrong := [line for (line, _), marks in zip(cells.rows, marked, strict=True) if len(marks) != 1]:
+        raise DataError(
+            f"{len(wrong)} rows of '{table}' do not have one 1 among its columns of 0 and 1 "
+            f"({_names(cells, columns)}), see {lines(wrong)}; okdc trains classifiers with one label per "
+            "image. Mend or delete these rows, or say which column has the labels: --label-column NAME"
+        )
+    log.warning("the labels of '%s' are its columns of 0 and 1: %s", table, _names(cells, columns))
+    return [cells.header[i] for (i,) in marked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from okdc.data.images import PAGES
 from okdc.data.names import listed, natural_key, spelled
 from okdc.data.pixel_bits import DEEP_COLOURS
 from okdc.data.values import log
@@ -19,7 +21,13 @@ from okdc.errors import DataError
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
-    *(".gif", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"),
+    *(".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".tga", ".mpo"),
+    *(".heic", ".heif"),
+)
+
+SYSTEM = (
+    *(".", "__MACOSX", "Icon\r", "@eaDir", "lost+found"),
+    *("Thumbs.db", "ehthumbs", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"),
 )
 
 LFS = b"version https://git-lfs"
@@ -54,8 +62,12 @@ class Files:
         with open(self.filename(index), "rb") as file:
             if file.read(len(LFS)) == LFS:
                 raise OSError("it is a pointer of Git LFS, not the image: git lfs pull")
+            if file.name.lower().endswith((".heic", ".heif")):
+                _learn_heic()
             file.seek(0)
             with Image.open(file) as image:
+                # Phones keep a depth map or a second view behind a photo (MPO), which is no page.
+                image.info[PAGES] = image.format != "MPO" and getattr(image, "is_animated", False)
                 image.info[DEEP_COLOURS] = ";16" in str(image.tile) and not image.mode.startswith("I")
                 image.load()
         return image, self.targets[index]
@@ -70,9 +82,17 @@ class Files:
         return torch.tensor(self.targets, dtype=torch.int64)
 
 
+def _learn_heic() -> None:
+    """Let Pillow read HEIC; OSError where the package that can is not installed."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise OSError("HEIC needs a decoder: pip install pillow-heif") from error
+
+
 def is_visible(name: str) -> bool:
     """Whether a file or folder is the user's own, not a system's: macOS keeps a ._cat.png beside cat.png."""
-    return not name.startswith((".", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"))
+    return not name.startswith(SYSTEM)
 
 
 def folders(root: Path) -> list[str]:
@@ -107,10 +127,8 @@ def scan(folder: Path) -> Scan:
     if found.links:
         log.warning("links that lead back into '%s' are not followed: %s", folder, listed(found.links))
     if found.others:
-        kinds = listed(
-            f"{count} of {kind}" for kind, count in sorted(found.others.items(), key=lambda x: (-x[1], x[0]))
-        )
-        log.warning("files beside the images of '%s' are left out: %s", folder, kinds)
+        kinds = [f"{count} of {kind}" for kind, count in sorted(found.others.items(), key=lambda x: (-x[1], x[0]))]
+        log.warning("files beside the images of '%s' are left out: %s", folder, listed(kinds, 20))
     return found
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from timm.data import create_dataset
 
+from okdc.data.arrays import is_arrays, open_arrays
+from okdc.data.cells import TABLES
 from okdc.data.folders import open_folder
+from okdc.data.hints import check_file, of_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
 from okdc.data.scan import is_visible
 from okdc.data.streams import Stream, stream_classes
-from okdc.data.tables import TABLES, is_table, open_table
+from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
@@ -34,9 +38,9 @@ Split = TypeVar("Split")
 def open_source(settings: DataSettings, seed: int) -> Source:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
-    `digits`, a folder, labels as .csv, .tsv or .json, `torch/NAME` (files in ./data, or in ROOT with `torch/NAME:ROOT`)
-    and `hfds/ID` are read image by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams: see okdc.data.streams for
-    what that costs. `seed` shuffles the streams; it never decides which images validate.
+    `digits`, a folder, labels as .csv, .tsv, .jsonl or .json, arrays as .npz, `torch/NAME` (files in ./data, or in ROOT
+    with `torch/NAME:ROOT`) and `hfds/ID` are read image by image. `wds/PATH`, `hfids/ID` and `tfds/NAME` are streams:
+    see okdc.data.streams for what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
     _require_package(settings.data, PACKAGES.get(prefix))
@@ -44,7 +48,7 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     if (settings.path_column or settings.label_column) and not table:
         raise DataError(
             f"--path-column and --label-column are those of a table, and --data {settings.data} is none; expected a "
-            "file that ends in .csv or .tsv. Leave them out, or check --data."
+            "file that ends in .csv, .tsv or .jsonl. Leave them out, or check --data."
         )
     if prefix in ("wds", "hfids", "tfds"):
         return _stream(settings, prefix, seed)
@@ -52,9 +56,24 @@ def open_source(settings: DataSettings, seed: int) -> Source:
         source = _digits()
     elif prefix in ("torch", "hfds"):
         source = _named(settings, prefix)
+    elif is_arrays(settings.data):
+        source = open_arrays(settings)
+    elif is_table(settings):
+        source = open_table(settings)
     else:
-        source = open_table(settings) if is_table(settings) else open_folder(settings)
+        return _folder(settings)
     check(source)
+    return source
+
+
+def _folder(settings: DataSettings) -> Source:
+    root = Path(settings.data).expanduser()
+    check_file(root, settings.data)
+    try:
+        source = open_folder(settings)
+        check(source)
+    except DataError as error:
+        raise DataError(f"{error}{of_folder(root) if os.path.isdir(root) else ''}") from error
     return source
 
 

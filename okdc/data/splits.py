@@ -21,6 +21,8 @@ ROLES = {
     "test": ("test", "testing", "tst"),
 }
 
+FOLDS = " To train on several, move them into one train/, and list the classes in a file: --class-map FILE.txt"
+
 
 def role(name: str) -> str | None:
     """What a split of that name is for: `training` of train2017, Train_Images, trainset; None of what is no such name.
@@ -36,11 +38,6 @@ def role(name: str) -> str | None:
 
 def check_path(root: Path, given: str) -> None:
     """Raise DataError for what is no folder, and for one that is a level too high or too low."""
-    if root.is_file():
-        raise DataError(
-            f"--data '{given}' is a file; expected a folder with train/ and val/, or a table of paths and labels "
-            "(.csv, .tsv, COCO's .json). Unpack it, then name the folder."
-        )
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
         hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
@@ -48,7 +45,7 @@ def check_path(root: Path, given: str) -> None:
             hint = f" '{found}' has a train/ folder: --data {found}"
         raise DataError(
             f"--data '{given}' does not exist ('{found}' does); expected a folder with train/ and val/ of class "
-            f"folders, labels as .csv, .tsv or .json, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
+            f"folders, labels as .csv, .tsv or .json, arrays as .npz, digits, torch/NAME, hfds/ID or wds/PATH.{hint}"
         )
     above = root.absolute().parent
     if (
@@ -104,14 +101,19 @@ def _found(root: Path, wanted: str, flag: str, but: Sequence[str] = ()) -> Path 
     if not usual and len(names) > 1:
         raise DataError(
             f"'{root}' has {len(names)} folders for {wanted} ({listed(names)}); expected one. Say which: {flag} "
-            f"{names[0]}, or move the others out."
+            f"{names[0]}, or move the others out.{FOLDS if wanted == 'training' else ''}"
         )
     return root / (usual or names)[0] if names else None
 
 
 def _validation(root: Path, train: Path | None) -> Path | None:
     but = [train.relative_to(root).parts[0]] if train else []
-    return _found(root, "validation", "--val-split", but) or _found(root, "test", "--val-split", but)
+    found = _found(root, "validation", "--val-split", but)
+    test = None if found else _found(root, "test", "--val-split", but)
+    if train and test and _holds_images(test) and not folders(test):
+        log.warning("'%s' holds images without class folders, and is not used", test)
+        return None
+    return found or test
 
 
 def _check_beside(root: Path, train: Path, validation: Path | None) -> None:
@@ -164,7 +166,7 @@ def check_flat(found: Scan) -> None:
             raise DataError(
                 f"'{one}' and '{other}' of '{root}' hold folders of the same names ({listed(sorted(shared))}). If "
                 f"these are the classes: --train-split {one} --val-split {other}. If {one} and {other} are: list them "
-                "in a file, one per line (--class-map FILE.txt)."
+                f"in a file, one per line (--class-map FILE.txt).{FOLDS if len(inside) > 2 else ''}"
             )
 
 

@@ -1,15 +1,18 @@
-"""Labels in a file beside the images: a table of paths and labels, or the annotations of COCO."""
+"""Labels in a file beside the images: a table of paths and labels, or annotations in JSON."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from okdc.data.coco import read_coco
+from okdc.data.annotations import read_annotations
+from okdc.data.cells import ENDINGS
 from okdc.data.folders import open_training, read_class_map
 from okdc.data.images import Images, names_by_index, split_in_two
 from okdc.data.names import by_index, is_line, listed, natural_key
+from okdc.data.paths import located
 from okdc.data.rows import SPLITS, Row, read_table
 from okdc.data.scan import Files
 from okdc.data.splits import ROLES, role
@@ -17,8 +20,9 @@ from okdc.data.values import Source, log
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
 
-TABLES = (".csv", ".tsv")
-ENDINGS = (*TABLES, ".json")
+SEVERAL = re.compile(r"[\s,;|]+")  # between the labels of an image that has several
+FRACTION = re.compile(r"-?\d+[.,]\d*[1-9]\d*")
+MISSING = ("nan", "na", "n/a", "#n/a", "null", "undefined")  # as programs write an empty cell
 
 
 def is_table(settings: DataSettings) -> bool:
@@ -57,15 +61,11 @@ def open_table(settings: DataSettings) -> Source:
     return _source(table, rows, validation, settings)
 
 
-def _read(table: Path, settings: DataSettings) -> list[Row]:
-    rows = read_coco(table) if table.suffix.lower() == ".json" else read_table(table, settings)
-    if missing := [row for row in rows if not os.path.isfile(row.file)]:
-        raise DataError(
-            f"{len(missing)} of the {len(rows)} files that '{table}' names do not exist, for example "
-            f"{listed((f'{row.file} ({row.place})' for row in missing), 3)}; expected paths from the folder of that "
-            f"file, '{table.parent}'. Mend them, or move it; of a table with other paths too: --path-column NAME"
-        )
-    return rows
+def _read(table: Path, settings: DataSettings, root: Path | None = None) -> list[Row]:
+    rows = read_annotations(table) if table.suffix.lower() == ".json" else read_table(table, settings)
+    names, places, splits = zip(*((row.file, row.place, row.split) for row in rows), strict=True)
+    files = located(table, names, places, splits, root)
+    return [replace(row, file=file) for row, file in zip(rows, files, strict=True)]
 
 
 def _second(folder: Path, given: str) -> Path:
@@ -82,7 +82,7 @@ def _beside_folders(root: Path, settings: DataSettings) -> Source:
     """Training images in class folders, and a file that names those to validate with."""
     table = _second(root, settings.val_split)
     train, classes, _ = open_training(replace(settings, val_split=DataSettings().val_split))
-    rows = _read(table, settings)
+    rows = _read(table, settings, root)
     _check_labels(table, rows)
     if foreign := by_index({row.label for row in rows} - classes.keys()):
         raise DataError(
@@ -182,6 +182,7 @@ def _check_labels(table: Path, rows: list[Row]) -> None:
         raise DataError(f"'{table}' has only one class ({rows[0].label}); expected at least two.")
     if places := [row.place for row in rows if not is_line(row.label)]:
         raise DataError(f"labels of '{table}' go over several lines ({listed(places, 3)}); expected a name each.")
+    _warn_of_doubtful(table, names)
     first: dict[str, Row] = {}
     torn = [(there, row) for row in rows if (there := first.setdefault(row.file, row)).label != row.label]
     if torn:
@@ -191,3 +192,27 @@ def _check_labels(table: Path, rows: list[Row]) -> None:
             f"{there.label} ({there.place}), {row.label} ({row.place}). okdc trains classifiers with "
             "one label per image: delete the wrong rows."
         )
+
+
+def _warn_of_doubtful(table: Path, names: set[str]) -> None:
+    """Say which classes may be one that is written in several ways, or none: what spreadsheets hide."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names, key=natural_key):
+        alike.setdefault(_bare(name), []).append(name)
+    if several := [" and ".join(same) for same in alike.values() if len(same) > 1]:
+        log.warning("labels of '%s' that are nearly the same are classes of their own: %s", table, listed(several))
+    if several := [
+        name for name in by_index(names) if len(parts := SEVERAL.split(name)) > 1 and names.issuperset(parts)
+    ]:
+        log.warning("labels of '%s' that look like several are classes of their own: %s", table, listed(several))
+    if measured := [name for name in by_index(names) if FRACTION.fullmatch(name)]:
+        log.warning("labels of '%s' that look like measurements are a class each: %s", table, listed(measured))
+    if absent := [name for name in by_index(names) if name.casefold() in MISSING]:
+        log.warning("a label of '%s' that looks like a missing one is a class: %s", table, listed(absent))
+
+
+def _bare(name: str) -> str:
+    try:
+        return f"{float(name):g}"
+    except ValueError:
+        return re.sub(r"[\s_-]+", " ", name).casefold()

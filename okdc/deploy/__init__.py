@@ -10,6 +10,7 @@ from __future__ import annotations
 from okdc.deploy.bundle import check_sums, is_known
 from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
 from okdc.deploy.rehearsal import refuse_unexportable
+from okdc.deploy.runtimes import not_installed, not_run
 from okdc.deploy.statement import UNKNOWN
 from okdc.deploy.targets import asked, not_written, unavailable
 
@@ -22,6 +23,8 @@ __all__ = [
     "failed_folder",
     "failures",
     "is_known",
+    "not_installed",
+    "not_run",
     "not_written",
     "read",
     "refuse_unexportable",

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from okdc.deploy import targets, triton
+from okdc.deploy import runtimes, targets, triton
 from okdc.deploy.bundle import WEIGHTS, is_known
 from okdc.deploy.statement import UNKNOWN
 from okdc.networks import stem
@@ -152,6 +152,7 @@ def _files(folder: Path) -> str:
     known = targets.known().values()
     written = {name: what for target in known for name, what in target.files.items()}
     tools = {target.path.name: target.tool for target in known if target.tool}
+    tools |= {runtime.path.name: runtime.tool for runtime in runtimes.known().values()}
     every = {**written, **tools, **_FILES}.items()
     return "\n".join(["## Files", "", *(f"- `{name}`: {what}" for name, what in every if name in present)])
 

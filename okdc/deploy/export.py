@@ -5,7 +5,6 @@ A bundle that fails a gate is kept beside (`export-failed/`), so that nothing is
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 import shutil
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc.deploy import bundle, statement, torch_runner
+from okdc.deploy import bundle, pipelines, runtimes, statement, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
 from okdc.deploy.collapse import is_fair, say_collapse
@@ -27,9 +26,8 @@ from okdc.deploy.writing import existing, further, leave_out, write
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.networks.saved import CONFIG
 from okdc.recipe import ExportSettings
-from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.verification import Gates, Pipeline, compare, failed_row, take
+from okdc.verification import Gates, compare, failed_row, take
 from okdc.verification import torch_runner as run_torch
 from okdc.verification.gates import fail, for_cpu, is_variant
 from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
@@ -75,6 +73,7 @@ def export_bundle(
     failed = failed_folder(folder)
     bundle.refuse_foreign(failed)
     _check_student(student, preprocess, classes)
+    lacking = runtimes.not_installed(settings)  # and a name that is none's, before anything is written
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -89,27 +88,30 @@ def export_bundle(
         if unavailable and not exported and (folder / CONFIG).is_file():
             reasons = "; ".join(f"{each['target']}: {each['reason']}" for each in unavailable)
             raise ExportError(f"no file that was asked for can be written here: {reasons}. {folder} is left as it was.")
+        files, raw = pipelines.split(part, exported)
         top1 = info.get("metrics", {}).get("top1")
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
-            exported | further(exported, device),
+            files | further(files, device) | runtimes.rows(files, settings),
             data,
             input_size=preprocess["input_size"],
             device=device,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
             gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
-            pipelines=_pipelines(part),
+            pipelines=raw,
             golden=bundle.read_golden(part),
             alone=_alone(part),
         )
         _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
-        skipped = [*unavailable, *skipped, *verification["skipped"], *_unchecked(verification, part)]
+        untried = [*verification["skipped"], *pipelines.unchecked(part, raw, verification)]
+        skipped = [*unavailable, *skipped, *lacking, *untried]
         verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
         verification["parameters"] = sum(p.numel() for p in student.parameters())
         if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
             leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
+        runtimes.add_programs(part, settings)
         _finish(part, arch, verification, info)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
@@ -134,7 +136,8 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
     exported, skipped = existing(folder)
-    others = further(exported, device)
+    files, raw = pipelines.split(folder, exported)
+    others = further(files, device) | runtimes.rows(files, settings)
     here = _data_facts(data)
     same_data = is_fair(recorded) and all(
         recorded["data"].get(key) == here[key]  # type: ignore[literal-required]
@@ -143,7 +146,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
     verification = compare(
         student,
-        exported | others,
+        files | others,
         data,
         input_size=facts["preprocess"]["input_size"],
         device=device,
@@ -151,7 +154,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         batch_sizes=settings.batch_sizes,
         threads=settings.threads,
         gates=Gates(settings.max_drop, settings.min_agreement, known, recorded["images"]),
-        pipelines=_pipelines(folder),
+        pipelines=raw,
         golden=bundle.read_golden(folder),
         alone=_alone(folder),
     )
@@ -161,10 +164,16 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
     for file, reason in (odd | wrong).items():
         _add_failure(verification, file, reason)
-    if not all(row["pass"] for row in verification["rows"] if row["name"] not in others):
+    # What stops nothing: providers, and in runtimes all but what was asked there, whether float32 files run.
+    told = {name for name, each in others.items() if each.device or each.precision != "fp32"}
+    if not all(row["pass"] for row in verification["rows"] if row["name"] not in told):
         verification["verdict"] = "fail"
-    skipped += [*verification["skipped"], *_unchecked(verification, folder)]
-    skipped += [{"target": name, "reason": reason} for name, reason in other.items()]
+    skipped += [
+        *runtimes.not_installed(settings),
+        *verification["skipped"],
+        *pipelines.unchecked(folder, raw, verification),
+        *(Skipped(target=name, reason=reason) for name, reason in other.items()),
+    ]
     verification |= {"skipped": skipped, "data": _data_facts(data), "environment": environment(device)}
     return verification
 
@@ -227,37 +236,6 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
 def _alone(folder: Path) -> tuple[str, Path] | None:
     """What times the student in a process of its own, where timm or torchvision can build it there."""
     return (torch_runner.__name__, folder) if bundle.can_load(folder) else None
-
-
-def _pipelines(folder: Path) -> dict[str, Pipeline]:
-    """predict.py as a runner of raw images, where the bundle has it and a file that it runs: float32 if it is there.
-
-    That shows its preprocessing to the last prediction; the other files are compared without it.
-    The code that runs is okdc's own, of which the bundle's is a copy: no code of a bundle is ever run.
-    """
-    fit = [target for target in known().values() if target.predict and (folder / target.file).exists()]
-    if not ((folder / "predict.py").is_file() and fit):
-        return {}
-    predict = shipped.load(shipped.folder("export") / "predict.py")
-    target = min(fit, key=lambda target: target.precision != "fp32")
-    # Loaded when first run, so that its errors become its row's.
-    predictor = functools.cache(lambda: predict.load(folder, model=target.file))
-
-    def pipeline(images: Sequence[Any]) -> np.ndarray:
-        return predictor().logits(images)
-
-    pipeline.precision = target.precision  # type: ignore[attr-defined]
-    return {"predict.py": pipeline}
-
-
-def _unchecked(verification: Verification, folder: Path) -> list[Skipped]:
-    """A "skipped" entry for predict.py where nobody knows what it should do, or there were no raw images to try it."""
-    if not bundle.is_known(statement.read_preprocess(folder)):
-        return [{"target": "predict.py", "reason": statement.UNKNOWN}]
-    if not (folder / "predict.py").is_file() or any(row["name"] == "predict.py" for row in verification["rows"]):
-        return []
-    reason = "there are no raw validation images, so the preprocessing it does was not compared with that of training"
-    return [{"target": "predict.py", "reason": reason}]
 
 
 def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any]) -> None:

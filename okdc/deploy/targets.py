@@ -36,6 +36,7 @@ class Target:
     precision: str  # that it is sold as: fp32, fp16, int8
     calibrated: bool  # not to be written without training images
     predict: bool  # whether predict.py runs it: by onnxruntime, on a CPU
+    raw: bool  # whether it takes decoded images of any size, uint8 (B, H, W, C), instead of the network's input
     devices: Mapping[str, float | None]  # on which it runs too, in a row each, and the tolerance of its logits there
     packages: tuple[str, ...]  # whose versions a verification tells
 
@@ -138,6 +139,7 @@ def _declared(path: Path) -> Target:
         precision=constant("PRECISION", "fp32"),
         calibrated=constant("CALIBRATED", False),
         predict=constant("PREDICT", False),
+        raw=constant("RAW", False),
         devices=constant("DEVICES", {}),
         packages=constant("PACKAGES", ()),
     )

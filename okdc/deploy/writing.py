@@ -41,7 +41,8 @@ def write(
     without: why there is no int8 where there is no `calibration`. device: what a file that is for one GPU is for.
     """
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
-    offered = _offered(settings, bundle.metadata(arch, classes, preprocess, info), calibration, largest, device)
+    metadata = bundle.metadata(arch, classes, preprocess, info)
+    offered = _offered(settings, preprocess, metadata, calibration, largest, device)
     example = torch.zeros(2, *preprocess["input_size"])
     exported: dict[str, Exported] = {}
     reasons: dict[str, str] = {}
@@ -59,6 +60,9 @@ def write(
             try:
                 notes[target.name] = target.module.write(student, example, path, **options)
                 offered[target.name] = path
+            except NotImplementedError as error:  # the format has no way to say it, whatever the weights are
+                reasons[target.name] = one_line(error)
+                continue
             except Exception as error:  # an exporter may raise anything; the other files are still written
                 problem = f"it could not be written: {one_line(error)}{_kept(part, target, error)}"
         exported[target.row] = Exported(path, target.module, problem)
@@ -105,11 +109,17 @@ def leave_out(folder: Path, rows: set[str]) -> None:
 
 
 def _offered(
-    settings: ExportSettings, metadata: dict[str, str], calibration: np.ndarray | None, largest: int, device: str
+    settings: ExportSettings,
+    preprocess: dict[str, Any],
+    metadata: dict[str, str],
+    calibration: np.ndarray | None,
+    largest: int,
+    device: str,
 ) -> dict[str, Any]:
     """What a writer may take by keyword, beside the files of other targets. largest: number of images in a batch."""
     return {
         "opset": settings.opset,
+        "preprocess": preprocess,
         "metadata": metadata,
         "profile": (1, 8, largest),
         "workspace": int(settings.workspace * 2**30),

@@ -19,13 +19,13 @@ import torch
 
 from okdc import deploy, networks, pipeline
 from okdc.data import wrap
-from okdc.deploy import bundle, targets, torch_runner
+from okdc.deploy import bundle, runtimes, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
 from okdc.networks.saved import config_of
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
-from okdc.verification import latency
+from okdc.verification.alone import measure_alone
 from okdc.verification.schema import Row, Verification
 
 COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
@@ -59,7 +59,8 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
         verification = pipeline.verify(folder, device=where, **settings)
         export = override(Recipe(), settings).export
         rows = _torch(folder, verification, export, compiled)
-        rows += [_row(each) for each in verification["rows"] if each["name"] not in ("torch", "predict.py")]
+        untimed = {"torch", "predict.py", *(target.row for target in targets.known().values() if target.raw)}
+        rows += [_row(each) for each in verification["rows"] if each["name"] not in untimed]
         absent = _missing(folder) | reasons | _skipped(verification)
         rows += [_absent(name, reason) for name, reason in absent.items()]
     facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
@@ -117,7 +118,7 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
     name, folder = recipe.network.model, scratch / "export"
     network = networks.load(recipe.network, typed=[name])
     config = networks.data_config(network, recipe.network)
-    formats = {setting: True for target in targets.known().values() for setting in target.asked_by}
+    formats = {setting: True for each in targets.known().values() if not each.raw for setting in each.asked_by}
     lenient = {"batch_sizes": [], "max_drop": 100.0, "min_agreement": 0.0}
     settings = override(recipe, {**formats, **lenient}).export
     classes = networks.check_input(network, config["input_size"]).shape[1]
@@ -145,7 +146,7 @@ def _torch(folder: Path, verification: Verification, settings: ExportSettings, c
     shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     try:
-        timed = latency.measure_alone(
+        timed = measure_alone(
             torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}
         )
     except RuntimeError as error:
@@ -158,6 +159,7 @@ def _skipped(verification: Verification) -> dict[str, str]:
     known = targets.known()
     rows = {name: target.row for name, target in known.items()}
     rows |= {target.on(device): target.on(device) for target in known.values() for device in target.devices}
+    rows |= {name: name for name in runtimes.known()}
     return {rows[each["target"]]: each["reason"] for each in verification["skipped"] if each["target"] in rows}
 
 
@@ -171,7 +173,9 @@ def _missing(folder: Path) -> dict[str, str]:
     # An export replaces the bundle, so what is in it is asked for again.
     there = [setting for target in known if (folder / target.file).exists() for setting in target.asked_by]
     for target in known:
-        if not (folder / target.file).exists():
+        if target.raw:
+            missing[target.row] = "it takes images of any size, on which its time depends: it is not timed"
+        elif not (folder / target.file).exists():
             settings = dict.fromkeys([*there, *target.asked_by])
             typed = " ".join(f"--{setting.replace('_', '-')}" for setting in settings)
             reason = target.module.available() or failed.get(target.row)

@@ -114,7 +114,9 @@ def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, give
 
 
 def _tell_unavailable(recipe: Recipe) -> None:
-    """Say before training, not after it, which of the files that were asked for cannot be written here."""
+    """Say before training, not after it, which files and runtimes that were asked for are not to be had here."""
+    for each in deploy.not_installed(recipe.export):
+        print(f"The run's files will not be verified in {each['target']}: {each['reason']}", file=sys.stderr)
     for name, reason in deploy.unavailable(recipe.export).items():
         print(f"The run will ship without a {name} file, which cannot be written here: {reason}", file=sys.stderr)
 

@@ -73,6 +73,10 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     facts = deploy.read(folder)
     has_recipe = (run / run_folder.RECIPE).is_file()
     recipe = override(load_recipe(run / run_folder.RECIPE, typed=None) if has_recipe else Recipe(), settings)
+    asked = settings.keys() & {"val_split", "path_column", "label_column"}
+    if asked and "data" not in settings and (not has_recipe or recipe.data.data == LOADER):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(asked))
+        raise ExportError(f"{flags} of which data? {folder} does not say it: --data DIR")
     data = _images(recipe, facts["preprocess"]) if has_recipe or "data" in settings else None
     return deploy.verify_bundle(folder, data, recipe.export, device=device)
 

@@ -66,7 +66,8 @@ class DataSettings:
 
     data: str = _setting(
         "digits",
-        "folder with train/ and val/, labels as .csv, .tsv or COCO's .json, digits, or torch/NAME, hfds/ID, wds/PATH",
+        "folder with train/ and val/, labels as .csv, .tsv, .jsonl or COCO's .json, .npz, digits, or torch/NAME, "
+        "hfds/ID, wds/PATH",
         "--data-dir",
     )
     train_split: str = _setting("train", "name of the training split")
@@ -222,8 +223,12 @@ class ExportSettings:
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
+    embed_preprocess: bool = _setting(False, "write model.full.onnx: decoded images of any size in, probabilities out")
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
+    runtimes: list[str] = _setting(
+        [], "runtimes such as openvino in which the ONNX files are verified, too; auto: all that are installed"
+    )
     opset: int = _setting(20, "ONNX opset, 13 to 22: older ones for older runtimes", at_least=13, at_most=22)
     batch_sizes: list[int] = _setting([1, 8], "batch sizes whose latency is measured", at_least=1)
     threads: int = _setting(1, "CPU threads of the latency measurement", at_least=1)

@@ -22,7 +22,8 @@ from okdc.errors import DataError
 from okdc.system.wording import one_line, without_paths
 from okdc.tasks.tally import Tally
 from okdc.verification import latency, sample
-from okdc.verification.gates import NO_WISHES, Gates, chance, fail, judge, verdict, weigh
+from okdc.verification.alone import measure_alone
+from okdc.verification.gates import NO_WISHES, Gates, chance, fail, follow, judge, verdict, weigh
 from okdc.verification.runners import Exported, Pipeline, Run, logits_of, start, torch_runner
 from okdc.verification.schema import VERSION, Figures, Latency, Row, Verification
 
@@ -71,7 +72,7 @@ def compare(
     recommended = weigh(rows)
     return {
         "schema_version": VERSION,
-        "verdict": verdict(rows, labelled, [name for name, exported in targets.items() if exported.device]),
+        "verdict": verdict(rows, labelled, [name for name, each in targets.items() if each.device or each.runtime]),
         "recommended": recommended,
         "images": session.count,
         "sample": sample.described(data, session.labels),
@@ -154,8 +155,9 @@ class _Session:
         tally = self.tallies[name]
         tally.score(out, labels)
         if reference is not None:
-            # A pipeline promises the predictions of torch: only what rounding may turn over passes for a tie.
-            tally.agreement(out, reference, ROUNDING if name in self.pipelines else TOLERANCE)
+            # A pipeline promises the predictions of torch: only what its rounding may turn over passes for a tie.
+            close = getattr(self.pipelines[name], "ties", ROUNDING) if name in self.pipelines else TOLERANCE
+            tally.agreement(out, reference, close)
             tally.difference(out, reference)
 
     def probe(self, images: np.ndarray, golden: tuple[np.ndarray, np.ndarray] | None) -> None:
@@ -187,15 +189,17 @@ class _Session:
             expected, gates = row["top1"], replace(gates, margin=0.0)
         for name, exported in self.targets.items():
             row = self._row(name, exported.path.name, _size(exported.path), labelled)
-            row["precision"] = self._precision(name)
+            row["precision"], row["runtime"] = self._precision(name), exported.runtime
             tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
-            rows.append(judge(row, expected, gates, tolerance, labelled=labelled))
+            row = judge(row, expected, gates, tolerance, labelled=labelled)
+            rows.append(follow(row, rows) if exported.runtime else row)
             made_for = getattr(exported.module, "MADE_FOR", None)
             if row["pass"] and made_for and made_for != torch.device(self.devices[name]).type:
                 row["worth_shipping"], row["reason"] = None, f"made for {made_for}: what its speed is here says nothing"
         for name, pipeline in self.pipelines.items():
             if self.tallies[name].images or name in self.problems:
-                row, precision = self._row(name, name, None, labelled), getattr(pipeline, "precision", "fp32")
+                path, precision = getattr(pipeline, "path", None), getattr(pipeline, "precision", "fp32")
+                row = self._row(name, path.name if path else name, _size(path) if path else None, labelled)
                 drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
                 if precision == "fp32":
                     ties = 100 * row["ties"] / max(self.tallies[name].images, 1)
@@ -205,7 +209,9 @@ class _Session:
         return rows
 
     def _precision(self, name: str) -> str:
-        return getattr(self.targets[name].module, "PRECISION", "fp32") if name in self.targets else "fp32"
+        if name not in self.targets:
+            return "fp32"
+        return self.targets[name].precision or str(getattr(self.targets[name].module, "PRECISION", "fp32"))
 
     def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> Row:
         tally = self.tallies[name]
@@ -232,10 +238,10 @@ class _Session:
             try:
                 if name in self.targets and name not in self.problems and row["worth_shipping"] is not None:
                     exported = self.targets[name]
-                    module, where = str(exported.module.__file__), self.devices[name]
-                    row["latency"] = latency.measure_alone(module, exported.path, where, images, batch_sizes, threads)
+                    module, where, options = str(exported.module.__file__), self.devices[name], exported.options or None
+                    row["latency"] = measure_alone(module, exported.path, where, images, batch_sizes, threads, options)
                 elif name == "torch" and alone is not None:
-                    row["latency"] = latency.measure_alone(*alone, self.device, images, batch_sizes, threads)
+                    row["latency"] = measure_alone(*alone, self.device, images, batch_sizes, threads)
                 elif name == "torch" and self.reference is not None:  # nobody else can build the network
                     row["latency"] = self._time_torch(images, batch_sizes, threads)
             except RuntimeError as error:
@@ -279,7 +285,7 @@ def failed_row(name: str, reason: str) -> Row:
 def _new_row(name: str, file: str | None, tally: Tally, labelled: bool) -> Row:
     """A row with what was counted, that has not failed yet."""
     return {
-        "name": name, "file": file, "mb": None, "provider": None, "precision": None, "layers": None,
+        "name": name, "file": file, "mb": None, "provider": None, "runtime": None, "precision": None, "layers": None,
         **cast(Figures, tally.row(labelled)),
         "latency": [], "pass": True, "worth_shipping": True, "reason": None,
     }  # fmt: skip

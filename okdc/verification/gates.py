@@ -3,12 +3,15 @@
 - The student in torch, the float32 files and predict.py are required: if one fails, nothing ships (exit code 3).
 - fp16 and int8 files are variants. One that fails is left out of the bundle, its row says why, and the rest ships;
   unless nothing else was exported, or all of it failed: then what was asked for is not there, and nothing ships.
-- onnxruntime's providers for GPUs are further ways to run model.onnx, which its own row judges. What one of them cannot
-  do is told in its row, and stops nothing: it is of this machine's libraries, not of the bundle.
+- onnxruntime's providers for GPUs, and runtimes such as OpenVINO, are further ways to run a file, which its own row
+  judges. What one of them cannot do is told in its row, and stops nothing: it is of this machine's libraries, not of
+  the bundle. A file that fails its own row is not in the bundle, so no runtime can pass with it.
 - A variant that passes and does not save a twentieth of float32 ONNX's time at the smallest batch size stays, as
   another device may gain by it, but is not worth shipping for this one.
-- A bundle that is verified again is held to all of its files, variants too, by the same rule for providers.
-- Recommended is the fastest file that is worth shipping; float32 ONNX unless another one saves a twentieth of its time.
+- A bundle that is verified again is held to all of its files, variants too, by the same rule for providers; and to what
+  its float32 files do in float32 in the runtimes that were asked for, as it was asked whether they can run it.
+- Recommended is the fastest file that is worth shipping, in the fastest runtime of those that were asked for; float32
+  ONNX in onnxruntime unless another one saves a twentieth of its time.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from okdc.verification.schema import Recommended, Row
 
 # Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
-DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "int8": (1.0, 97.0)}
+DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "bf16": (0.5, 99.5), "int8": (1.0, 97.0)}
 _PLAIN = "onnx"  # the row that the others are weighed against
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 
@@ -99,12 +102,21 @@ def judge(
 
 def is_variant(row: Row) -> bool:
     """Whether the others may ship without it: a file in less than float32."""
-    return row["file"] is not None and row["precision"] in ("fp16", "int8")
+    return row["file"] is not None and row["precision"] in ("fp16", "int8") and row["runtime"] is None
+
+
+def follow(row: Row, rows: Sequence[Row]) -> Row:
+    """The row of a runtime, which fails where the file failed its own, one of `rows`: it is not in the bundle."""
+    own = next((each for each in rows if each["file"] == row["file"]), None)
+    if own is not None and not own["pass"]:
+        fail(row, f"{row['file']} failed the gates of {own['name']}")
+    return row
 
 
 def verdict(rows: Sequence[Row], labelled: bool, further: Collection[str] = ()) -> str:
-    """pass, parity_only (there were no labelled images) or fail, by the rules above; further: rows on other devices."""
-    files = [row for row in rows if row["precision"] and row["file"]]
+    """pass, parity_only (there were no labelled images) or fail, by the rules above; further: rows on other devices and
+    in runtimes."""
+    files = [row for row in rows if row["precision"] and row["file"] and row["runtime"] is None]
     nothing = bool(files) and not any(row["pass"] for row in files)
     if nothing or not all(row["pass"] for row in rows if not is_variant(row) and row["name"] not in further):
         return "fail"
@@ -126,7 +138,7 @@ def weigh(rows: Sequence[Row]) -> Recommended | None:
     best = _fastest([row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]])
     if best is None or best["file"] is None:
         return None
-    return {"name": best["name"], "file": best["file"], "why": _why(best, rows)}
+    return {"name": best["name"], "file": best["file"], "runtime": best["runtime"], "why": _why(best, rows)}
 
 
 def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
@@ -168,7 +180,8 @@ def _time(row: Row) -> str:
 def _why(best: Row, rows: Sequence[Row]) -> str:
     torch = next((row for row in rows if row["name"] == "torch"), None)
     spent, before = milliseconds(best), milliseconds(torch) if torch else None
-    parts = [_time(best)]
+    parts = [f"in {best['runtime']}"] if best["runtime"] else []
+    parts.append(_time(best))
     if spent and before:
         parts.append(f"{before / spent:.1f} times as fast as torch")
     if torch and torch["top1"] is not None and best["top1"] is not None:

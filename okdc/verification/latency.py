@@ -1,22 +1,10 @@
-"""How long one runner takes. Also a script (JSON in, JSON out), so that every backend is timed in a process of its own.
-
-Backends that spin their threads slow each other down by up to three times when they share a process.
-"""
+"""How long one runner takes: the clock that `alone` loads in the process of each; it must not import torch or okdc."""
 
 from __future__ import annotations
 
 import gc
-import importlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,59 +68,3 @@ def _sample(run: Callable[[np.ndarray], Any], images: np.ndarray) -> tuple[list[
         if collecting:
             gc.enable()
     return wall, cpu
-
-
-def measure_alone(
-    module: str,
-    file: Path,
-    device: str,
-    images: np.ndarray,
-    batch_sizes: Sequence[int],
-    threads: int,
-    options: dict[str, Any] | None = None,
-) -> list[Latency]:
-    """`measure` of the runner in `module` in a process of its own.
-
-    module: the file of an export target, which is no part of any package, or the name of a module that can be imported.
-
-    options: further keywords of the runner; when not given, those in the module's LATENCY, where it has that. Raises
-    RuntimeError with the last line of what that process said when it failed.
-    """
-    variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # read when the libraries are loaded
-    environment = os.environ | dict.fromkeys(variables, str(threads))
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "images.npy"
-        np.save(saved, images, allow_pickle=False)
-        paths = {"module": module, "file": str(file), "images": str(saved)}
-        job = paths | {"device": device, "threads": threads, "batch_sizes": list(batch_sizes), "options": options}
-        # -P: the script's own folder holds modules whose names must not shadow other people's.
-        command = [sys.executable, "-P", str(Path(__file__).resolve())]
-        text = json.dumps(job)
-        done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    """Time what the job on stdin names, and print the latency rows as one line of JSON."""
-    job = json.load(sys.stdin)
-    module = _loaded(job["module"])
-    options = getattr(module, "LATENCY", {}) if job["options"] is None else job["options"]
-    run = module.runner(Path(job["file"]), device=job["device"], threads=job["threads"], **options)
-    images = np.load(job["images"], allow_pickle=False)
-    print(json.dumps(measure(run, images, job["batch_sizes"], job["threads"] if job["device"] == "cpu" else None)))
-
-
-def _loaded(module: str) -> ModuleType:
-    if not module.endswith(".py"):
-        return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location("export_target", module)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+from okdc.verification.alone import Alone
 
 Run = Callable[[np.ndarray], np.ndarray]  # (B, C, H, W) float32, normalised -> (B, C) logits
 
@@ -24,7 +26,9 @@ class Exported:
     """A file that was exported, the export target's module that can run it, and why it could not be written, if so.
 
     device: the one it is for, whatever the others run on; where that is not to be had, the file is skipped.
-    tolerance: that of its logits, where it is not the module's TOLERANCE.
+    tolerance: that of its logits, where it is not the module's TOLERANCE. precision: what it is judged as, where it is
+    not its PRECISION. runtime: what runs it in a process of its own, where `module` is a runtime's, with `options` as
+    keywords.
     """
 
     path: Path
@@ -32,6 +36,9 @@ class Exported:
     problem: str | None = None
     device: str | None = None
     tolerance: float | None = None
+    precision: str | None = None
+    runtime: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def torch_runner(student: nn.Module, device: str = "cpu") -> Run:
@@ -56,6 +63,8 @@ def logits_of(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarr
 
 def start(exported: Exported, device: str) -> tuple[Run, str]:
     """A runner on its own device, else on `device`, or on the CPU where that backend has none; its provider tells."""
+    if exported.runtime:
+        return Alone(str(exported.module.__file__), exported.path, "cpu", exported.options), "cpu"
     if exported.device:
         return exported.module.runner(exported.path, device=exported.device), exported.device
     if getattr(exported.module, "MADE_FOR", None) == "cpu":

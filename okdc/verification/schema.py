@@ -56,7 +56,8 @@ class Row(Figures, _Verdict):
     file: str | None
     mb: float | None
     provider: str | None  # the backend that really ran
-    precision: str | None  # what the file is sold as: fp32, fp16, int8
+    runtime: str | None  # what runs it, where that was asked for beside the file's own backend: "OpenVINO, bf16"
+    precision: str | None  # what it is judged as: fp32, fp16, bf16, int8
     layers: dict[str, int] | None  # multiplying layers by the number type found in the file
     latency: list[Latency]
     worth_shipping: bool | None  # None: made for another device
@@ -68,6 +69,7 @@ class Recommended(TypedDict):
 
     name: str
     file: str
+    runtime: str | None  # as in its row
     why: str
 
 

@@ -189,7 +189,8 @@ def test_path_one_level_too_high_or_too_low(folder: Path) -> None:
 
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
-    fails(settings(write(folder / "x.png")), "is a file", "Unpack")
+    (folder / "x.zip").write_text("x")
+    fails(settings(folder / "x.zip"), "is a file", "Unpack")
 
 
 def test_empty_folders(tmp_path: Path) -> None:

@@ -106,11 +106,9 @@ def test_deep_images_are_turned_too(tmp_path: Path) -> None:
     source = open_source(DataSettings(data=str(tmp_path)), 7)
     found = read(source.train, 0, CONFIG | {"exif": True, "pixel_bits": 16}, [])
     assert found and np.array_equal(found[0].convert("L"), np.rot90(values >> 8, -1))
-    files = [source.train.name(0)]
-    ((_, opened),) = predict._open([Path(file) for file in files], 16)
     config = CONFIG | {"exif": True, "crop_pct": 1.0}
     turned = predict.preprocess(Image.fromarray(np.rot90(values, -1)), config)
-    assert np.array_equal(predict.preprocess(opened, config), turned)
+    assert np.array_equal(predict._read(Path(source.train.name(0)), config), turned)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -317,10 +317,10 @@ def test_images_of_all_usual_kinds_are_read_and_other_files_are_counted(
     for cls in ("cat", "dog"):
         for ending, kind in kinds.items():
             Image.new("RGB", (8, 8)).save(write(tmp_path, cls, count=0) / cls / f"x.{ending}", kind)
-        for name in ("a.txt", "b.txt", "c.heic", "README", "Thumbs.db", ".DS_Store"):
+        for name in ("a.txt", "b.txt", "c.dng", "README", "Thumbs.db", ".DS_Store"):
             (tmp_path / cls / name).write_text("x")
     (tmp_path / "classes.txt").write_text("cat\ndog")
     source = opened(tmp_path)
     assert len(source.train) + len(source.validation) == 2 * len(kinds)
     assert all(images[i][0].size == (8, 8) for images in (source.train, source.validation) for i in range(len(images)))
-    assert "left out: 4 of .txt, 2 of .heic, 2 of no ending" in caplog.text
+    assert "left out: 4 of .txt, 2 of .dng, 2 of no ending" in caplog.text

@@ -247,6 +247,25 @@ def test_predict_runs_the_recommended_file(copy: Path, result: Result) -> None:
         assert done.returncode == code and ("has no model.int4.onnx" in done.stderr) is (code == 2)
 
 
+def test_a_file_with_the_preprocessing_inside_is_held_to_raw_images(result: Result, tmp_path: Path) -> None:
+    bundle, settings = tmp_path / "x", ExportSettings(embed_preprocess=True, batch_sizes=[])
+    verification = deploy.export_bundle(result.student, result.data, settings, bundle, arch="test_resnet")
+    row = rows(verification)["onnx_full"]
+    assert row["pass"] and row["agreement"] == 100 and 0 < row["rel"] < 1e-2 and row["file"] == "model.full.onnx"
+    assert row["top1"] == pytest.approx(rows(verification)["torch"]["top1"], abs=0.5) and row["mb"] > 0
+    assert "- `model.full.onnx`: decoded images in" in (bundle / "README.md").read_text()
+    unseen = deploy.verify_bundle(bundle, replace(result.data, validation_images=None), QUICK)
+    assert {"model.full.onnx", "predict.py"} <= {each["target"] for each in unseen["skipped"]}
+    network = onnx.load(bundle / "model.full.onnx")
+    for tensor in network.graph.initializer:
+        if tensor.name.startswith("preprocess/") and numpy_helper.to_array(tensor).shape[1:] == (3, 1, 1):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.2), tensor.name))
+    onnx.save(network, bundle / "model.full.onnx")
+    write_sums(bundle)
+    again = deploy.verify_bundle(bundle, result.data, QUICK)
+    assert again["verdict"] == "fail" and [row["name"] for row in again["rows"] if not row["pass"]] == ["onnx_full"]
+
+
 def test_a_variant_alone_is_a_bundle(result: Result, tmp_path: Path) -> None:
     settings = ExportSettings(onnx=False, int8=True, calibration_images=64, batch_sizes=[])
     verification = deploy.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")

@@ -9,15 +9,15 @@ from dataclasses import fields
 
 import pytest
 
-from okdc.deploy import targets
+from okdc.deploy import runtimes, targets
 from okdc.recipe import ExportSettings
 from okdc.verification.gates import DEFAULTS
 
 CONSTANTS = {
     "FILE", "DESCRIPTION", "ALSO", "TOOL", "ASKED_BY", "NEEDS", "ROW", "PRECISION", "TOLERANCE", "MADE_FOR",
-    "CALIBRATED", "PREDICT", "DEVICES", "LATENCY", "PACKAGES",
+    "CALIBRATED", "PREDICT", "RAW", "DEVICES", "LATENCY", "PACKAGES",
 }  # fmt: skip
-TARGETS = targets.known()
+TARGETS, RUNTIMES = targets.known(), runtimes.known()
 
 
 def imported(nodes) -> set[str]:
@@ -30,9 +30,9 @@ def test_the_targets_are_found():
     assert set(TARGETS) >= {"onnx", "onnx_fp16", "onnx_int8", "onnx_int8_trt", "tensorrt", "tensorrt_fp16", "torch"}
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_stands_alone(name):
-    tree = ast.parse(TARGETS[name].path.read_text())
+@pytest.mark.parametrize("found", [*TARGETS.values(), *RUNTIMES.values()], ids=lambda found: found.path.stem)
+def test_stands_alone(found):
+    tree = ast.parse(found.path.read_text())
     assert imported(tree.body) <= set(sys.stdlib_module_names)  # the rest is imported where it is used
     assert "okdc" not in imported(list(ast.walk(tree)))
 
@@ -53,3 +53,14 @@ def test_its_constants_and_three_functions(name):
     runner = inspect.signature(module.runner).parameters
     assert list(runner)[:3] == ["path", "device", "threads"]
     assert (runner["device"].default, runner["threads"].default) == ("cpu", None)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_runtime_has_a_name_and_three_functions(name):
+    module = RUNTIMES[name].module
+    assert [key for key in vars(module) if key.isupper() and not key.startswith(("_", "TYPE_"))] == ["NAME"]
+    own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    assert {key for key in own if not key.startswith("_")} == {"available", "precisions", "runner"}
+    runner = inspect.signature(module.runner).parameters
+    assert list(runner) == ["path", "device", "threads", "precision"]
+    assert [each.default for each in runner.values()][1:] == ["cpu", None, "fp32"]

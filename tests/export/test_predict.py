@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -118,12 +119,15 @@ def bundle(tmp_path_factory) -> Path:
     return folder
 
 
-def run(bundle: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(bundle: Path, *arguments: str, stdin: Path | None = None) -> subprocess.CompletedProcess[str]:
     """predict.py as a user types it, with torch, torchvision, timm and okdc made impossible to import."""
     block = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'okdc', 'onnx']))"
     code = f"{block}; import runpy; sys.argv[0] = 'predict.py'; runpy.run_path('predict.py', run_name='__main__')"
     command = [sys.executable, "-X", "utf8", "-c", code, *arguments]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, encoding="utf-8", check=False)
+    with open(stdin or os.devnull, "rb") as given:
+        return subprocess.run(
+            command, cwd=bundle, stdin=given, capture_output=True, text=True, encoding="utf-8", check=False
+        )
 
 
 def test_needs_numpy_pillow_and_onnxruntime_only():
@@ -175,6 +179,8 @@ def test_folder_of_images(bundle):
         ("a.png", "red"), ("b.jpg", "grün"), ("c.bmp", "blue"),
     ]  # fmt: skip
     assert all(len(line["predictions"]) == 1 for line in lines)
+    assert [line["predictions"][0]["index"] for line in lines] == [0, 1, 2]
+    assert all(0.3 < line["predictions"][0]["probability"] < 1 for line in lines)
 
 
 def test_text_output(bundle):
@@ -191,15 +197,75 @@ def test_unreadable_image_is_named_and_skipped(bundle, tmp_path):
     assert done.stdout.startswith("images/a.png")
 
 
+def test_heic_in_a_folder_is_named_with_what_reads_it(bundle, tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    done = run(bundle, str(tmp_path), "images/a.png")
+    assert done.returncode == 1 and done.stdout.startswith("images/a.png")
+    assert "IMG_1.HEIC cannot be read" in done.stderr and "pip install pillow-heif" in done.stderr
+
+
+def test_each_image_has_its_line_of_json_also_one_that_cannot_be_read(bundle, tmp_path):
+    (tmp_path / "cut.png").write_bytes((bundle / "images" / "a.png").read_bytes()[:60])
+    (tmp_path / "text.jpg").write_text("not an image")
+    names = ["images/b.jpg", str(tmp_path / "cut.png"), "images/a.png", str(tmp_path / "text.jpg"), "images/more"]
+    for size in ("1", "2", "32"):
+        done = run(bundle, *names, "--json", "--batch-size", size)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert (done.returncode, done.stderr) == (1, "")
+        assert [line["image"] for line in lines] == [*names[:4], "images/more/c.bmp"]
+        found = [line["predictions"][0]["label"] if "predictions" in line else None for line in lines]
+        assert found == ["grün", None, "red", None, "blue"]
+        assert lines[3]["error"] == "cannot be read as an image: it is of no known format"
+
+
+def test_an_image_comes_from_stdin(bundle):
+    done = run(bundle, "-", "images/a.png", "--json", "--top=1", stdin=bundle / "images" / "b.jpg")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [(line["image"], line["predictions"][0]["label"]) for line in lines]
+    assert found == [("-", "grün"), ("images/a.png", "red")]
+    done = run(bundle, "-")  # nothing comes
+    assert done.returncode == 1 and done.stderr.startswith("- cannot be read as an image: it is of no known format")
+
+
+def test_a_device_that_is_not_here_is_no_other_device(bundle):
+    done = run(bundle, "images", "--device", "cuda:9")
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert "onnxruntime cannot use cuda:9" in done.stderr
+    done = run(bundle, "images", "--device", "gpu")
+    assert (done.returncode, done.stderr) == (2, "There is no device 'gpu': give cpu, cuda or cuda:1.\n")
+
+
+def test_a_model_that_fails_on_an_image_has_an_exit_code_of_its_own(bundle, tmp_path):
+    whole = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    config = json.loads((whole / "preprocess.json").read_text())
+    (whole / "preprocess.json").write_text(json.dumps(config | {"input_size": [1, 16, 16], "mean": [0], "std": [1]}))
+    done = run(whole, "images")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("model.onnx fails on 3 images at once: ")
+
+
+def test_names_that_are_no_text_and_readers_that_have_enough(bundle, tmp_path):
+    if sys.platform == "win32" or sys.platform == "darwin":
+        pytest.skip("names of files are text on this system")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    shutil.copy(bundle / "images" / "a.png", odd)
+    done = run(bundle, odd, "--json", "--top=1")
+    assert done.returncode == 0 and json.loads(done.stdout)["image"] == odd
+    assert "Traceback" not in (done := run(bundle, odd)).stderr and done.returncode == 0
+    command = f"{sys.executable} predict.py images images images --batch-size 1 2>{tmp_path}/said | head -n 1"
+    subprocess.run(command, shell=True, cwd=bundle, capture_output=True, check=True)
+    assert (tmp_path / "said").read_text() == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["https://example.org/a.png"], "https://example.org/a.png is an address"),
-        (["nowhere.png"], "no image or folder"),
-        (["empty"], "holds no images"),
-        (["a.png", "--top=0"], "--top"),
+        (["nowhere.png"], "no image or folder"), (["empty"], "holds no images"), (["a.png", "--top=0"], "--top"),
+        (["a.png", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
     ],
-)
+)  # fmt: skip
 def test_wrong_use(bundle, arguments, message):
     (bundle / "empty").mkdir(exist_ok=True)
     done = run(bundle, *arguments)

@@ -27,7 +27,7 @@ import okdc.networks
 from okdc import deploy, methods, pipeline
 from okdc.cli import main
 from okdc.deploy import targets
-from okdc.errors import DataError, NetworkError, RecipeError, RunError
+from okdc.errors import DataError, ExportError, NetworkError, RecipeError, RunError
 from okdc.pipeline import compression, run_folder
 from okdc.recipe import Recipe, override, resolve
 from okdc.training import checkpoint
@@ -229,6 +229,8 @@ def test_without_validation_the_last_weights_ship(tmp_path: Path) -> None:
     assert (result.path / "export" / "triton" / "Tiny" / "1" / "model.onnx").is_file()
     last = checkpoint.load(result.path / "last.pth.tar")["state_dict"]
     assert all(torch.equal(v, last[k]) for k, v in result.student.state_dict().items())
+    with pytest.raises(ExportError, match=r"--val-split of which data.* --data DIR"):
+        pipeline.verify(result.path, val_split="test")
     again = pipeline.verify(result.path)  # the loader's images are gone
     assert again["verdict"] == "parity_only" and all(row["pass"] for row in again["rows"])
 

@@ -24,8 +24,9 @@ from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.tasks.tally import Tally
 from okdc.verification import Exported
+from okdc.verification.alone import measure_alone
 from okdc.verification.comparison import Gates
-from okdc.verification.latency import measure, measure_alone
+from okdc.verification.latency import measure
 
 SIZE = (3, 32, 32)
 MEAN, STD = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.3, 0.25])

@@ -24,7 +24,7 @@ def row(name: str, precision: str = "fp32", ms: float | None = None, **changes: 
     latency = [] if ms is None else [{"batch": 8, "p50_ms": 1, "cpu_ms": 1, "contended": False}]
     latency += [] if ms is None else [{"batch": 1, "p50_ms": 9 * ms, "cpu_ms": ms, "contended": True}]
     known = {"name": name, "file": None if name == "torch" else f"{name}.onnx", "precision": precision, "top1": 90.0}
-    known |= {"agreement": 100.0, "rel": 0.0, "layers": None, "latency": latency}
+    known |= {"agreement": 100.0, "rel": 0.0, "layers": None, "latency": latency, "runtime": None}
     return known | {"pass": True, "worth_shipping": True, "reason": None} | changes
 
 
@@ -106,6 +106,20 @@ def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marke
     assert (weigh([row("onnx", ms=18), elsewhere]) or {})["file"] == "onnx.onnx"
     assert (weigh([row("int8", "int8"), row("onnx")]) or {})["file"] == "onnx.onnx"  # nothing was timed
     assert weigh([row("torch", ms=3)]) is None
+
+
+def test_the_recommendation_goes_across_runtimes() -> None:
+    short = row("onnx in Glass, bf16", "bf16", ms=5, file="onnx.onnx", runtime="Glass, bf16")
+    rows = [row("torch", ms=33), row("onnx", ms=18), row("int8", "int8", ms=6), short]
+    best = weigh(rows) or {}
+    assert (best["file"], best["runtime"], best["name"]) == ("onnx.onnx", "Glass, bf16", "onnx in Glass, bf16")
+    assert best["why"].startswith("in Glass, bf16, 5.00 ms of CPU time")
+    assert (weigh([*rows[:3], short | {"pass": False, "worth_shipping": False}]) or {})["name"] == "int8"
+    slow = row("onnx_fp16 in Glass", "fp16", ms=99, file="fp16.onnx", runtime="Glass", provider="CPUExecutionProvider")
+    assert (weigh([row("onnx", ms=18), slow]) or {})["name"] == "onnx" and slow["reason"] is None
+    assert verdict([row("torch"), row("onnx"), short | {"pass": False}], True, [short["name"]]) == "pass"
+    alone = row("int8", "int8", **{"pass": False})  # type: ignore[arg-type]
+    assert verdict([row("torch"), alone, slow], True, [slow["name"]]) == "fail", "the file is not in the bundle"
 
 
 def test_predict_runs_what_is_fastest_on_a_cpu_whatever_is_recommended() -> None:
