@@ -1,4 +1,4 @@
-"""The training images on which int8 is calibrated: drawn by a seed, prepared as for evaluation, none validated on."""
+"""The training images for int8: drawn by a seed, prepared as for evaluation, none validated on."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from okdc.verification.schema import Calibration
 SEED = 0
 
 
-def draw(data: Any, count: int, validated: int | None = None) -> tuple[np.ndarray, Calibration]:
+def draw(data: Any, count: int, validated: int | None = None, further: int = 0) -> tuple[np.ndarray, Calibration]:
     """Up to `count` training images (N, C, H, W) float32 as the network takes them, and where they come from.
 
     data: an okdc.data.Data. Images that are equal to one of the first `validated` validation images (all when None) are
     left out and counted. A stream or a loader of the user's gives the images of its first batches, as it trains on
-    them. Raises ExportError when there are none.
+    them. After those may come up to `further` images, of which the facts do not tell. Raises ExportError when there are
+    none.
     """
     augmented, shared = getattr(data, "training_images", None) is None, None
     if augmented:
-        images = list(islice(_as_trained(data), count))
+        images = list(islice(_as_trained(data), count + further))
     else:
         known = {_digest(image) for image, _ in islice(data.validation_images or (), validated)}
-        images, shared = _raw(data, count, known)
+        images, shared = _raw(data, count + further, known)
     if len(images) < 2:
         raise ExportError(
             f"int8 is calibrated on at least two training images, and {data.name} has {len(images)} that are not "
             "validation images too: give other data, or leave --int8 out."
         )
     array = np.stack(images)
+    first = array[:count]
     facts: Calibration = {
-        "images": len(array), "seed": SEED, "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        "images": len(first), "seed": SEED, "sha256": hashlib.sha256(first.tobytes()).hexdigest(),
         "augmented": augmented, "also_validated": shared,
     }  # fmt: skip
     return array, facts
