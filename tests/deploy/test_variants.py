@@ -276,35 +276,38 @@ def test_a_variant_that_fails_is_left_out_unless_it_is_all_there_is(result: Resu
     assert not (tmp_path / "b").exists() and (tmp_path / "b-failed" / "model.int8.onnx").exists()
 
 
-def test_int8_finetuned_is_judged_beside_what_it_was_before(
+def test_without_a_gain_int8_stays_as_it_was_before_finetuning(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets.find("onnx_int8_finetuned").module, "_STEPS", 12)
+    monkeypatch.setattr(targets.find("onnx_int8_finetuned").module, "_STEPS", 0)
     words = "--no-fp16 --no-int8 --int8-finetune --calibration-images 64 --batch-sizes ,"
     done = CliRunner().invoke(main, ["export", str(result.path), "--output", str(tmp_path / "x"), *words.split()])
     assert done.exit_code == 0, done.output
-    verification = json.loads((tmp_path / "x" / "verification.json").read_text())
-    found, facts = rows(verification), verification["exports"]["onnx_int8_finetuned"]
+    found = rows(json.loads((tmp_path / "x" / "verification.json").read_text()))
     assert list(found) == ["torch", "onnx", "onnx_int8", "onnx_int8_finetuned", "predict.py"]
-    assert found["onnx_int8_finetuned"]["layers"] == {"int8": 16} and found["onnx_int8_finetuned"]["pass"]
-    assert facts["images"] == 32 + 1024 and facts["trial_images"] == 32
-    assert facts["after"]["noise"] < facts["before"]["noise"]
-    assert "`model.int8.finetuned.onnx`" in (tmp_path / "x" / "README.md").read_text()
+    assert found["onnx_int8"]["pass"] and (tmp_path / "x" / "model.int8.onnx").exists()
+    assert "finetuning did not help" in found["onnx_int8_finetuned"]["reason"]
+    assert not (tmp_path / "x" / "model.int8.finetuned.onnx").exists()
+    assert "finetuning did not help" in " ".join((tmp_path / "x" / "README.md").read_text().split())
 
 
-def test_int8_finetuned_that_fails_its_gate_is_left_out(
-    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(student: Any, example: Any, path: Path, *, onnx: Path, onnx_int8: Path) -> dict[str, Any]:
+def test_int8_finetuned_is_judged_by_its_gate(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = []
+
+    def write(
+        student: Any, example: Any, path: Path, *, onnx: Path, onnx_int8: Path, finetuning: np.ndarray
+    ) -> dict[str, Any]:
         shutil.copyfile(onnx, path)
+        images.append(len(finetuning))
         return {}
 
     monkeypatch.setattr(targets.find("onnx_int8_finetuned").module, "write", write)
     settings = ExportSettings(int8_finetune=True, calibration_images=16, batch_sizes=[])
     verification = deploy.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")
-    assert "sold as int8" in (rows(verification)["onnx_int8_finetuned"]["reason"] or "")
-    assert verification["verdict"] == "pass" and (tmp_path / "x" / "model.int8.onnx").exists()
+    assert "sold as int8" in rows(verification)["onnx_int8_finetuned"]["reason"]
     assert not (tmp_path / "x" / "model.int8.finetuned.onnx").exists()
+    assert verification["verdict"] == "pass" and (tmp_path / "x" / "model.int8.onnx").exists()
+    assert images == [1024] and (verification["calibration"] or {})["images"] == 16
 
 
 def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path, result: Result) -> None:
