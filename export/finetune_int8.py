@@ -83,8 +83,8 @@ class _Stored(NamedTuple):
 class Student:
     """A quantised model whose weights, biases and scales can be trained: images (B, C, H, W) -> logits (B, classes).
 
-    Each parameter is about 1 or about 0, so that one learning rate suits all: numbers are in units of the largest of
-    their channel (biases, of all), a scale is the logarithm of how much it has grown. Zero points stay as they are.
+    One learning rate suits all numbers and another all scales: numbers are in units of the largest of their channel
+    (biases, of all), and a scale is the logarithm of how much it has grown. Zero points stay as they are.
     """
 
     def __init__(self, quantized: onnx.ModelProto, plain: onnx.ModelProto, device: str = "cpu") -> None:
