@@ -220,6 +220,9 @@ class ExportSettings:
     onnx: bool = _setting(True, "write model.onnx")
     fp16: bool = _setting(False, "write model.fp16.onnx: half the size, fast on GPUs")
     int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
+    int8_finetune: bool = _setting(
+        False, "also write model.int8.finetuned.onnx for CPUs: every layer in int8, trained to give what float32 gives"
+    )
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
