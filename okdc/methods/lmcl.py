@@ -179,7 +179,7 @@ class Lmcl(Method):
             with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False), torch.enable_grad():
                 return hypergradient(
                     [contrast] * self.meta_steps + [labelled], labelled, list(moving.values()), list(asked.values()),
-                    parts, lr=float(self.lr), **self.meta_sgd,
+                    parts, lr=self.lr, **self.meta_sgd,
                 )  # fmt: skip
         finally:
             set_random_state(state)

@@ -74,6 +74,7 @@ def compress(
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:
             _deliver(result, trained, state, lost, logs)
+    data.leave_device()
     return result
 
 
