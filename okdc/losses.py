@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from okdc.errors import RecipeError
 from okdc.ranks import gather
 
 _class_weights: Tensor | None = None  # of --class-weights, while a method is trained
@@ -61,7 +62,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
     >>> kl(student, teacher), kl(student, teacher, 4.0), kl(teacher, teacher)
     (tensor(0.3278), tensor(0.4848), tensor(0.))
     """
-    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
     log_q = F.log_softmax(student / temperature, dim=1)
     log_p = F.log_softmax(teacher / temperature, dim=1)
     p = log_p.exp()
@@ -78,7 +79,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     >>> soft_cross_entropy(student, teacher), soft_cross_entropy(teacher, teacher)
     (tensor(0.6931), tensor(0.3653))
     """
-    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
 
 
@@ -156,6 +157,16 @@ def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)
     progress = torch.where(length > 0, epoch.clamp_min(0).minimum(length) / length.clamp_min(1e-12), 1.0)
     return torch.exp(-5 * (1 - progress) ** 2)
+
+
+def _classes(x: Tensor) -> Tensor:
+    """Logits (B, C) in full precision; of maps (B, K, H, W) the softmax over K would be no distribution of anything."""
+    if x.dim() != 2:
+        raise RecipeError(
+            f"the distributions of two networks were to be compared, and one gives {tuple(x.shape)}; expected logits "
+            "(batch, classes). Heat maps are compared pixel by pixel: a method for --task pose (okdc methods)."
+        )
+    return _full(x)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
+from okdc.tasks.task import Task
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 TORCH_NAMES = (
@@ -35,7 +36,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data 
 Split = TypeVar("Split")
 
 
-def open_source(settings: DataSettings, seed: int) -> Source:
+def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
     `digits`, a folder, labels as .csv, .tsv, .jsonl or .json, arrays as .npz, `torch/NAME` (files in ./data, or in ROOT
