@@ -23,6 +23,8 @@ _class_weights: Tensor | None = None  # of --class-weights, while a method is tr
 def weighted(class_weights: Tensor | None) -> Iterator[None]:
     """Meanwhile `cross_entropy`, and nothing else, counts each image by the weight of its class (C,); None: all alike.
 
+    Of several labels, `binary_cross_entropy` counts each that is there by its weight.
+
     >>> with weighted(torch.tensor([0.5, 1.5])):
     ...     cross_entropy(torch.zeros(2, 2), torch.tensor([0, 0]))  # half of log 2
     tensor(0.3466)
@@ -81,6 +83,55 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     """
     student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE of each of several labels, there or not, with logits and labels (B, C): the mean over labels, nats.
+
+    Labels that are there count by the weight of their column where there are some (`weighted`: --pos-weight).
+
+    >>> binary_cross_entropy(torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 0.0]]))  # log 2
+    tensor(0.6931)
+    """
+    logits = _full(logits)
+    weights = None if _class_weights is None else _class_weights.to(logits)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=weights)
+
+
+def binary_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True
+) -> Tensor:
+    """KL(teacher || student) of each of several labels, there or not, with logits (B, C): the mean over labels, T^2.
+
+    As `kl` of the two logits (z, 0) of each label; `eps` is added to both probabilities of the teacher.
+
+    >>> student, teacher = torch.zeros(1, 1), torch.tensor([[2.0]])
+    >>> binary_kl(student, teacher), kl(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]))
+    (tensor(0.3278), tensor(0.3278))
+    """
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
+    total = student.new_zeros(())
+    for sign in (1, -1):  # there, and not there
+        log_q = F.logsigmoid(sign * student / temperature)
+        log_p = F.logsigmoid(sign * teacher / temperature)
+        p = log_p.exp()
+        if eps:
+            p = p + eps
+            log_p = p.log()
+        total = total + (p * (log_p - log_q)).mean()
+    return temperature**2 * total
+
+
+def soft_binary_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, detach: bool = True
+) -> Tensor:
+    """Cross entropy of each softened label (B, C) with the teacher's: `binary_kl` plus entropy, without the T^2.
+
+    >>> soft_binary_cross_entropy(torch.zeros(1, 1), torch.tensor([[2.0]]))
+    tensor(0.6931)
+    """
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
+    return F.binary_cross_entropy_with_logits(student / temperature, torch.sigmoid(teacher / temperature))
 
 
 def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from okdc.data.names import check_lines, listed
 from okdc.data.values import Label, Source, log
 from okdc.errors import DataError
+from okdc.tasks.shared.label_rows import rarest
 
 PAGES = "several pages"  # in the info of an image of which the first one is read
 
@@ -115,14 +116,6 @@ def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:
 def count(labels: Tensor, classes: int) -> list[int]:
     """How many images each class has, by their labels (N,) or (N, classes)."""
     return (labels.bincount(minlength=classes) if labels.ndim == 1 else labels.sum(0).long()).tolist()
-
-
-def rarest(rows: Tensor) -> Tensor:
-    """Of the labels that each row (N, classes) of 0 and 1 has, the one that fewest rows have; `classes` of none."""
-    counts = rows.sum(0)
-    ranked = counts.argsort(stable=True)
-    first = rows[:, ranked].argmax(1)
-    return torch.where(rows.any(1), ranked[first], rows.shape[1])
 
 
 def check(source: Source) -> None:

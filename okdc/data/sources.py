@@ -44,6 +44,13 @@ def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> 
     see okdc.data.streams for what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
+    several = task is not None and task.several
+    if several and not (is_table(settings) and Path(settings.data).expanduser().is_file()):
+        raise DataError(
+            f"--data {settings.data} gives each image one class; --task {task.name if task else ''} expects a table "
+            "(.csv, .tsv, .jsonl: a path, then a column of 0 and 1 for each label, or one column with the labels "
+            "between |), or COCO's .json. Or pass a loader of your own with rows of 0 and 1."
+        )
     _require_package(settings.data, PACKAGES.get(prefix))
     table = any(given.lower().endswith(TABLES) for given in (settings.data, settings.val_split))
     if (settings.path_column or settings.label_column) and not table:
@@ -60,7 +67,7 @@ def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> 
     elif is_arrays(settings.data):
         source = open_arrays(settings)
     elif is_table(settings):
-        source = open_table(settings)
+        source = open_table(settings, several)
     else:
         return _folder(settings)
     check(source)

@@ -129,6 +129,7 @@ def _offered(
         "device": device,
         "calibration": calibration,
         "same": task.tally().same,
+        "activation": task.activation,
         "enough": min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from okdc.losses import cross_entropy, kl, soft_cross_entropy
@@ -42,6 +43,12 @@ class Classify(Task):
 
     def made_up(self, numbers: Tensor, outputs: int) -> Tensor:
         return numbers % outputs
+
+    def weights(self, labels: Tensor, outputs: int) -> Tensor:
+        """In inverse proportion to the number of images, with mean 1 over these."""
+        counts = labels.bincount(minlength=outputs).float()
+        present = counts > 0
+        return torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
 
     def supervised(self, out: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(out, labels)

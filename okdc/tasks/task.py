@@ -35,8 +35,11 @@ class Task:
     metrics: ClassVar[dict[str, Metric]]  # of an epoch, per cent; the first picks the best one and is what gates count
     scores: ClassVar[tuple[str, ...]]  # those of the metrics that a file is given, too
     unsupported: ClassVar[dict[str, str]] = {}  # settings that have no meaning here, and why
-    weighing: ClassVar[str] = "class_weights"  # the setting that weighs the outputs in `supervised`
+    loss: ClassVar[str] = "cross_entropy"  # the function of okdc.losses that `supervised` is
+    weighing: ClassVar[str] = "class_weights"  # the setting that weighs the outputs in it
+    several: ClassVar[bool] = False  # whether an image has any number of labels
     hub: ClassVar[str] = "image-classification"  # what the Hugging Face hub calls it
+    activation: ClassVar[str] = "Softmax"  # the operator of ONNX that makes probabilities of outputs
     settles: ClassVar[bool] = False  # whether there is something to `settle` after training
     use: ClassVar[str]  # what predict.py does, in words
 
@@ -94,6 +97,10 @@ class Task:
 
     def made_up(self, numbers: Tensor, outputs: int) -> Tensor:
         """Labels of images that are only noise: numbers (B,) int64, alike where these are."""
+        raise NotImplementedError
+
+    def weights(self, labels: Tensor, outputs: int) -> Tensor:
+        """Weights of the outputs (C,) for `weighing` auto, by the labels of all training images."""
         raise NotImplementedError
 
     # What teaches.
