@@ -4,7 +4,7 @@
     cat IMAGE | python predict.py -
 
 With --json, a line for each image, in order: {"image", "predictions": [{"label", "index", "probability"}, ...]}, best
-first, or {"image", "error"} for one that cannot be read.
+first, or {"image", "error"} for one that cannot be read. Of a network for several labels these are all that are there.
 Exit codes: 0 all is well; 1 an image could not be read, the others are answered; 2 wrong use, or the bundle or the
 device cannot be used; 3 the model failed on an image.
 Or from Python: `predictor = predict.load(folder)`, then `predictor(images)`, where images are PIL images.
@@ -101,7 +101,10 @@ class Predictor:
             if not (folder / name).is_file():
                 raise PredictError(f"{folder} has no {name}: it is not a whole bundle. Copy or export it again.")
         try:
-            images = _noted(folder).get("images", {})  # how stored images are read
+            noted = _noted(folder)
+            images = noted.get("images", {})  # how stored images are read
+            # Of several labels in one image each has the probability from which on it is said to be there.
+            self.thresholds: list[float] | None = noted.get("thresholds")
             self.config: dict[str, Any] = json.loads((folder / "preprocess.json").read_text(encoding="utf-8")) | images
             text = (folder / "labels.txt").read_text(encoding="utf-8")
             self.labels = text.removesuffix("\n").split("\n")  # splitlines would also break a name at U+0085 or U+2028
@@ -135,23 +138,31 @@ class Predictor:
         except Exception as error:  # onnxruntime's own errors share no base class
             raise ModelError(f"{self.file} fails on {len(inputs)} images at once: {error}") from error
 
-    def __call__(self, images: Sequence[Image.Image], top: int = 5) -> list[list[tuple[str, float]]]:
-        """For every image its `top` most likely labels with their probabilities, best first."""
-        return [[(self.labels[index], odds) for index, odds in best] for best in _ranked(self.logits(images), top)]
+    def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
+        """For every image its `top` most likely labels (5) with their probabilities, best first.
+
+        Of a network for several labels: all that are above their thresholds, or the `top` likeliest of these.
+        """
+        ranked = self.ranked(self.logits(images), top)
+        return [[(self.labels[index], odds) for index, odds in best] for best in ranked]
+
+    def ranked(self, logits: np.ndarray, top: int | None = None) -> list[list[tuple[int, float]]]:
+        """The same of logits (images, classes), with the numbers of the labels."""
+        return _ranked(logits, top or 5) if self.thresholds is None else _above(logits, self.thresholds, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser(description="Classify images with the model in this folder.")
     parser.add_argument("images", nargs="+", type=_here, metavar="IMAGE_OR_FOLDER", help="- reads one image from stdin")
-    parser.add_argument("--top", type=int, default=5, help="labels per image (default 5)")
+    parser.add_argument("--top", type=int, help="labels per image (default 5; of several labels all that are there)")
     parser.add_argument("--model", metavar="FILE", help="file of this folder to run (default: the recommended one)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
     parser.add_argument("--batch-size", type=int, default=_BATCH, help=f"images at once (default {_BATCH})")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
     given = parser.parse_args(arguments)
     for name in ("top", "batch_size"):
-        if getattr(given, name) < 1:
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(given, name)}")
     try:
         files = [file for path in given.images for file in _files(path)]
@@ -170,7 +181,7 @@ def _answer(predictor: Predictor, files: Sequence[Path], given: argparse.Namespa
     """Print what is seen in each of the images, run as one batch; returns how many could not be read."""
     read = [_read(file, predictor.config) for file in files]
     inputs = [each for each in read if not isinstance(each, str)]
-    ranked = iter(_ranked(predictor.run(np.stack(inputs)), given.top) if inputs else ())
+    ranked = iter(predictor.ranked(predictor.run(np.stack(inputs)), given.top) if inputs else ())
     for file, each in zip(files, read):
         found: dict[str, Any] = {"error": f"cannot be read as an image: {each}"}
         if not isinstance(each, str):
@@ -192,6 +203,16 @@ def _ranked(logits: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
     probabilities = odds / odds.sum(axis=1, keepdims=True)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     return [[(int(i), float(row[i])) for i in order] for row, order in zip(probabilities, best)]
+
+
+def _above(logits: np.ndarray, thresholds: Sequence[float], top: int | None) -> list[list[tuple[int, float]]]:
+    """For every row of logits the numbers of the labels that are there with their probabilities, likeliest first."""
+    probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    found = [
+        [(int(i), float(row[i])) for i in best if row[i] > thresholds[i]] for row, best in zip(probabilities, order)
+    ]
+    return [best[:top] for best in found]
 
 
 def _session(file: Path, device: str, threads: int | None) -> Any:

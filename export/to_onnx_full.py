@@ -47,10 +47,12 @@ def write(
     *,
     onnx: Path,
     preprocess: dict[str, Any],
+    activation: str = "Softmax",
 ) -> dict[str, Any]:
     """Write the file `onnx`, which takes what predict.py makes of an image, with that done inside it.
 
-    "images" (N, H, W, C) uint8 -> "probabilities" and "logits" (N, classes). preprocess: preprocess.json. Neither the
+    "images" (N, H, W, C) uint8 -> "probabilities" and "logits" (N, classes). preprocess: preprocess.json. activation:
+    Softmax, or Sigmoid of several labels. Neither the
     student nor the example is used. Raises NotImplementedError where ONNX cannot resize or crop as training did, and
     where nobody knows how that was.
     """
@@ -65,7 +67,7 @@ def write(
             f"resizing as training did needs opset {_OLDEST} or newer, and {onnx.name} has {opset}."
         )
     graph = _Graph()
-    graph.finish(network, _preprocessing(graph, preprocess))
+    graph.finish(network, _preprocessing(graph, preprocess), activation)
     package.checker.check_model(network, full_check=True)
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
@@ -117,14 +119,16 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.asarray(values, dtype=kind), name))
         return name
 
-    def finish(self, network: onnx.ModelProto, pixels: str) -> None:
-        """Put all of it before the network, which gets `pixels` for its input, and a softmax behind."""
+    def finish(self, network: onnx.ModelProto, pixels: str, activation: str) -> None:
+        """Put all of it before the network, which gets `pixels` for its input, and the activation behind."""
         from onnx import TensorProto, helper
 
         inner, (taken,), (logits,) = network.graph, network.graph.input, network.graph.output
         channels, classes = (value.type.tensor_type.shape.dim[1].dim_value for value in (taken, logits))
         self.nodes.append(helper.make_node("Identity", [pixels], [taken.name], name="preprocess/pixels"))
-        last = helper.make_node("Softmax", [logits.name], ["probabilities"], name="probabilities", axis=1)
+        last = helper.make_node(activation, [logits.name], ["probabilities"], name="probabilities")
+        if activation == "Softmax":
+            last.attribute.append(helper.make_attribute("axis", 1))
         shape = ["batch", "height", "width", channels]
         images = helper.make_tensor_value_info("images", TensorProto.UINT8, shape)
         odds = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes])

@@ -68,13 +68,15 @@ def write(
     calibration: np.ndarray | None = None,
     preset: str = "cpu",
     enough: float = 99.0,
+    same: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Quantise the float32 ONNX file `onnx` (else `student`, exported first), and say how and what was left in float.
 
     calibration: (N, C, H, W) float32, training images as the network takes them; one half sets the ranges, the other
     tries what comes of it. Steps, each only while less than `enough` per cent of the predictions agree: ranges by
     minimum and maximum; by percentile; then the layers that do most damage by themselves stay in float, half of them at
-    most. `enough` is more than a gate asks for, as a network is surest on training images. `preset`: "cpu" or
+    most. `enough` is more than a gate asks for, as a network is surest on training images. `same` says on which images
+    (B,) two outputs predict the same; without it, where the largest logit is the same one. `preset`: "cpu" or
     "tensorrt". Raises RuntimeError when there are no images to calibrate on, or onnxruntime cannot quantise the graph.
     """
     if calibration is None or len(calibration) < 2:
@@ -84,7 +86,7 @@ def write(
         source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
         if onnx is None:
             to_onnx.write(student, example, source, opset=opset, metadata=metadata)
-        bench = _Bench(source, calibration, _PRESETS[preset], Path(folder))
+        bench = _Bench(source, calibration, _PRESETS[preset], Path(folder), same or _same_class)
         proto, facts = _search(bench, enough)
     to_onnx._write_bytes(Path(path), proto.SerializeToString())
     seconds = round(time.perf_counter() - started, 1)
@@ -180,12 +182,19 @@ def _rank(tried: _Try) -> tuple[float, float]:
 class _Bench:
     """A float32 model with the images on which it is quantised and tried."""
 
-    def __init__(self, source: Path, images: np.ndarray, preset: _Preset, folder: Path) -> None:
+    def __init__(
+        self,
+        source: Path,
+        images: np.ndarray,
+        preset: _Preset,
+        folder: Path,
+        same: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> None:
         import onnx
         from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        self.folder, self.preset, self.source = folder, preset, folder / "float.onnx"
+        self.folder, self.preset, self.source, self.same = folder, preset, folder / "float.onnx", same
         self.original = onnx.load(source)
         quant_pre_process(str(source), str(self.source), skip_symbolic_shape=True)
         self.model = onnx.load(self.source)
@@ -235,7 +244,7 @@ class _Bench:
 
         proto = self._quantize(method, kept, only)
         out, expected = self.logits(proto, self.probe[:images]), self.expected[:images].astype(np.float64)
-        agreement = 100 * float((out.argmax(1) == expected.argmax(1)).mean())
+        agreement = 100 * float(self.same(out, expected).mean())
         noise, signal = np.square(out - expected).mean(), np.square(expected).mean()
         return _Try(proto, agreement, float(10 * np.log10(signal / max(noise, 1e-12 * signal))))
 
@@ -289,6 +298,10 @@ class _Bench:
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return np.concatenate([session.run(None, {self.input: part})[0] for part in parts])
+
+
+def _same_class(out: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return out.argmax(1) == expected.argmax(1)
 
 
 class _Once:

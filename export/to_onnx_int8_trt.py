@@ -40,10 +40,13 @@ def write(
     metadata: dict[str, str] | None = None,
     calibration: np.ndarray | None = None,
     enough: float = 99.0,
+    same: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """As `write` of to_onnx_int8.py, with the preset of TensorRT."""
-    options = {"onnx": onnx, "opset": opset, "metadata": metadata, "calibration": calibration, "enough": enough}
-    return _to_onnx_int8().write(student, example, path, preset="tensorrt", **options)
+    return _to_onnx_int8().write(
+        student, example, path, onnx=onnx, opset=opset, metadata=metadata, calibration=calibration, preset="tensorrt",
+        enough=enough, same=same,
+    )  # fmt: skip
 
 
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:

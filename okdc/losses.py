@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from okdc.errors import RecipeError
 from okdc.ranks import gather
 
 _class_weights: Tensor | None = None  # of --class-weights, while a method is trained
@@ -21,6 +22,8 @@ _class_weights: Tensor | None = None  # of --class-weights, while a method is tr
 @contextmanager
 def weighted(class_weights: Tensor | None) -> Iterator[None]:
     """Meanwhile `cross_entropy`, and nothing else, counts each image by the weight of its class (C,); None: all alike.
+
+    Of several labels, `binary_cross_entropy` counts each that is there by its weight.
 
     >>> with weighted(torch.tensor([0.5, 1.5])):
     ...     cross_entropy(torch.zeros(2, 2), torch.tensor([0, 0]))  # half of log 2
@@ -61,7 +64,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
     >>> kl(student, teacher), kl(student, teacher, 4.0), kl(teacher, teacher)
     (tensor(0.3278), tensor(0.4848), tensor(0.))
     """
-    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
     log_q = F.log_softmax(student / temperature, dim=1)
     log_p = F.log_softmax(teacher / temperature, dim=1)
     p = log_p.exp()
@@ -78,8 +81,57 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     >>> soft_cross_entropy(student, teacher), soft_cross_entropy(teacher, teacher)
     (tensor(0.6931), tensor(0.3653))
     """
-    student, teacher = _full(student), _full(teacher.detach() if detach else teacher)
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
     return F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=1))
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE of each of several labels, there or not, with logits and labels (B, C): the mean over labels, nats.
+
+    Labels that are there count by the weight of their column where there are some (`weighted`: --pos-weight).
+
+    >>> binary_cross_entropy(torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 0.0]]))  # log 2
+    tensor(0.6931)
+    """
+    logits = _full(logits)
+    weights = None if _class_weights is None else _class_weights.to(logits)
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits), pos_weight=weights)
+
+
+def binary_kl(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True
+) -> Tensor:
+    """KL(teacher || student) of each of several labels, there or not, with logits (B, C): the mean over labels, T^2.
+
+    As `kl` of the two logits (z, 0) of each label; `eps` is added to both probabilities of the teacher.
+
+    >>> student, teacher = torch.zeros(1, 1), torch.tensor([[2.0]])
+    >>> binary_kl(student, teacher), kl(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]))
+    (tensor(0.3278), tensor(0.3278))
+    """
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
+    total = student.new_zeros(())
+    for sign in (1, -1):  # there, and not there
+        log_q = F.logsigmoid(sign * student / temperature)
+        log_p = F.logsigmoid(sign * teacher / temperature)
+        p = log_p.exp()
+        if eps:
+            p = p + eps
+            log_p = p.log()
+        total = total + (p * (log_p - log_q)).mean()
+    return temperature**2 * total
+
+
+def soft_binary_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, detach: bool = True
+) -> Tensor:
+    """Cross entropy of each softened label (B, C) with the teacher's: `binary_kl` plus entropy, without the T^2.
+
+    >>> soft_binary_cross_entropy(torch.zeros(1, 1), torch.tensor([[2.0]]))
+    tensor(0.6931)
+    """
+    student, teacher = _classes(student), _classes(teacher.detach() if detach else teacher)
+    return F.binary_cross_entropy_with_logits(student / temperature, torch.sigmoid(teacher / temperature))
 
 
 def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Tensor:
@@ -156,6 +208,16 @@ def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
     length = torch.as_tensor(length, dtype=epoch.dtype, device=epoch.device)
     progress = torch.where(length > 0, epoch.clamp_min(0).minimum(length) / length.clamp_min(1e-12), 1.0)
     return torch.exp(-5 * (1 - progress) ** 2)
+
+
+def _classes(x: Tensor) -> Tensor:
+    """Logits (B, C) in full precision; of maps (B, K, H, W) the softmax over K would be no distribution of anything."""
+    if x.dim() != 2:
+        raise RecipeError(
+            f"the distributions of two networks were to be compared, and one gives {tuple(x.shape)}; expected logits "
+            "(batch, classes). Heat maps are compared pixel by pixel: a method for --task pose (okdc methods)."
+        )
+    return _full(x)
 
 
 def _full(x: Tensor) -> Tensor:

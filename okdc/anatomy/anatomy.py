@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from okdc import tasks
 from okdc.anatomy.calls import Call, called_once, watch
 from okdc.anatomy.classifier import classifiers, states_none
 from okdc.anatomy.shapes import layout, positions
 from okdc.anatomy.stages import Stage, find_stages, widest
 from okdc.errors import NetworkError, nearest
-from okdc.tasks.outputs import alone, described
+from okdc.tasks.shared.outputs import described
+from okdc.tasks.task import Task
 
 MAX_TAIL = 0.6  # networks whose last stage, with the head, is a larger share of the FLOPs part between its blocks
 MAX_CHOICE = 0.95  # cuts that share less than the rest are not offered
@@ -154,19 +156,25 @@ class Anatomy:
 
 
 def inspect(
-    network: nn.Module, example: Tensor | tuple[int, ...] | None = None, *, logits_only: bool = False
+    network: nn.Module,
+    example: Tensor | tuple[int, ...] | None = None,
+    *,
+    logits_only: bool = False,
+    task: Task | None = None,
 ) -> Anatomy:
     """Run `network` once on `example` (B, C, H, W), or on noise of that (C, H, W) shape, and describe what it did.
 
-    The network is left as it was: weights, buffers, mode. NetworkError if it does not give one (B, classes) tensor, and
-    if it has no stages, feature map or classifier, unless its logits are all that is needed.
+    The network is left as it was: weights, buffers, mode. NetworkError if it does not give what a network of its
+    task does, by default one (B, classes) tensor, and if it has no stages, feature map or classifier, unless its logits
+    are all that is needed.
     """
+    task = task or tasks.get()
     images = _example(network, example)
     calls, logits = watch(network, images)
-    if not (isinstance(logits, Tensor) and logits.dim() == 2):
+    if not task.is_output(logits):
         raise NetworkError(
             f"{type(network).__name__} returned {described(logits)} for images {tuple(images.shape)}; "
-            f"expected one tensor of logits (batch, classes). {alone(logits)}"
+            f"expected {task.output}. {task.advice(logits)}"
         )
     root = calls[-1]
     inner = [c for c in calls[:-1] if c.start > root.start]

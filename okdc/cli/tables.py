@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from okdc import methods
+from okdc import methods, tasks
 from okdc.deploy import UNKNOWN
 
 if TYPE_CHECKING:
@@ -25,18 +25,26 @@ if TYPE_CHECKING:
     from okdc.measure.step_cost import Profile
     from okdc.pipeline import Result
     from okdc.recipe import Recipe
+    from okdc.tasks.task import Task
     from okdc.verification.schema import Latency, Row, Verification
 
 
 def show_result(result: Result) -> None:
     """The student's accuracy, what was exported, where everything is, and the next command."""
-    metrics, folder = result.metrics, result.path
+    metrics, folder, task = result.metrics, result.path, result.task
     table = _table("", "")
     for label, value in [
-        ("Student, top-1, ships", _percent(metrics.get("top1"))),
+        (f"Student, {task.word}, ships", _percent(metrics.get(task.metric))),
         ("… on the images set aside", _percent(metrics.get("holdout"))),
-        ("Student, balanced accuracy", _percent(metrics.get("balanced"))),
-        ("Ensemble, top-1" + ", does not ship" * (not result.byproducts), _percent(metrics.get("ensemble_top1"))),
+        *(
+            (f"Student, {each.word}", _percent(metrics.get(name)))
+            for name, each in task.further()
+            if name not in task.scores
+        ),
+        (
+            f"Ensemble, {task.word}" + ", does not ship" * (not result.byproducts),
+            _percent(metrics.get(f"ensemble_{task.metric}")),
+        ),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
         ("Stopped early", metrics.get("stopped_early")),
@@ -64,16 +72,16 @@ def show_verification(verification: Verification, next_command: str | None = Non
 
     The last line is the command to type next; `source` is what was exported.
     """
-    rows = verification["rows"]
+    rows, task = verification["rows"], tasks.of(verification)
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
     timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
-    table = _table("exported", "MB", "top-1", "agrees\nwith torch", "max diff", timing, "ships")
+    table = _table("exported", "MB", task.word, "agrees\nwith torch", "max diff", timing, "ships")
     table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True  # a narrow terminal folds names, not verdicts
     for row in rows:
         table.add_row(
             row["name"],
             "" if row.get("mb") is None else f"{row['mb']:.1f}",
-            _percent(row.get("top1")) or "",
+            _percent(_score(row, task)) or "",
             _percent(row.get("agreement")) or "",
             "" if row.get("max_abs") is None else f"{row['max_abs']:.1e}",
             _latency(row.get("latency") or []),
@@ -101,6 +109,10 @@ def show_verification(verification: Verification, next_command: str | None = Non
         next_command = f"okdc export {source} --mean R,G,B --std R,G,B"
     if next_command:
         _next(next_command)
+
+
+def _score(row: Row, task: Task) -> Any:
+    return row.get(task.metric)
 
 
 def _ships(row: Row) -> str:
@@ -139,7 +151,7 @@ def show_benchmark(report: dict[str, Any]) -> None:
     """One line per format and batch size; what is not available is listed below, with the reason."""
     from okdc.measure import benchmark
 
-    table = _table(*(column for column in benchmark.COLUMNS if column != "status"))
+    table = _table(*(column for column in benchmark.columns(report) if column != "status"))
     for name, status, *cells in benchmark.lines(report):
         if not status.startswith("unavailable"):
             table.add_row(escape(name) if status.startswith("ok") else f"[red]{escape(name)}[/]", *cells)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from okdc import tasks
 from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.cohort.birth import differ
@@ -25,7 +26,8 @@ from okdc.cohort.replay import Handling, Record, Tape
 from okdc.cohort.taps import Taps
 from okdc.cohort.trunk import before, on_its_own, stand_in, tie_unused
 from okdc.errors import CutError, NetworkError
-from okdc.tasks.outputs import described
+from okdc.tasks.shared.outputs import described
+from okdc.tasks.task import Task
 
 
 class Cohort(nn.Module):
@@ -36,6 +38,7 @@ class Cohort(nn.Module):
     `fresh` makes another network like the target with new weights; without it branches are redrawn copies.
     `trunk_gradient` is what the trunk gets of its members' gradients: their sum, or at each cut their mean.
     `anatomy` is what `inspect` found out about the target on images of this size; without it the target is inspected.
+    `task` is what the networks are for, by default classification.
     """
 
     def __init__(
@@ -49,11 +52,12 @@ class Cohort(nn.Module):
         fresh: Callable[[], nn.Module] | None = None,
         trunk_gradient: Literal["sum", "mean"] = "sum",
         anatomy: Anatomy | None = None,
+        task: Task | None = None,
     ) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.task = target, task or tasks.get()
         needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
-        self.anatomy = _known(anatomy, target, example, needs_parts)
+        self.anatomy = _known(anatomy, target, example, needs_parts, self.task)
         self.taps = tuple(taps)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
@@ -195,7 +199,7 @@ class Cohort(nn.Module):
         self._tapped = Taps(self.taps, self.tape, self.anatomy, self.cut)
         for member, plan in zip(self.members, (Branch(self.cut), *branches)) if self.taps else ():
             foreign = plan.network is not None
-            anatomy = inspect(member, example) if foreign else self.anatomy
+            anatomy = inspect(member, example, task=self.task) if foreign else self.anatomy
             for name, tap in self._tapped.of_next(anatomy, plan.cut, [] if foreign else ways):
                 module = member.get_submodule(name)
                 attach = module.register_forward_pre_hook if tap.kind == "embedding" else module.register_forward_hook
@@ -229,17 +233,17 @@ class Cohort(nn.Module):
         with unchanged(self), torch.no_grad():
             outputs = self.train()(example).logits
         for name, member, logits in zip(self.names, self.members, outputs, strict=True):
-            if not (isinstance(logits, Tensor) and logits.dim() == 2):
+            if not self.task.is_output(logits):
                 raise NetworkError(
-                    f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected one "
-                    "tensor of logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
+                    f"the {name}, {type(member).__name__}, returns {described(logits)} in training mode; expected "
+                    f"{self.task.output} as in evaluation mode. Turn its auxiliary outputs off."
                 )
 
 
-def _known(anatomy: Anatomy | None, target: nn.Module, example: Tensor, needs_parts: bool) -> Anatomy:
+def _known(anatomy: Anatomy | None, target: nn.Module, example: Tensor, needs_parts: bool, task: Task) -> Anatomy:
     """The anatomy that was given, or what is found out now; NetworkError for one of another network or image size."""
     if anatomy is None or (needs_parts and not anatomy.stages):  # why it has no parts, `inspect` says
-        return inspect(target, example, logits_only=not needs_parts)
+        return inspect(target, example, logits_only=not needs_parts, task=task)
     given, size = (anatomy.name, anatomy.params, anatomy.input_size), tuple(example.shape[1:])
     if given != (type(target).__name__, sum(p.numel() for p in target.parameters()), size):
         raise NetworkError(

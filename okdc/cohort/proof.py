@@ -17,7 +17,7 @@ from okdc.cohort.replay import Proof, Replay, Tape
 from okdc.cohort.trunk import stand_in
 from okdc.errors import CutError, NetworkError, first_line
 from okdc.system.randomness import random_state
-from okdc.tasks.outputs import described
+from okdc.tasks.shared.outputs import described
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them

@@ -2,7 +2,7 @@
 
 Each (method, seed) is an ordinary run of the pipeline; read `comparison.compare` top to bottom.
 
-Imports: `data`, `errors`, `measure`, `methods`, `networks`, `pipeline`, `recipe`, `report`, `system`.
+Imports: `data`, `errors`, `measure`, `methods`, `networks`, `pipeline`, `recipe`, `report`, `system`, `tasks`.
 """
 
 from __future__ import annotations

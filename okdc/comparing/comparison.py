@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from okdc import methods as known
-from okdc import networks, pipeline, report
+from okdc import networks, pipeline, report, tasks
 from okdc.comparing import arms, table, tuning
 from okdc.comparing.arms import Arm
 from okdc.comparing.running import InProcess, Job, refuse_others, run_all, seeded
@@ -27,7 +27,6 @@ from okdc.pipeline import assemble_cohort, facts, run_folder
 from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
 
 METHODS = ("one", "dml", "ahbf")
-WORDS = {"top1": "top-1", "top5": "top-5", "balanced": "balanced accuracy"}
 Score = Callable[[dict[str, Any], str], float | None]
 NOTHING = ExportSettings(onnx=False, byproducts=False)
 
@@ -94,7 +93,7 @@ def compare(
     some = next((facts for of_arm in runs.values() for job in of_arm.values() if (facts := job.facts())), {})
     images = (some.get("data") or {}).get("validation_images")
     comparison = Comparison(
-        folder, plain.train.eval_metric, found, table.verdict(found), images, planned[0].recipe.to_dict()
+        folder, tasks.metric(plain), found, table.verdict(found), images, planned[0].recipe.to_dict()
     )
     report.write_comparison(folder, facts_of(comparison))
     return comparison
@@ -104,7 +103,7 @@ def facts_of(comparison: Comparison) -> dict[str, Any]:
     """A comparison as plain values."""
     return {
         "title": f"{comparison.recipe['network']['model']} on {comparison.recipe['data']['data']}",
-        "metric": WORDS[comparison.metric],
+        "metric": tasks.get(comparison.recipe["network"]["task"]).metrics[comparison.metric].word,
         "images": comparison.images,
         "holdout": comparison.recipe["data"]["holdout"],
         "verdict": comparison.verdict,
@@ -139,7 +138,7 @@ def _recipe(
 
 def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
     """What a recipe would build around a named network for the classes of the data, which are looked at once."""
-    classes = len(open_source(plain.data, plain.train.seed).classes)
+    classes = len(open_source(plain.data, plain.train.seed, tasks.get(plain.network.task)).classes)
 
     def measure(recipe: Recipe) -> Estimate:
         network = replace(recipe.network, pretrained=False, checkpoint=None, num_classes=classes)
@@ -150,7 +149,7 @@ def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
 
 def _training_images(plain: Recipe) -> int:
     """How many there are to set some aside; RecipeError for a stream, of which none can be."""
-    source = open_source(plain.data, plain.train.seed)
+    source = open_source(plain.data, plain.train.seed, tasks.get(plain.network.task))
     if hasattr(source.train, "split"):
         return len(source.train)
     raise RecipeError(
@@ -215,9 +214,9 @@ def _run_and_tell(
 
 
 def _figure(job: Job, score: Score) -> str:
-    metric = job.recipe.train.eval_metric
+    metric, task = tasks.metric(job.recipe), tasks.get(job.recipe.network.task)
     value = score(job.facts() or {}, metric)
-    return "without a figure" if value is None else f"{WORDS[metric]} {value:.2f} %"
+    return "without a figure" if value is None else f"{task.metrics[metric].word} {value:.2f} %"
 
 
 def _work(job: Job) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from okdc import tasks
 from okdc.comparing.arms import PLAIN, Arm
 from okdc.comparing.gains import Gain, Spread
 from okdc.comparing.running import Job
@@ -44,7 +45,7 @@ def lines(arms: Sequence[Arm], jobs: dict[str, dict[int, Job]], failed: dict[Any
 
 
 def _scores(runs: dict[int, dict[str, Any]], arm: Arm) -> dict[int, float]:
-    values = {seed: score(facts, arm.recipe.train.eval_metric) for seed, facts in runs.items()}
+    values = {seed: score(facts, tasks.metric(arm.recipe)) for seed, facts in runs.items()}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
@@ -76,7 +77,7 @@ def _line(
         gain=Gain.over(own, scores[PLAIN]) if arm.name != PLAIN else None,
         equal=Gain.over(own, scores[arm.control]) if arm.control else None,
         seconds=sum(seconds) / len(seconds) if seconds else None,
-        curve=_curve(list(runs.values()), f"eval_{settings.eval_metric}"),
+        curve=_curve(list(runs.values()), f"eval_{tasks.metric(arm.recipe)}"),
         problem=arm.problem or " ".join(reasons) or None,
     )
 

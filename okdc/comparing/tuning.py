@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from okdc import tasks
 from okdc.comparing.arms import PLAIN, Arm
 from okdc.comparing.running import Job
 from okdc.errors import TrainingError
@@ -88,7 +89,7 @@ def score(facts: dict[str, Any], metric: str) -> float | None:
 
 
 def _score(job: Job) -> float:
-    value = score(job.facts() or {}, job.recipe.train.eval_metric)
+    value = score(job.facts() or {}, tasks.metric(job.recipe))
     return -math.inf if value is None else value
 
 

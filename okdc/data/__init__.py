@@ -10,15 +10,15 @@ which everything below reads; `loading.load` makes `batches` of it. `samples` sa
 whole batches. `streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the
 images of the latter.
 
-Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
+Imports: `errors`, `needs`, `ranks`, `recipe`, `system`, `tasks`.
 """
 
 from __future__ import annotations
 
-from okdc.data.loading import load
+from okdc.data.loading import in_order, load
 from okdc.data.own_loader import state, wrap
 from okdc.data.own_preprocess import agreed, complete
 from okdc.data.sources import open_source
 from okdc.data.values import Data, Source, TrainBatches
 
-__all__ = ["Data", "Source", "TrainBatches", "agreed", "complete", "load", "open_source", "state", "wrap"]
+__all__ = ["Data", "Source", "TrainBatches", "agreed", "complete", "in_order", "load", "open_source", "state", "wrap"]

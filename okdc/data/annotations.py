@@ -17,7 +17,7 @@ EXPECTED = (
 )
 
 
-def read_annotations(path: Path) -> list[Row]:
+def read_annotations(path: Path, several: bool = False) -> list[Row]:
     """What the file says of each image; DataError for what is no such file, and for ids that are not there."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -32,10 +32,10 @@ def read_annotations(path: Path) -> list[Row]:
         return _fiftyone(path, content)
     if isinstance(content, dict) and content and all(isinstance(label, str) for label in content.values()):
         return _fiftyone(path, {"labels": content})  # file -> label, and nothing else
-    return _coco(path, content)
+    return _coco(path, content, several)
 
 
-def _coco(path: Path, content: Any) -> list[Row]:
+def _coco(path: Path, content: Any, several: bool) -> list[Row]:
     try:
         files = _by_id(path, "images", content["images"], "file_name")
         names = _by_id(path, "categories", content["categories"], "name")
@@ -49,12 +49,14 @@ def _coco(path: Path, content: Any) -> list[Row]:
             f"(number {listed(map(str, lost), 3) or 'none'}, from 0); {EXPECTED}."
         )
     shown = {image for image, _ in pairs}
-    if bare := [file for image, file in files.items() if image not in shown]:
+    bare = [file for image, file in files.items() if image not in shown]
+    if bare and not several:
         log.warning("images of '%s' without an annotation are left out: %s", path, listed(bare))
-    return [
+    rows = [
         Row(f"annotation {i} of {path.name}", files[image], spelled(names[category]))
         for i, (image, category) in enumerate(pairs)
     ]
+    return rows + [Row(f"images of {path.name}", file, "") for file in bare if several]
 
 
 def _by_id(path: Path, kind: str, entries: Any, key: str) -> dict[Any, str]:

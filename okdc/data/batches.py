@@ -18,7 +18,7 @@ from okdc.data.readable import BadImages
 from okdc.data.resident import Decoded, ResidentInOrder, ResidentTraining
 from okdc.data.samples import EpochPlaces, OrderedPlaces, Part, TrainImages, ValidationImages, as_loaded
 from okdc.data.transforms import MODES, BatchAugmentation, convert
-from okdc.data.values import Batch, TrainBatch
+from okdc.data.values import Batch, Label, TrainBatch
 from okdc.errors import DataError
 from okdc.needs import Needs
 from okdc.system.signals import leave_signals
@@ -94,6 +94,7 @@ class ShuffledBatches:
     ):
         self.places, self.resident = EpochPlaces(len(dataset), part), resident is not None
         self.kept = resident[0] if resident else None
+        self.labels = dataset.images.labels.to(device)
         self.loader: Any = (
             ResidentTraining(*resident, dataset, self.places, config, device)
             if resident
@@ -107,8 +108,8 @@ class ShuffledBatches:
     def batches(self, epoch: int, start: int = 0) -> Iterator[TrainBatch]:
         """The batches of `epoch` (0-based) from step `start` on; skipping costs nothing."""
         self.places.epoch, self.places.start = epoch, start
-        for step, (images, targets) in enumerate(self.loader, start):
-            labels, indices = targets.unbind(1)
+        for step, (images, indices) in enumerate(self.loader, start):
+            labels = self.labels[indices]
             if self.views > 1:
                 images = images.unflatten(0, (self.views, -1))
             batch = self.augmentation(images, labels, epoch, step, self.places.places)
@@ -132,8 +133,9 @@ class OrderedBatches:
         self.arguments = dataset, batch_size, workers, config, bad, device, kept
         places = range(len(dataset)) if places is None else places
         self.order, self.kept = OrderedPlaces(places, batch_size), kept
+        self.truth = dataset.images.labels.to(device)
         self.loader: Any = (
-            ResidentInOrder(kept, dataset.images.labels, self.order, config, device)
+            ResidentInOrder(kept, self.order, config, device)
             if kept
             else _loader(dataset, self.order, workers, config, bad, device)
         )
@@ -146,8 +148,8 @@ class OrderedBatches:
 
     @property
     def labels(self) -> Tensor:
-        """The classes (images,) of all images, unreadable ones too."""
-        return self.arguments[0].images.labels
+        """The kinds (images,) of all images, unreadable ones too."""
+        return self.arguments[0].images.kinds
 
     def only(self, places: Sequence[int]) -> OrderedBatches:
         """Batches of the images in these places; the others are not read."""
@@ -156,7 +158,7 @@ class OrderedBatches:
     def every(self, first: int, step: int) -> Iterator[Batch]:
         """Each `step`-th batch from the `first` on; the others are not read."""
         self.order.first, self.order.every = first, step
-        return iter(self.loader)
+        return ((images, self.truth[positions]) for images, positions in self.loader)
 
 
 class RawImages:
@@ -170,7 +172,7 @@ class RawImages:
         """The images in these places; the others are not read."""
         return RawImages(self.images, self.config, self.bad, places)
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, Label]]:
         for position in self.places:
             try:
                 image, label = self.images[position]
@@ -179,6 +181,6 @@ class RawImages:
                 )  # what cannot be converted is in no batch either
             except Exception as error:
                 name, reason = self.images.name(position), f"{type(error).__name__}: {error}"
-                self.bad.add(name, reason, int(self.images.labels[position]))
+                self.bad.add(name, reason, int(self.images.kinds[position]))
             else:
                 yield image, label

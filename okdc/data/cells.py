@@ -18,6 +18,7 @@ from okdc.errors import DataError
 TABLES = (".csv", ".tsv", ".jsonl")
 ENDINGS = (*TABLES, ".json")
 DELIMITERS = ",;\t|"
+SEPARATORS = "|;,"  # between the labels of an image, in one cell
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ def lines(numbers: Sequence[int]) -> str:
     return f"line{'s' * (len(numbers) > 1)} {listed(map(str, numbers), 3)}"
 
 
-def read_cells(table: Path) -> Cells:
-    """What a .csv, .tsv or .jsonl file holds; DataError for what is no table."""
+def read_cells(table: Path, lists: bool = False) -> Cells:
+    """What a .csv, .tsv or .jsonl file holds; DataError for what is no table. JSON's `lists` become a|b, or nothing."""
     ending = table.suffix.lower()
     try:
         text = _text(table)
-        return _of_objects(table, text) if ending == ".jsonl" else _of_lines(table, text, ending == ".tsv")
+        return _of_objects(table, text, lists) if ending == ".jsonl" else _of_lines(table, text, ending == ".tsv")
     except UnicodeDecodeError as error:
         raise DataError(f"'{table}' is not UTF-8 ({error}): save it as CSV UTF-8.") from error
     except csv.Error as error:
@@ -58,13 +59,15 @@ def _text(table: Path) -> str:
     return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
-def _of_objects(table: Path, text: str) -> Cells:
+def _of_objects(table: Path, text: str, lists: bool) -> Cells:
     entries: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             entries.append((number, _object(table, number, line)))
     header = list(dict.fromkeys(key for _, entry in entries for key in entry))
-    return _checked(table, header, [(number, [_cell(entry.get(key)) for key in header]) for number, entry in entries])
+    return _checked(
+        table, header, [(number, [_cell(entry.get(key), lists) for key in header]) for number, entry in entries]
+    )
 
 
 def _object(table: Path, number: int, line: str) -> dict[str, Any]:
@@ -80,7 +83,9 @@ def _object(table: Path, number: int, line: str) -> dict[str, Any]:
     return entry
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, lists: bool) -> str:
+    if lists and isinstance(value, list):
+        return SEPARATORS[0].join(map(str, value))
     # A list or an object is no label: an empty cell is told of where it was to be one.
     return "" if isinstance(value, dict | list | None) else str(value).strip()
 

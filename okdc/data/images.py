@@ -11,14 +11,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from okdc.data.names import check_lines, listed
-from okdc.data.values import Source, log
+from okdc.data.values import Label, Source, log
 from okdc.errors import DataError
+from okdc.tasks.shared.label_rows import rarest
 
 PAGES = "several pages"  # in the info of an image of which the first one is read
 
 
 class Images(Dataset):
-    """(PIL image as stored, class index) by position; raises whatever reading the image raises."""
+    """(PIL image as stored, label) by position; raises whatever reading the image raises.
+
+    Labels are class indices (N,), or rows (N, classes) of 0 and 1.
+    """
 
     def __init__(self, dataset: Any, labels: Tensor, origin: str, indices: Tensor | None = None):
         self.dataset = dataset
@@ -29,7 +33,7 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, position: int) -> tuple[Image.Image, Label]:
         index = int(self.indices[position])
         if hasattr(self.dataset, "reader"):
             # Not through timm's ImageDataset, which puts a neighbour in the place of an image that it cannot read.
@@ -38,7 +42,12 @@ class Images(Dataset):
         else:
             image = self.dataset[index][0]
             image.load()  # torchvision's INaturalist leaves it, and its file, to whoever looks at it
-        return image, int(self.labels[position])
+        return image, self.labels[position].tolist()
+
+    @property
+    def kinds(self) -> Tensor:
+        """What a split of the images has its share of (N,): their class, or of several the rarest (classes: none)."""
+        return self.labels if self.labels.ndim == 1 else rarest(self.labels)
 
     def name(self, position: int) -> str:
         """The file of an image, or its number where it has no file of its own."""
@@ -52,10 +61,11 @@ class Images(Dataset):
         The only image of a class is for training.
         """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        order = order[self.labels[order].argsort(stable=True)]
+        kinds = self.kinds
+        order = order[kinds[order].argsort(stable=True)]
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[order[::every]] = True
-        chosen &= self.labels.bincount()[self.labels] > 1
+        chosen &= kinds.bincount()[kinds] > 1
         return self._part(~chosen), self._part(chosen)
 
     def _part(self, mask: Tensor) -> Images:
@@ -91,7 +101,7 @@ def names_by_index(class_to_idx: dict[Any, int]) -> tuple[str, ...]:
 
 def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:
     """Training and validation from a data set that has training images only: fixed, stratified, 90/10."""
-    counts = torch.bincount(images.labels.clamp(min=0), minlength=len(classes)).tolist()
+    counts = count(images.labels.clamp(min=0), len(classes))
     if single := [cls for cls, count in zip(classes, counts) if count == 1]:
         raise DataError(
             f"{name} has no validation images, and only one image of class {listed(single)}, which cannot be split; "
@@ -101,6 +111,11 @@ def split_in_two(images: Images, classes: tuple[str, ...], name: str) -> Source:
     train, validation = images.split(10)
     log.info("%s has no validation images of its own: %d train, %d validate", name, len(train), len(validation))
     return Source(train, validation, classes, f"{name} (90/10 split)")
+
+
+def count(labels: Tensor, classes: int) -> list[int]:
+    """How many images each class has, by their labels (N,) or (N, classes)."""
+    return (labels.bincount(minlength=classes) if labels.ndim == 1 else labels.sum(0).long()).tolist()
 
 
 def check(source: Source) -> None:
@@ -113,7 +128,7 @@ def check(source: Source) -> None:
             "class into a folder of their own, for example train/cat and train/dog."
         )
     check_lines(source.classes, source.name)
-    counts = torch.bincount(source.train.labels, minlength=len(source.classes)).tolist()
+    counts = count(source.train.labels, len(source.classes))
     if empty := [cls for cls, count in zip(source.classes, counts) if not count]:
         raise DataError(
             f"{source.name} has no training image of class {listed(empty)}; expected at least one image of each "
@@ -124,6 +139,8 @@ def check(source: Source) -> None:
 def _check_labels(split: str, images: Images, source: Source) -> None:
     if not len(images):
         raise DataError(f"{source.name} has no {split} images. Check the folder, --train-split and --val-split.")
+    if images.labels.ndim == 2:  # made of the names of the classes
+        return
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= len(source.classes):
         raise DataError(

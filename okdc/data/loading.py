@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from okdc.data.resident import keep, law
 from okdc.data.samples import Order, Part, TrainImages, ValidationImages
 from okdc.data.streams import Stream, load_stream
 from okdc.data.transforms import BatchAugmentation, image_transform, preprocessing
-from okdc.data.values import Data, Source, log
+from okdc.data.values import Batch, Data, Source, log
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
@@ -71,7 +72,7 @@ def load(
 
     reasons: dict[str, str] = {}
     bad, validation_bad = (
-        BadImages(settings.max_bad_images, split, source.classes, whole.labels, reasons)
+        BadImages(settings.max_bad_images, split, _kinds(source), whole.kinds, reasons)
         for split, whole in (("training", source.train), ("validation", source.validation))
     )
 
@@ -103,6 +104,31 @@ def load(
         training_images=images,
         image_counts={each.split: each.counts for each in (bad, validation_bad)},
     )
+
+
+def in_order(data: Data, count: int) -> Iterator[Batch]:
+    """Batches of `count` training images, as a network is judged on them; of a user's own loader, as it trains."""
+    if data.training_images is None:
+        yield from _first(data.train.batches(0), count)
+        return
+    images: Any = data.training_images
+    dataset = ValidationImages(images, image_transform(DataSettings(), data.preprocess, False), data.preprocess)
+    places = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
+    bad = BadImages(len(images), "training", (*data.classes, "none of them"), images.kinds, dict(data.bad_images))
+    yield from OrderedBatches(dataset, 64, 0, data.preprocess, bad, torch.device("cpu"), places=places)
+
+
+def _first(batches: Iterable[Any], count: int) -> Iterator[Batch]:
+    for images, labels, *_ in batches:
+        yield images, labels
+        count -= len(labels)
+        if count <= 0:
+            return
+
+
+def _kinds(source: Source) -> tuple[str, ...]:
+    """The names of what `Images.kinds` numbers."""
+    return source.classes if source.train.labels.ndim == 1 else (*source.classes, "none of them")
 
 
 def _set_aside(source: Source, share: float | None) -> tuple[Images, Images | None]:

@@ -23,7 +23,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 from torchvision.transforms._presets import ImageClassification
 
-from okdc.data.values import Batch
+from okdc.data.values import Batch, Label
 from okdc.system import shipped
 
 LEVELS = 2.5  # of 255: torchvision resizes tensors of whole numbers to within two levels of Pillow
@@ -46,10 +46,10 @@ class OwnImages:
     def __init__(self, dataset: Any, indices: Sequence[int]):
         self.dataset, self.indices = dataset, indices
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+    def __iter__(self) -> Iterator[tuple[Image.Image, Label]]:
         for index in self.indices:
             image, label = self.dataset[index]
-            yield image, int(label)
+            yield image, torch.as_tensor(label).tolist()
 
     def only(self, places: Sequence[int]) -> OwnImages:
         """The images in these places; the others are not read."""
@@ -102,7 +102,7 @@ def difference(images: OwnImages, batch: Batch, config: dict[str, Any]) -> float
     std, largest = torch.tensor(config["std"]).view(-1, 1, 1), 0.0
     try:
         for place, (image, label) in zip(range(0, len(pixels), every), images.only(range(0, len(pixels), every))):
-            if label != int(classes[place]):
+            if label != classes[place].tolist():
                 return None
             made = torch.from_numpy(predict.preprocess(image, config))
             largest = max(largest, float(((made - pixels[place].cpu()) * std * 255).abs().max()))

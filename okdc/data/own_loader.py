@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from okdc import tasks
 from okdc.data import own_images
-from okdc.data.labels import checked_labels
 from okdc.data.names import check_lines
 from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
@@ -19,6 +19,7 @@ from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.system.randomness import iterate_seeded
 from okdc.system.waiting import limited
+from okdc.tasks.task import Task
 
 
 def wrap(
@@ -35,6 +36,7 @@ def wrap(
     rank: int = 0,
     world: int = 1,
     timeout: float = 0.0,
+    task: Task | None = None,
 ) -> Data:
     """The user's own iterables of (images (B, C, H, W) float, labels (B,) int64 or (B, classes) float) as `Data`.
 
@@ -51,6 +53,7 @@ def wrap(
     validation loader with a DistributedSampler, which repeats images to make all parts equal, and loaders that give no
     batch for `timeout` seconds (0: never) when they are first looked at.
     """
+    task = task or tasks.get()
     if needs.indices or needs.held_out:
         what = "which training image is which" if needs.indices else "images set aside from training"
         raise DataError(
@@ -59,7 +62,7 @@ def wrap(
         )
     _check_iterable(train, "training")
     names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]
-    seen = _survey(train, "training", seed, len(names), timeout)
+    seen = _survey(train, "training", seed, len(names), timeout, task)
     names = names or [str(i) for i in range(seen.classes)]
     if len(names) < 2:
         raise DataError(
@@ -75,7 +78,7 @@ def wrap(
                 "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
             )
         _check_same_classes(_dataset_classes(train), _dataset_classes(validation))
-        judged = _survey(validation, "validation", seed, len(names), timeout)
+        judged = _survey(validation, "validation", seed, len(names), timeout, task)
         images = judged.images
     raw = None
     if preprocess is None:
@@ -83,8 +86,8 @@ def wrap(
         evaluates = validation is not None
         preprocess, raw = preprocessing(validation if evaluates else train, judged.first, given, evaluates)
     return Data(
-        train=OwnBatches(train, seen.steps, len(names), seed, *_division(train, rank, world)),
-        validation=None if validation is None else OwnValidation(validation, len(names), seed),
+        train=OwnBatches(train, seen.steps, len(names), seed, *_division(train, rank, world), task),
+        validation=None if validation is None else OwnValidation(validation, len(names), seed, task),
         validation_images=None if validation is None else raw,
         classes=tuple(names),
         preprocess=preprocess,
@@ -115,7 +118,17 @@ class OwnBatches:
     one. So are, of several ranks' batches, those that are not of one size.
     """
 
-    def __init__(self, loader: Iterable[Any], steps: int, num_classes: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        steps: int,
+        num_classes: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        task: Task | None = None,
+    ):
+        self.task = task or tasks.get()
         self.loader, self.steps, self.num_classes, self.seed = loader, steps // world, num_classes, seed
         self.rank, self.world = rank, world
 
@@ -133,7 +146,9 @@ class OwnBatches:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         step = -1
-        checked = (_checked(b, "training", self.num_classes) for b in iterate_seeded(self.loader, self.seed, epoch))
+        checked = (
+            _checked(b, "training", self.num_classes, self.task) for b in iterate_seeded(self.loader, self.seed, epoch)
+        )
         for step, batch in enumerate(self._own(_without_single(checked))):
             if step >= start:
                 yield batch
@@ -176,20 +191,20 @@ def _samplers(loader: Any) -> list[Any]:
 class OwnValidation:
     """Validation batches of the user's loader, with the same random numbers in each pass."""
 
-    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int):
+    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task):
+        self.task = task
         self.loader, self.num_classes, self.seed = loader, num_classes, seed
 
     @property
     def labels(self) -> Tensor | None:
-        """The labels (images,) where they are known without decoding an image, and the images come in order."""
+        """The kinds (images,) where they are known without decoding an image, and the images come in order."""
         if isinstance(self.loader, (list, tuple)):
-            labels = torch.cat([labels for _, labels in self.loader])
-            return labels if labels.ndim == 1 else labels.argmax(1)
+            return self.task.kinds(torch.cat([labels for _, labels in self.loader]))
         return own_images.labels(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in iterate_seeded(self.loader, self.seed):
-            yield _checked(batch, "validation", self.num_classes)
+            yield _checked(batch, "validation", self.num_classes, self.task)
 
 
 @dataclass(frozen=True)
@@ -213,15 +228,15 @@ def _check_iterable(loader: Any, role: str) -> None:
         )
 
 
-def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float) -> Survey:
+def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float, task: Task) -> Survey:
     """Look at the first batch, and at all of them only where classes or steps cannot be told otherwise."""
     length = _length(loader)
     whole = not num_classes or length is None
-    steps = images = highest = 0
+    steps = images = most = 0
     first: Batch | None = None
     batches = iterate_seeded(loader, seed, 0)
     for batch in limited(batches, timeout, lambda count: f"while looking at batch {count + 1} of the {role} loader"):
-        pixels, labels = _checked(batch, role, num_classes)
+        pixels, labels = _checked(batch, role, num_classes, task)
         if not pixels.isfinite().all():
             raise DataError(
                 f"the {role} loader gave images that hold NaN or infinite numbers; expected finite ones. Look where "
@@ -229,7 +244,7 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float)
             )
         first = first or (pixels, labels)
         steps, images = steps + 1, images + len(pixels)
-        highest = max(highest, labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max()))
+        most = max(most, task.outputs(labels))
         if not whole:
             break
     if first is None:
@@ -239,7 +254,7 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float)
     if not whole and length is not None:
         dataset_length = _length(getattr(loader, "dataset", None))
         steps, images = length, images * length if dataset_length is None else dataset_length
-    return Survey(steps, images, highest + 1, first)
+    return Survey(steps, images, most, first)
 
 
 def _length(thing: Any) -> int | None:
@@ -268,7 +283,7 @@ def _check_same_classes(trained: list[str], judged: list[str]) -> None:
         )
 
 
-def _checked(batch: Any, role: str, num_classes: int) -> Batch:
+def _checked(batch: Any, role: str, num_classes: int, task: Task) -> Batch:
     parts = batch if isinstance(batch, (tuple, list)) else ()
     if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
         given = f"{type(batch).__name__} of ({', '.join(type(part).__name__ for part in parts)})"
@@ -283,4 +298,4 @@ def _checked(batch: Any, role: str, num_classes: int) -> Batch:
             "(B, C, H, W), normalised. Add torchvision's ToTensor() and Normalize(mean, std) to the data set's "
             "transform."
         )
-    return images.float(), checked_labels(labels, len(images), role, num_classes)
+    return images.float(), task.checked_labels(labels, len(images), role, num_classes)

@@ -64,7 +64,7 @@ def check_readable(images: Images, bad: BadImages, config: dict[str, Any], timeo
     if not lost:
         return
     name, reason, _ = lost[0]
-    of_all = len(lost) == len(images.labels.unique())
+    of_all = len(lost) == len(images.kinds.unique())
     which = "images" if of_all else f"images of class {listed(bad.classes[label] for *_, label in lost)}"
     raise DataError(
         f"none of the {bad.split} {which} can be read, for example {name} ({reason}). Mend the files, or check --data."
@@ -73,8 +73,9 @@ def check_readable(images: Images, bad: BadImages, config: dict[str, Any], timeo
 
 def _first_unreadable(images: Images, config: dict[str, Any]) -> Iterator[BadImage | None]:
     """For each class the first of its images if none of them can be read, else None."""
-    order = images.labels.argsort(stable=True)
-    for positions in order.split(images.labels.unique(return_counts=True)[1].tolist()):
+    kinds = images.kinds
+    order = kinds.argsort(stable=True)
+    for positions in order.split(kinds.unique(return_counts=True)[1].tolist()):
         bad: list[BadImage] = []
-        found = any(read(images, position, config, bad) for position in positions.tolist())
+        found = any(read(images, position, config, bad) is not None for position in positions.tolist())
         yield None if found else bad[0]

@@ -166,13 +166,13 @@ class _Decoding(Dataset):
         return f"while decoding, near position {position} of {self.split.origin} ({self.split.name(position)})"
 
     def first(self, position: int) -> Tensor | None:
-        sample = read(self.split, position, self.config, [])
-        return sample and self.transform(sample[0])
+        image = read(self.split, position, self.config, [])
+        return None if image is None else self.transform(image)
 
     def __getitems__(self, positions: list[int]) -> tuple[list[int], Any, list[BadImage]]:
         failed: list[BadImage] = []
         samples = [(position, read(self.split, position, self.config, failed)) for position in positions]
-        found = [(position, self.transform(sample[0])) for position, sample in samples if sample]
+        found = [(position, self.transform(image)) for position, image in samples if image is not None]
         images = [image for _, image in found]
         # One tensor travels between processes faster than many.
         together = torch.stack(images) if len({image.shape for image in images}) == 1 else images
@@ -212,7 +212,7 @@ class Normalised:
 
 
 class ResidentTraining:
-    """Training batches, each as (views * B, C, H, W) float32 and targets (B, 2): label, and position of the image."""
+    """Training batches, each as (views * B, C, H, W) float32 and the positions of the images (B,)."""
 
     def __init__(
         self, kept: Decoded, law: Law, dataset: TrainImages, places: Any, config: dict[str, Any], device: torch.device
@@ -237,8 +237,7 @@ class ResidentTraining:
                 self.law(images, mix(keys + (derive_seed(data.seed, epoch, 2, view) << 31)).to(self.device))
                 for view in range(data.views)
             ]
-            targets = torch.stack([data.images.labels[shown], shown], 1)
-            yield self.normalised(torch.cat(views) if len(views) > 1 else views[0]), targets.to(self.device)
+            yield self.normalised(torch.cat(views) if len(views) > 1 else views[0]), shown.to(self.device)
 
     def _readable(self, positions: Tensor, places: Tensor) -> Tensor:
         """The images of places; an unreadable one gives its place to another."""
@@ -250,12 +249,10 @@ class ResidentTraining:
 
 
 class ResidentInOrder:
-    """Validation batches; unreadable images are left out."""
+    """Validation batches, (B, C, H, W) float32 and the positions of the images; unreadable ones are left out."""
 
-    def __init__(
-        self, kept: Decoded, labels: Tensor, batches: Any, config: dict[str, Any], device: torch.device
-    ) -> None:
-        self.kept, self.labels, self.batches, self.device = kept, labels, batches, device
+    def __init__(self, kept: Decoded, batches: Any, config: dict[str, Any], device: torch.device) -> None:
+        self.kept, self.batches, self.device = kept, batches, device
         self.normalised = Normalised(config, device)
 
     def __len__(self) -> int:
@@ -267,4 +264,4 @@ class ResidentInOrder:
             positions = positions[self.kept.readable[positions]]
             if len(positions):
                 images = self.kept.batch(positions, self.device)
-                yield self.normalised(images), self.labels[positions].to(self.device)
+                yield self.normalised(images), positions.to(self.device)

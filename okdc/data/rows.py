@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from okdc.data.cells import Cells, lines, read_cells
+from okdc.data.cells import SEPARATORS, Cells, lines, read_cells
 from okdc.data.names import listed, spelled
 from okdc.data.paths import are_files
 from okdc.data.values import log
@@ -34,17 +34,22 @@ class Row:
     split: str = ""
 
 
-def read_table(table: Path, settings: DataSettings) -> list[Row]:
-    """What a table says of each image; DataError for columns that are not found and for empty cells."""
-    cells = read_cells(table)
+def read_table(table: Path, settings: DataSettings, several: bool = False) -> list[Row]:
+    """What a table says of each image; DataError for columns that are not found and for empty cells.
+
+    Where an image may have `several` labels it has a row for each, or one without a label.
+    """
+    cells = read_cells(table, several)
     path = _path_column(table, cells, settings.path_column)
     open_names = ["" if i == path or name == settings.label_column else name for i, name in enumerate(cells.header)]
     split = _column(open_names, (*SPLITS, *FLAGS))
     splits = [""] * len(cells.rows) if split is None else _splits(table, cells, split)
-    labels, used = _labels(table, cells, {path, split}, settings.label_column)
+    labels, used = _labels(table, cells, {path, split}, settings.label_column, several)
     files = cells.column(path)
     if empty := [
-        line for (line, _), file, label in zip(cells.rows, files, labels, strict=True) if not file or not label
+        line
+        for (line, _), file, label in zip(cells.rows, files, labels, strict=True)
+        if not file or not (several or all(label))
     ]:
         raise DataError(
             f"{len(empty)} rows of '{table}' have no {cells.header[path]} or no {_names(cells, used)} "
@@ -53,7 +58,8 @@ def read_table(table: Path, settings: DataSettings) -> list[Row]:
     if unused := [name or "(no name)" for i, name in enumerate(cells.header) if i not in {path, split, *used}]:
         log.warning("columns of '%s' that are not used: %s", table, listed(unused))
     places = (f"line {line} of {table.name}" for line, _ in cells.rows)
-    return [Row(*row) for row in zip(places, files, map(spelled, labels), splits, strict=True)]
+    found = zip(places, files, labels, splits, strict=True)
+    return [Row(place, file, spelled(name), word) for place, file, names, word in found for name in names or [""]]
 
 
 def _names(cells: Cells, columns: Iterable[int]) -> str:
@@ -110,8 +116,10 @@ def _splits(table: Path, cells: Cells, column: int) -> list[str]:
     return [FLAGS[flag][NO_OR_YES[word.lower()]] for word in words]
 
 
-def _labels(table: Path, cells: Cells, taken: set[int | None], given: str | None) -> tuple[list[str], list[int]]:
-    """The label of each row, and the columns that say it: the one given, named so or left alone, or one per class."""
+def _labels(
+    table: Path, cells: Cells, taken: set[int | None], given: str | None, several: bool
+) -> tuple[list[list[str]], list[int]]:
+    """The labels of each row, and the columns that say it: the one given, named so or left alone, or one per class."""
     left = [i for i in range(len(cells.header)) if i not in taken]
     named = _column([name if i in left else "" for i, name in enumerate(cells.header)], LABELS)
     if given:
@@ -119,23 +127,37 @@ def _labels(table: Path, cells: Cells, taken: set[int | None], given: str | None
     elif named is None and len(left) == 1:
         (named,) = left
     if named is not None:
-        return cells.column(named), [named]
+        column = cells.column(named)
+        return _split(table, column) if several else [[label] for label in column], [named]
     marks = [i for i in left if cells.header[i] and {*cells.column(i)} <= {"0", "1", "0.0", "1.0"}]
     if len(marks) < 2:
         raise DataError(
             f"which column of '{table}' has the labels? Expected one called {', '.join(LABELS[:3])} or {LABELS[3]}; it "
             f"has {listed(cells.header, 20)}. Say which: --label-column NAME"
         )
-    return _one_hot(table, cells, marks), marks
+    return _marked(table, cells, marks, several), marks
 
 
-def _one_hot(table: Path, cells: Cells, columns: list[int]) -> list[str]:
+def _split(table: Path, column: list[str]) -> list[list[str]]:
+    """The labels between the separators of a column, in cells such as a|b, a;b, a, b, ['a', 'b'], or a b."""
+    bare = [cell[1:-1].replace("'", "").replace('"', "") if cell[:1] + cell[-1:] == "[]" else cell for cell in column]
+    separator = next((mark for mark in SEPARATORS if any(mark in cell for cell in bare)), None)
+    found = [[label.strip() for label in cell.split(separator) if label.strip()] for cell in bare]
+    if separator is None and any(len(labels) > 1 for labels in found):
+        names = listed(dict.fromkeys(label for labels in found for label in labels))
+        log.warning("labels of '%s' are separated by spaces, as no other mark is there: %s", table, names)
+    return found
+
+
+def _marked(table: Path, cells: Cells, columns: list[int], several: bool) -> list[list[str]]:
     marked = [[i for i in columns if float(row[i])] for _, row in cells.rows]
+    if several:
+        return [[cells.header[i] for i in marks] for marks in marked]
     if wrong := [line for (line, _), marks in zip(cells.rows, marked, strict=True) if len(marks) != 1]:
         raise DataError(
             f"{len(wrong)} rows of '{table}' do not have one 1 among its columns of 0 and 1 "
-            f"({_names(cells, columns)}), see {lines(wrong)}; okdc trains classifiers with one label per "
-            "image. Mend or delete these rows, or say which column has the labels: --label-column NAME"
+            f"({_names(cells, columns)}), see {lines(wrong)}; expected one label per image, or --task multilabel where "
+            "they may have several. Mend or delete these rows, or say which column has the labels: --label-column NAME"
         )
     log.warning("the labels of '%s' are its columns of 0 and 1: %s", table, _names(cells, columns))
-    return [cells.header[i] for (i,) in marked]
+    return [[cells.header[i]] for (i,) in marked]

@@ -28,12 +28,12 @@ def as_loaded(batch: Any) -> Any:
 Loaded = tuple[Tensor, Tensor, list[BadImage]]
 
 
-def collate(samples: list[tuple[Any, ...]], bad: list[BadImage]) -> Loaded:
-    """Samples of (views, label, ...) as images (V * B, C, H, W), view by view, and targets (B, ...) int64."""
+def collate(samples: list[tuple[list[Tensor], int]], bad: list[BadImage]) -> Loaded:
+    """Samples of (views, position) as images (V * B, C, H, W), view by view, and positions (B,) int64."""
     if not samples:
         return torch.empty(0), torch.empty(0, dtype=torch.int64), bad
-    views, *targets = zip(*samples)
-    return torch.stack([image for view in zip(*views) for image in view]), torch.tensor(targets).T, bad
+    views, positions = zip(*samples)
+    return torch.stack([image for view in zip(*views) for image in view]), torch.tensor(positions), bad
 
 
 class Order:
@@ -93,13 +93,12 @@ class TrainImages(Dataset):
             samples = [self._sample(epoch, position, bad) for epoch, position in places]
         return collate([sample for sample in samples if sample is not None], bad)
 
-    def _sample(self, epoch: int, place: int, bad: list[BadImage]) -> tuple[list[Tensor], int, int] | None:
+    def _sample(self, epoch: int, place: int, bad: list[BadImage]) -> tuple[list[Tensor], int] | None:
         if epoch != self.epoch:
             self.epoch, self.positions = epoch, self.order.of(epoch)
         for position in islice(self.order.candidates(self.positions, place), self.attempts):
-            if sample := read(self.images, position, self.config, bad):
-                image, label = sample
-                return [self._view(image, epoch, place, view) for view in range(self.views)], label, position
+            if (image := read(self.images, position, self.config, bad)) is not None:
+                return [self._view(image, epoch, place, view) for view in range(self.views)], position
         return None
 
     def _view(self, image: Image.Image, epoch: int, place: int, view: int) -> Tensor:
@@ -121,9 +120,8 @@ class ValidationImages(Dataset):
 
     def __getitems__(self, positions: list[int]) -> Loaded:
         bad: list[BadImage] = []
-        samples = [read(self.images, position, self.config, bad) for position in positions]
-        images, targets, bad = collate([([self.transform(s[0])], s[1]) for s in samples if s], bad)
-        return images, targets.flatten(), bad
+        images = [(read(self.images, position, self.config, bad), position) for position in positions]
+        return collate([([self.transform(image)], position) for image, position in images if image is not None], bad)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
+from okdc.tasks.task import Task
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 TORCH_NAMES = (
@@ -35,7 +36,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data 
 Split = TypeVar("Split")
 
 
-def open_source(settings: DataSettings, seed: int) -> Source:
+def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
     `digits`, a folder, labels as .csv, .tsv, .jsonl or .json, arrays as .npz, `torch/NAME` (files in ./data, or in ROOT
@@ -43,6 +44,13 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     see okdc.data.streams for what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
+    several = task is not None and task.several
+    if several and not (is_table(settings) and Path(settings.data).expanduser().is_file()):
+        raise DataError(
+            f"--data {settings.data} gives each image one class; --task {task.name if task else ''} expects a table "
+            "(.csv, .tsv, .jsonl: a path, then a column of 0 and 1 for each label, or one column with the labels "
+            "between |), or COCO's .json. Or pass a loader of your own with rows of 0 and 1."
+        )
     _require_package(settings.data, PACKAGES.get(prefix))
     table = any(given.lower().endswith(TABLES) for given in (settings.data, settings.val_split))
     if (settings.path_column or settings.label_column) and not table:
@@ -59,7 +67,7 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     elif is_arrays(settings.data):
         source = open_arrays(settings)
     elif is_table(settings):
-        source = open_table(settings)
+        source = open_table(settings, several)
     else:
         return _folder(settings)
     check(source)

@@ -7,10 +7,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from okdc.data.annotations import read_annotations
 from okdc.data.cells import ENDINGS
 from okdc.data.folders import open_training, read_class_map
-from okdc.data.images import Images, names_by_index, split_in_two
+from okdc.data.images import Images, count, names_by_index, split_in_two
 from okdc.data.names import by_index, is_line, listed, natural_key
 from okdc.data.paths import located
 from okdc.data.rows import SPLITS, Row, read_table
@@ -35,8 +37,10 @@ def _names_file(settings: DataSettings) -> bool:
     return settings.val_split.lower().endswith(ENDINGS)
 
 
-def open_table(settings: DataSettings) -> Source:
-    """The images that the file `settings.data` names; raises DataError for rows that could not be trained on.
+def open_table(settings: DataSettings, several: bool = False) -> Source:
+    """The images that the file `settings.data` names, with one label each, or with `several` or none.
+
+    Raises DataError for rows that could not be trained on.
 
     `settings.val_split` may be a second file: its path, or its name beside the first, or in the folder of the images
     that are trained on.
@@ -45,7 +49,7 @@ def open_table(settings: DataSettings) -> Source:
     if table.is_dir():
         return _beside_folders(table, settings)
     second = _second(table.parent, settings.val_split) if _names_file(settings) else None
-    default, rows, validation = DataSettings(), _read(table, settings), None
+    default, rows, validation = DataSettings(), _read(table, settings, several=several), None
     asked = replace(settings, val_split=default.val_split) if second else settings  # of the table's own splits
     if any(row.split for row in rows):
         rows, validation = _by_split(table, rows, asked)
@@ -57,12 +61,13 @@ def open_table(settings: DataSettings) -> Source:
     if second:
         if validation:
             log.warning("of '%s', not used: %d rows to validate with; '%s' does", table, len(validation), second)
-        validation = _read(second, settings)
-    return _source(table, rows, validation, settings)
+        validation = _read(second, settings, several=several)
+    return _source(table, rows, validation, settings, several)
 
 
-def _read(table: Path, settings: DataSettings, root: Path | None = None) -> list[Row]:
-    rows = read_annotations(table) if table.suffix.lower() == ".json" else read_table(table, settings)
+def _read(table: Path, settings: DataSettings, root: Path | None = None, several: bool = False) -> list[Row]:
+    json = table.suffix.lower() == ".json"
+    rows = read_annotations(table, several) if json else read_table(table, settings, several)
     names, places, splits = zip(*((row.file, row.place, row.split) for row in rows), strict=True)
     files = located(table, names, places, splits, root)
     return [replace(row, file=file) for row, file in zip(rows, files, strict=True)]
@@ -92,10 +97,12 @@ def _beside_folders(root: Path, settings: DataSettings) -> Source:
     return _paired(train, rows, table, classes, root.resolve().name)
 
 
-def _source(table: Path, rows: list[Row], validation: list[Row] | None, settings: DataSettings) -> Source:
+def _source(
+    table: Path, rows: list[Row], validation: list[Row] | None, settings: DataSettings, several: bool
+) -> Source:
     every = [*rows, *(validation or [])]
-    names = {row.label for row in every}
-    _check_labels(table, every)
+    names = {row.label for row in every} - ({""} if several else set())
+    _check_labels(table, every, several)
     classes = read_class_map(settings.class_map, table.parent) if settings.class_map else by_index(names)
     if unnamed := [name for name in by_index(names) if name not in classes]:
         if len(unnamed) == len(names):
@@ -104,13 +111,15 @@ def _source(table: Path, rows: list[Row], validation: list[Row] | None, settings
                 f"{listed(unnamed)}. Expected the labels of the table, one per line: --class-map FILE.txt"
             )
         log.warning("the class map leaves out images of '%s': %s", table, listed(unnamed))
-    train = _images(table, rows, classes)
+    train = _images(table, rows, classes, several)
     if validation is None:
         return split_in_two(train, names_by_index(classes), table.name)
-    return _paired(train, validation, table, classes, table.name)
+    return _paired(train, validation, table, classes, table.name, several)
 
 
-def _paired(train: Images, validation: list[Row], table: Path, classes: dict[str, int], name: str) -> Source:
+def _paired(
+    train: Images, validation: list[Row], table: Path, classes: dict[str, int], name: str, several: bool = False
+) -> Source:
     """The source, once it is said what the images to validate with leave open."""
     learned = {os.path.normpath(train.name(i)) for i in range(len(train))}
     if shared := sorted(row.file for row in validation if row.file in learned):
@@ -119,19 +128,33 @@ def _paired(train: Images, validation: list[Row], table: Path, classes: dict[str
             len(shared), table, listed(shared, 3),
         )  # fmt: skip
     names, seen = names_by_index(classes), {row.label for row in validation}
-    if unseen := [names[i] for i in train.labels.unique().tolist() if names[i] not in seen]:
+    if unseen := [name for name, images in zip(names, count(train.labels, len(names))) if images and name not in seen]:
         log.warning("no validation image of class %s", listed(unseen))
-    return Source(train, _images(table, validation, classes), names, name)
+    return Source(train, _images(table, validation, classes, several), names, name)
 
 
-def _images(table: Path, rows: list[Row], classes: dict[str, int]) -> Images:
+def _images(table: Path, rows: list[Row], classes: dict[str, int], several: bool = False) -> Images:
     """In natural order of their paths, as images in folders are: the rows may be sorted anew before a run goes on."""
+    if several:
+        return _several(table, rows, classes)
     labels = {row.file: classes[row.label] for row in rows if row.label in classes}
     if again := sum(row.label in classes for row in rows) - len(labels):
         log.warning("rows of '%s' that repeat an image are left out: %d", table, again)
     paths = sorted(labels, key=natural_key)
     files = Files(table.parent, paths, [labels[path] for path in paths])
     return Images(files, files.labels, str(table))
+
+
+def _several(table: Path, rows: list[Row], classes: dict[str, int]) -> Images:
+    """The same of images with as many labels as they have rows with one."""
+    there: dict[str, list[float]] = {}
+    for row in rows:
+        labels = there.setdefault(row.file, [0.0] * (max(classes.values()) + 1))
+        if row.label in classes:
+            labels[classes[row.label]] = 1.0
+    paths = sorted(there, key=natural_key)
+    labelled = torch.tensor([there[path] for path in paths])
+    return Images(Files(table.parent, paths, [0] * len(paths)), labelled, str(table))
 
 
 def _by_split(table: Path, rows: list[Row], settings: DataSettings) -> tuple[list[Row], list[Row] | None]:
@@ -175,22 +198,24 @@ def _split_words(table: Path, words: list[str], settings: DataSettings) -> tuple
     )
 
 
-def _check_labels(table: Path, rows: list[Row]) -> None:
+def _check_labels(table: Path, rows: list[Row], several: bool = False) -> None:
     """Raise DataError for labels that cannot be learned: one for all images, two for one image."""
-    names = {row.label for row in rows}
-    if len(names) == 1:
-        raise DataError(f"'{table}' has only one class ({rows[0].label}); expected at least two.")
-    if places := [row.place for row in rows if not is_line(row.label)]:
+    names = {row.label for row in rows} - ({""} if several else set())
+    if len(names) < 2:
+        raise DataError(f"'{table}' has only one class ({', '.join(names) or 'none'}); expected at least two.")
+    if places := [row.place for row in rows if not is_line(row.label) and (row.label or not several)]:
         raise DataError(f"labels of '{table}' go over several lines ({listed(places, 3)}); expected a name each.")
     _warn_of_doubtful(table, names)
+    if several:
+        return
     first: dict[str, Row] = {}
     torn = [(there, row) for row in rows if (there := first.setdefault(row.file, row)).label != row.label]
     if torn:
         there, row = torn[0]
         raise DataError(
             f"'{table}' gives {len({row.file for _, row in torn})} images two labels, for example {row.file}: "
-            f"{there.label} ({there.place}), {row.label} ({row.place}). okdc trains classifiers with "
-            "one label per image: delete the wrong rows."
+            f"{there.label} ({there.place}), {row.label} ({row.place}). expected one label per image: "
+            "delete the wrong rows, or train with --task multilabel, where images may have several."
         )
 
 

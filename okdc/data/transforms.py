@@ -96,14 +96,14 @@ def convert(image: Image.Image, mode: str, bits: int | None = LEGACY) -> Image.I
     return image if image.mode == mode else image.convert(mode)
 
 
-def read(images: Images, position: int, config: dict[str, Any], bad: list[BadImage]) -> tuple[Image.Image, int] | None:
-    """An image and its label, or None where it cannot be read, which `bad` is then told."""
+def read(images: Images, position: int, config: dict[str, Any], bad: list[BadImage]) -> Image.Image | None:
+    """An image, or None where it cannot be read, which `bad` is then told."""
     try:
-        image, label = images[position]
+        image, _ = images[position]
         image = upright(image) if config.get("exif") else image
-        return convert(image, MODES[config["input_size"][0]], config.get("pixel_bits")), label
+        return convert(image, MODES[config["input_size"][0]], config.get("pixel_bits"))
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        bad.append((images.name(position), f"{type(error).__name__}: {error}", int(images.labels[position])))
+        bad.append((images.name(position), f"{type(error).__name__}: {error}", int(images.kinds[position])))
         return None
 
 

@@ -15,6 +15,7 @@ log = logging.getLogger("okdc")
 BadImage = tuple[str, str, int]  # name, reason, class index
 Counts = dict[str, dict[str, dict[str, int]]]  # split -> class -> {"images": N, "unreadable": those met so far}
 Batch = tuple[Tensor, Tensor]
+Label = int | list[float]  # the index of a class, or of each class whether it is there
 TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
 
 
@@ -36,7 +37,7 @@ class RawTraining(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, position: int) -> tuple[Image.Image, int]: ...
+    def __getitem__(self, position: int) -> tuple[Image.Image, Label]: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Data:
 
     train: TrainBatches
     validation: Iterable[Batch] | None
-    validation_images: Iterable[tuple[Image.Image, int]] | None
+    validation_images: Iterable[tuple[Image.Image, Any]] | None
     classes: tuple[str, ...]
     preprocess: dict[str, Any]
     name: str

@@ -2,7 +2,7 @@
 
 Export targets are the files of `export/`.
 
-Imports: `errors`, `networks`, `okdc`, `recipe`, `system`, `verification`.
+Imports: `errors`, `networks`, `okdc`, `recipe`, `system`, `tasks`, `verification`.
 """
 
 from __future__ import annotations

@@ -112,9 +112,18 @@ def read_golden(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_config(
-    student: nn.Module, path: Path, arch: str, classes: Sequence[str], preprocess: dict, model_args: dict | None
+    student: nn.Module,
+    path: Path,
+    arch: str,
+    classes: Sequence[str],
+    preprocess: dict,
+    model_args: dict | None,
+    task: Mapping[str, Any],
 ) -> None:
-    """Write config.json as timm and the Hugging Face hub read it; for other networks, with the same keys."""
+    """Write config.json as timm and the Hugging Face hub read it; for other networks, with the same keys.
+
+    task: what is noted of it (`Task.facts`).
+    """
     labels, images = list(classes), {key: preprocess[key] for key in IMAGES if key in preprocess}
     preprocess = {key: value for key, value in preprocess.items() if key not in IMAGES}
     cfg = getattr(student, "pretrained_cfg", None) or {}
@@ -129,6 +138,7 @@ def write_config(
         known = {"num_classes": len(labels), "label_names": labels, "pretrained_cfg": preprocess}
         config = {"architecture": arch, "model_args": model_args or {}} | known
     own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"} | ({"images": images} if images else {})
+    own |= task
     changes = stem.changes(student)
     if changes:  # timm must not take the network for one that it can build by that name
         own |= {"base": config["architecture"], "changes": changes}

@@ -14,8 +14,9 @@ from okdc.deploy.statement import UNKNOWN
 from okdc.networks import stem
 from okdc.networks.saved import CONFIG
 from okdc.system.wording import portable
+from okdc.tasks.task import Task
 from okdc.verification.gates import is_variant
-from okdc.verification.schema import Row, Verification
+from okdc.verification.schema import Row, Verification, score
 
 PROGRAM = "model.pt2"
 
@@ -35,35 +36,44 @@ _FILES = {  # beside those of the export targets
 }
 
 
-def write_card(folder: Path, arch: str, config: dict, verification: Verification, info: Mapping[str, Any]) -> None:
+def write_card(
+    folder: Path, arch: str, config: dict, verification: Verification, info: Mapping[str, Any], task: Task
+) -> None:
     """Write README.md; info may have title, licence (an id such as mit), command, recipe and metrics."""
     info = portable(dict(info))
-    parts = [_head(arch, config, info), _results(verification), _run(folder, arch, config), _files(folder)]
+    parts = [_head(arch, config, info, task), _results(verification, task), _run(folder, arch, config), _files(folder)]
     (folder / "README.md").write_text("\n\n".join([*parts, _origin(config, info)]) + "\n", encoding="utf-8")
 
 
-def _head(arch: str, config: dict, info: Mapping[str, Any]) -> str:
+def _head(arch: str, config: dict, info: Mapping[str, Any], task: Task) -> str:
     size = "x".join(str(side) for side in config["pretrained_cfg"]["input_size"])
     changes = config["okdc"].get("changes")
     library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not changes else ""
     changed = f" Its first layers are not the architecture's: {stem.described(changes)}." if changes else ""
     return (
         f"---\n{yaml.safe_dump({'license': info.get('licence') or 'other'})}{library}"
-        f"pipeline_tag: image-classification\ntags:\n- image-classification\n- okdc\n---\n\n"
+        f"pipeline_tag: {task.hub}\ntags:\n- {task.hub}\n- okdc\n---\n\n"
         f"# {info.get('title') or portable(arch)}\n\n"
         f"{portable(arch)}, {config['num_classes']} classes, input {size}, trained and exported by "
         f"okdc {config['okdc']['version']}.{changed}"
     )
 
 
-def _results(verification: Verification) -> str:
+def _results(verification: Verification, task: Task) -> str:
     rows = verification["rows"]
     batches = sorted({entry["batch"] for row in rows for entry in row["latency"]})
-    head = ["runner", "file", "MB", "top-1 %", "top-5 %", "agrees with torch %", "rel. difference"]
+    head = [
+        "runner",
+        "file",
+        "MB",
+        *(f"{task.metrics[name].word} %" for name in task.scores),
+        "agrees with torch %",
+        "rel. difference",
+    ]
     head += [f"ms at batch {batch} (p50)" for batch in batches] + ["verdict"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        shares = (_number(share, "{:.2f}") for share in (row["top1"], row["top5"], row["agreement"]))
+        shares = (_number(score(row, name), "{:.2f}") for name in (*task.scores, "agreement"))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
         verdict = _verdict(row, verification["verdict"] != "fail")

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from okdc.verification.schema import Row, Verification
+from okdc.tasks.task import Task
+from okdc.verification.schema import Row, Verification, score
 
 
-def say_collapse(rows: Sequence[Row], here: int, recorded: Verification, classes: int) -> None:
-    """Say in the first float32 row with a top-1 where that is lower than the recorded one by more than chance allows.
+def say_collapse(rows: Sequence[Row], here: int, recorded: Verification, classes: int, task: Task) -> None:
+    """Say in the first float32 row where its metric is lower than the recorded one by more than chance allows.
 
     That is three standard deviations of the difference of two samples of one share: the images `here`, and those of the
     export. Of an export that took the first images, class by class, as many are counted as there are `classes`.
     """
-    row, before = _scored(rows), _scored(recorded["rows"])
-    if row is None or before is None or row["top1"] is None or before["top1"] is None:
+    row, now = _scored(rows, task.metric)
+    _, before = _scored(recorded["rows"], task.metric)
+    if row is None or now is None or before is None:
         return
-    lost = before["top1"] - row["top1"]
+    lost = before - now
     then = recorded["images"] if is_fair(recorded) else min(recorded["images"], classes)
-    share = (row["top1"] * here + before["top1"] * then) / (here + then) / 100
+    share = (now * here + before * then) / (here + then) / 100
     allowed = 300 * math.sqrt(share * (1 - share) * (1 / here + 1 / then))
     if lost > allowed + 1e-9:
         told = (
-            f"its top-1 is {row['top1']:.2f}% on these {here:,} images and was {before['top1']:.2f}% on the "
+            f"its {task.word} is {now:.2f}% on these {here:,} images and was {before:.2f}% on the "
             f"{recorded['images']:,} of the export, {lost:.3g} points lower where chance explains {allowed:.3g}: these "
             "are harder, labelled otherwise or prepared in another way, and how good the student is here was not shown"
         )
@@ -35,5 +37,7 @@ def is_fair(recorded: Verification) -> bool:
     return bool(recorded.get("sample")) or recorded["images"] >= recorded["data"].get("images", 0)
 
 
-def _scored(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row.get("precision") == "fp32" and row["top1"] is not None), None)
+def _scored(rows: Sequence[Row], metric: str) -> tuple[Row | None, float | None]:
+    """The first float32 row that has the metric, and that."""
+    measured = ((row, score(row, metric)) for row in rows if row.get("precision") == "fp32")
+    return next(((row, figure) for row, figure in measured if figure is not None), (None, None))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from okdc import tasks
 from okdc.deploy import bundle, pipelines, runtimes, statement, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
@@ -27,10 +28,11 @@ from okdc.errors import ExportError, GateError, OkdcError
 from okdc.networks.saved import CONFIG
 from okdc.recipe import ExportSettings
 from okdc.system.wording import without_paths
+from okdc.tasks.task import Task
 from okdc.verification import Gates, compare, failed_row, take
 from okdc.verification import torch_runner as run_torch
 from okdc.verification.gates import fail, for_cpu, is_variant
-from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification
+from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification, score
 
 _A_FEW = 8  # training images, for the range of the activations
 _TO_TRAIN = 1024  # further ones, where a file is finetuned
@@ -57,15 +59,17 @@ def export_bundle(
     preprocess: Mapping[str, Any] | None = None,
     classes: Sequence[str] | None = None,
     device: str | None = None,
+    task: Task | None = None,
 ) -> Verification:
     """Write the bundle of a student to `folder` and verify it; returns the verification.
 
-    preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics; its
-    metrics["top1"] is held against what torch reaches here. device: that of the student when not given. What was asked
-    for and is not available on this machine is in "skipped". Raises UnfitError, with the bundle in
-    `failed_folder(folder)`, when something is not fit to ship, and ExportError when the folder is not a bundle's.
+    preprocess, classes: needed where there is no data to ask. info: title, command, recipe, metrics, of which that of
+    the task (classification when not given) is held against what torch reaches here. device: that of the student when
+    not given. What was asked for and is not available on this machine is in "skipped". Raises UnfitError, with the
+    bundle in `failed_folder(folder)`, when something is not fit to ship, and ExportError when the folder is not a
+    bundle's.
     """
-    info = {"licence": settings.license} | dict(info or {})
+    task, info = task or tasks.get(), {"licence": settings.license} | dict(info or {})
     preprocess = dict(preprocess or getattr(data, "preprocess", None) or {})
     classes = tuple(classes if classes is not None else getattr(data, "classes", ()))
     device = device or _device(student)
@@ -73,24 +77,24 @@ def export_bundle(
     bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
     bundle.refuse_foreign(failed)
-    _check_student(student, preprocess, classes)
+    _check_student(student, preprocess, classes, task)
     lacking = runtimes.not_installed(settings)  # and a name that is none's, before anything is written
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        skipped = _write_student(part, student, arch, model_args, classes, preprocess)
+        skipped = _write_student(part, student, arch, model_args, classes, preprocess, task)
         data = take(data, settings.images)
         calibration, drawn, without = _draw(data, settings)
         exported, unavailable, notes = write(
-            part, student, arch, settings, classes, preprocess, info, calibration, without, device
+            part, student, arch, settings, classes, preprocess, info, calibration, without, device, task
         )
         if unavailable and not exported and (folder / CONFIG).is_file():
             reasons = "; ".join(f"{each['target']}: {each['reason']}" for each in unavailable)
             raise ExportError(f"no file that was asked for can be written here: {reasons}. {folder} is left as it was.")
         files, raw = pipelines.split(part, exported)
-        top1 = info.get("metrics", {}).get("top1")
+        reached = info.get("metrics", {}).get(task.metric)
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
             student,
@@ -100,12 +104,13 @@ def export_bundle(
             device=device,
             batch_sizes=settings.batch_sizes,
             threads=settings.threads,
-            gates=Gates(settings.max_drop, settings.min_agreement, top1, known_from),
+            gates=Gates(settings.max_drop, settings.min_agreement, reached, known_from),
             pipelines=raw,
             golden=bundle.read_golden(part),
             alone=_alone(part),
+            task=task,
         )
-        _add_failure(verification, "labels.txt", _wrong_labels(classes, data))
+        _add_failure(verification, "labels.txt", _wrong_labels(classes, data), task)
         untried = [*verification["skipped"], *pipelines.unchecked(part, raw, verification)]
         skipped = [*unavailable, *skipped, *lacking, *untried]
         verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
@@ -113,7 +118,7 @@ def export_bundle(
         if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
             leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
         runtimes.add_programs(part, settings)
-        _finish(part, arch, verification, info)
+        _finish(part, arch, verification, info, task)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -127,13 +132,14 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     """Verify an existing bundle again, on this machine and these data; nothing in the bundle is changed.
 
     The reference is torch with model.safetensors where timm or torchvision build the network, else stored logits.
-    Other images than the export's may be harder: where top-1 collapsed on them, its row says so, and may pass.
+    Other images than the export's may be harder: where its metric collapsed on them, its row says so, and may pass.
     Raises GateError if files changed since the export; a verdict "fail" is returned (`failures` words it).
     """
     problems = bundle.check_sums(folder)
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
     facts = read(folder)
+    task: Task = facts["task"]
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
     exported, skipped = existing(folder)
@@ -144,7 +150,11 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         recorded["data"].get(key) == here[key]  # type: ignore[literal-required]
         for key in ("name", "images")
     )
-    known = next((row["top1"] for row in recorded["rows"] if row["name"] == "torch"), None) if same_data else None
+    known = (
+        next((score(row, task.metric) for row in recorded["rows"] if row["name"] == "torch"), None)
+        if same_data
+        else None
+    )
     verification = compare(
         student,
         files | others,
@@ -158,13 +168,14 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
         pipelines=raw,
         golden=bundle.read_golden(folder),
         alone=_alone(folder),
+        task=task,
     )
     if not same_data:
-        say_collapse(verification["rows"], verification["images"], recorded, len(facts["classes"]))
+        say_collapse(verification["rows"], verification["images"], recorded, len(facts["classes"]), task)
     odd, (wrong, other) = statement.contradictions(folder), statement.odd_programs(folder)
-    _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data))
+    _add_failure(verification, "labels.txt", odd.pop("labels.txt", None) or _wrong_labels(facts["classes"], data), task)
     for file, reason in (odd | wrong).items():
-        _add_failure(verification, file, reason)
+        _add_failure(verification, file, reason, task)
     # What stops nothing: providers, and in runtimes all but what was asked there, whether float32 files run.
     told = {name for name, each in others.items() if each.device or each.precision != "fp32"}
     if not all(row["pass"] for row in verification["rows"] if row["name"] not in told):
@@ -180,10 +191,13 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
+    """What a bundle says of itself: architecture, classes (tuple), preprocess, task; ExportError if it is none."""
     config = bundle.read_config(folder)
     preprocess = statement.read_preprocess(folder)
-    return {"architecture": config["architecture"], "classes": statement.read_labels(folder), "preprocess": preprocess}
+    return {
+        "architecture": config["architecture"], "classes": statement.read_labels(folder), "preprocess": preprocess,
+        "task": tasks.of(config.get("okdc", {})),
+    }  # fmt: skip
 
 
 def failed_folder(folder: Path) -> Path:
@@ -197,24 +211,30 @@ def failures(verification: Verification) -> str:
     return f"{len(bad)} of {len(verification['rows'])} checks failed, so this is not fit to ship. {' '.join(bad)}"
 
 
-def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Raise ExportError unless the student gives one logit per class for an image of the stated size."""
+def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: Sequence[str], task: Task) -> None:
+    """Raise ExportError unless the student gives one output per class for an image of the stated size."""
     if "input_size" not in preprocess:
         raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
     size = tuple(preprocess["input_size"])
     with torch.inference_mode():
         shape = tuple(run_torch(student)(np.zeros((2, *size), dtype=np.float32)).shape)
-    if shape != (2, len(classes)):
+    if shape[:2] != (2, len(classes)) or len(shape) != task.dims:
         raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
 
 
 def _write_student(
-    part: Path, student: nn.Module, arch: str, model_args: dict | None, classes: Sequence[str], preprocess: dict
+    part: Path,
+    student: nn.Module,
+    arch: str,
+    model_args: dict | None,
+    classes: Sequence[str],
+    preprocess: dict,
+    task: Task,
 ) -> list[Skipped]:
     """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
-    bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args)
+    bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args, task.facts())
     statement.write_preprocess(part, preprocess)
     statement.write_labels(part / statement.LABELS, classes)
     reason = bundle.settle_loader(part)
@@ -240,13 +260,13 @@ def _alone(folder: Path) -> tuple[str, Path] | None:
     return (torch_runner.__name__, folder) if bundle.can_load(folder) else None
 
 
-def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any]) -> None:
+def _finish(part: Path, arch: str, verification: Verification, info: Mapping[str, Any], task: Task) -> None:
     """verification.json, what is recommended in config.json, the model card, and the check sums over everything."""
     verification["environment"] = environment(verification["device"])
     bundle.recommend(part, for_cpu(verification["rows"], {target.row for target in known().values() if target.predict}))
     statement.note_programs(part)
     bundle.write_json(part / "verification.json", verification)
-    write_card(part, arch, bundle.read_config(part), verification, info)
+    write_card(part, arch, bundle.read_config(part), verification, info, task)
     bundle.write_sums(part)
 
 
@@ -257,13 +277,13 @@ def _data_facts(data: Any | None) -> DataFacts:
     return {"name": without_paths(str(data.name)), "images": data.sizes[1], "unreadable": lost}
 
 
-def _add_failure(verification: Verification, file: str, reason: str | None) -> None:
+def _add_failure(verification: Verification, file: str, reason: str | None, task: Task) -> None:
     """Its row fails for a file in which `reason` is wrong, if anything is; a new one where it has none."""
     if reason is None:
         return
     row = next((row for row in verification["rows"] if row["name"] == file), None)
     if row is None:
-        verification["rows"].append(failed_row(file, reason))
+        verification["rows"].append(failed_row(file, reason, task))
     else:
         fail(row, reason)
     verification["verdict"] = "fail"

@@ -17,6 +17,7 @@ from okdc.deploy.targets import Target
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
 from okdc.system.wording import all_lines, one_line, without_paths
+from okdc.tasks.task import Task
 from okdc.verification import Exported, Gates
 from okdc.verification.schema import Skipped
 
@@ -35,6 +36,7 @@ def write(
     calibration: np.ndarray | None,
     without: str,
     device: str,
+    task: Task,
 ) -> tuple[dict[str, Exported], list[Skipped], dict[str, Any]]:
     """Every file that is asked for, in `part`: the files by their rows, what is not available, each writer's notes.
 
@@ -43,7 +45,7 @@ def write(
     """
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     metadata = bundle.metadata(arch, classes, preprocess, info)
-    offered = _offered(settings, preprocess, metadata, calibration, largest, device)
+    offered = _offered(settings, preprocess, metadata, calibration, largest, device, task)
     example = torch.zeros(2, *preprocess["input_size"])
     exported: dict[str, Exported] = {}
     reasons: dict[str, str] = {}
@@ -116,6 +118,7 @@ def _offered(
     calibration: np.ndarray | None,
     largest: int,
     device: str,
+    task: Task,
 ) -> dict[str, Any]:
     """What a writer may take by keyword, beside the files of other targets. largest: number of images in a batch."""
     count = settings.calibration_images
@@ -128,6 +131,8 @@ def _offered(
         "device": device,
         "calibration": None if calibration is None else calibration[:count],
         "finetuning": None if calibration is None else calibration[count:],
+        "same": task.tally().same,
+        "activation": task.activation,
         "enough": min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2),
     }
 

@@ -3,7 +3,7 @@
 It runs the pipeline's own parts.
 
 Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `methods`, `needs`, `networks`, `okdc`, `pipeline`, `recipe`,
-`system`, `training`, `verification`.
+`system`, `tasks`, `training`, `verification`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from okdc import deploy, networks, pipeline
+from okdc import deploy, networks, pipeline, tasks
 from okdc.data import wrap
 from okdc.deploy import bundle, runtimes, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
@@ -27,8 +27,6 @@ from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
 from okdc.verification.alone import measure_alone
 from okdc.verification.schema import Row, Verification
-
-COLUMNS = ("format", "status", "MB", "top-1 %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy")
 
 _CALIBRATION = 16  # images
 _BUILDING = ("img_size", "in_chans", "num_classes", "model_kwargs")  # settings of a network that is built here
@@ -60,10 +58,13 @@ def benchmark(source: str | Path, *, device: str = "auto", compiled: bool = True
         export = override(Recipe(), settings).export
         rows = _torch(folder, verification, export, compiled)
         untimed = {"torch", "predict.py", *(target.row for target in targets.known().values() if target.raw)}
-        rows += [_row(each) for each in verification["rows"] if each["name"] not in untimed]
+        rows += [
+            _row(each, tasks.of(verification).metric) for each in verification["rows"] if each["name"] not in untimed
+        ]
         absent = _missing(folder) | reasons | _skipped(verification)
-        rows += [_absent(name, reason) for name, reason in absent.items()]
+        rows += [_absent(name, reason, tasks.of(verification).metric) for name, reason in absent.items()]
     facts = {key: verification[key] for key in ("device", "threads", "images", "environment")}
+    facts |= {"task": verification["task"]} if "task" in verification else {}
     return {"schema_version": 1, "source": without_paths(str(source)), **facts, "rows": rows}
 
 
@@ -82,11 +83,17 @@ def write(report: dict[str, Any], path: Path) -> None:
     path.write_text(texts[path.suffix](report), encoding="utf-8")
 
 
+def columns(report: dict[str, Any]) -> tuple[str, ...]:
+    """What stands above the `lines`."""
+    word = tasks.of(report).word
+    return "format", "status", "MB", f"{word} %", "batch", "ms p50", "ms p95", "CPU ms", "images/s", "busy"
+
+
 def lines(report: dict[str, Any]) -> list[list[str]]:
-    """The report as cells under COLUMNS: a line for every format and batch size."""
-    table = []
+    """The report as cells under `columns`: a line for every format and batch size."""
+    table, metric = [], tasks.of(report).metric
     for row in report["rows"]:
-        head = [row["format"], row["status"], _number(row["mb"], ".1f"), _number(row["top1"], ".2f")]
+        head = [row["format"], row["status"], _number(row["mb"], ".1f"), _number(row[metric], ".2f")]
         for each in row["latency"] or [{}]:
             busy = {True: "yes", False: "no"}.get(each.get("contended"), "")
             times = [_number(each.get(key), ".2f") for key in ("p50_ms", "p95_ms", "cpu_ms")]
@@ -136,10 +143,10 @@ def _write(recipe: Recipe, scratch: Path) -> tuple[Path, dict[str, str]]:
 
 def _torch(folder: Path, verification: Verification, settings: ExportSettings, compiled: bool) -> list[dict[str, Any]]:
     """The rows of torch, eager and compiled."""
-    found = [row for row in verification["rows"] if row["name"] == "torch"]
+    found, metric = [row for row in verification["rows"] if row["name"] == "torch"], tasks.of(verification).metric
     if not found:
-        return [_absent("torch eager", "neither timm nor torchvision can build this network from the bundle")]
-    eager = _row(found[0]) | {"format": "torch eager"}
+        return [_absent("torch eager", "neither timm nor torchvision can build this network from the bundle", metric)]
+    eager = _row(found[0], metric) | {"format": "torch eager"}
     if not compiled:
         return [eager]
     sizes, threads = settings.batch_sizes, verification["threads"]
@@ -150,7 +157,7 @@ def _torch(folder: Path, verification: Verification, settings: ExportSettings, c
             torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}
         )
     except RuntimeError as error:
-        return [eager, _absent("torch compiled", without_paths(str(error)))]
+        return [eager, _absent("torch compiled", without_paths(str(error)), metric)]
     return [eager, eager | {"format": "torch compiled", "latency": timed}]
 
 
@@ -183,14 +190,14 @@ def _missing(folder: Path) -> dict[str, str]:
     return {name: without_paths(reason) for name, reason in missing.items()}
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: Row, metric: str) -> dict[str, Any]:
     status = "; ".join(filter(None, ["ok", row["reason"]])) if row["pass"] else f"not fit: {row['reason']}"
-    measured = {"file": row["file"], "mb": row["mb"], "top1": row["top1"], "provider": row["provider"]}
+    measured = {"file": row["file"], "mb": row["mb"], metric: dict(row).get(metric), "provider": row["provider"]}
     return {"format": row["name"], "status": status, **measured, "latency": row["latency"]}
 
 
-def _absent(name: str, reason: str) -> dict[str, Any]:
-    nothing: dict[str, Any] = dict.fromkeys(("file", "mb", "top1", "provider"))
+def _absent(name: str, reason: str, metric: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = dict.fromkeys(("file", "mb", metric, "provider"))
     return {"format": name, "status": f"unavailable: {reason}", **nothing, "latency": []}
 
 
@@ -202,11 +209,11 @@ def _markdown(report: dict[str, Any]) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    table = [line(COLUMNS), line(["---"] * len(COLUMNS)), *map(line, lines(report))]
+    table = [line(columns(report)), line(["---"] * len(columns(report))), *map(line, lines(report))]
     return "\n".join([*table, "", title(report), ""])
 
 
 def _csv(report: dict[str, Any]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines(report)])
+    csv.writer(text, lineterminator="\n").writerows([columns(report), *lines(report)])
     return text.getvalue()

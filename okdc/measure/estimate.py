@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from okdc import methods, networks
+from okdc import methods, networks, tasks
 from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
@@ -79,7 +79,7 @@ def built(recipe: Recipe) -> tuple[Method, bool]:
     if recipe.train.grad_checkpointing:
         networks.checkpoint_gradients(target)
     input_size = networks.data_config(target, recipe.network)["input_size"]
-    classes = networks.check_input(target, input_size).shape[1]
+    classes = networks.check_input(target, input_size, tasks.get(recipe.network.task)).shape[1]
     like = replace(recipe.network, pretrained=False, checkpoint=None)
     teacher = networks.load(like, classes) if stands_in else None
     if named := recipe.cohort.teacher:
@@ -128,7 +128,7 @@ def batch_of(method: Method, needs: Needs, size: int = IMAGES) -> tuple[Tensor, 
     views = (len(method.cohort),) if needs.views else ()
     images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
     indices = torch.arange(size, device=first.device)
-    labels = indices // 2 % anatomy.num_classes
+    labels = method.task.made_up(indices // 2, anatomy.num_classes)
     return (images, labels, indices) if needs.indices else (images, labels)
 
 

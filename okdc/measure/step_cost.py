@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,14 +142,14 @@ class _Subjects:
         self.settings = replace(recipe.train, channels_last=channels_last)
         run = _run(self.settings)
         target, anatomy = method.cohort.extract(0), method.cohort.anatomy
-        plain = Cohort(target, torch.randn(2, *anatomy.input_size), anatomy=anatomy)
+        plain = Cohort(target, torch.randn(2, *anatomy.input_size), anatomy=anatomy, task=method.task)
         self.plain = build(methods.get("baseline")(plain), run)
         self.cohort = build(copy.deepcopy(method), run)
 
     def plain_step(self, settings: TrainSettings, batch: Batch) -> Step:
         """A training step as one would write it by hand."""
         machine, optimizer = Machine.of(settings), self.plain.optimizer
-        network = self.plain.method.cohort.target.train()
+        network, task = self.plain.method.cohort.target.train(), self.plain.method.task
         images, labels, *_ = machine.move(batch[0][0] if batch[0].dim() == 5 else batch[0], *batch[1:])
         if settings.torchcompile:
             network = torch.compile(network, mode=settings.torchcompile_mode)  # type: ignore[assignment]
@@ -158,7 +157,7 @@ class _Subjects:
         def step() -> None:
             with machine.autocast():
                 logits = network(images)
-            F.cross_entropy(logits.float(), labels).backward()
+            task.supervised(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -25,7 +25,6 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import on_one_grid
 
@@ -69,6 +68,7 @@ class Afd(Method):
 
     share = "none"
     taps = ("feature_map",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -95,8 +95,9 @@ class Afd(Method):
         parts, maps = {}, self.common_maps(out)
         for k, name in enumerate(self.cohort.names):
             # The ring: k - 1 is the teacher of k, and the last network that of the first.
-            parts[f"ce/{name}"] = cross_entropy(out.logits[k], labels)
-            parts[f"kd/{name}"] = self.kd_weight * kl(out.logits[k], out.logits[k - 1], self.temperature)
+            parts[f"ce/{name}"] = self.task.supervised(out.logits[k], labels)
+            distance = self.task.distance(out.logits[k], out.logits[k - 1], labels, self.temperature)
+            parts[f"kd/{name}"] = self.kd_weight * distance
         for k, name in enumerate(self.cohort.names):
             real, fake = self.critics[k](maps[k - 1].detach()), self.critics[k](maps[k].detach())
             parts[f"critic/{name}"] = (1 - real).square().mean() + fake.square().mean()

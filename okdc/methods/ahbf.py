@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, rampup
+from okdc.losses import rampup
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import on_one_grid
 
@@ -90,6 +90,7 @@ class Ahbf(Method):
     members = 4
     extra_blocks = 4
     taps = ("feature_map",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -124,13 +125,15 @@ class Ahbf(Method):
         self, branches: Sequence[Tensor], assistants: Sequence[Tensor], labels: Tensor
     ) -> dict[str, Tensor]:
         """Spec section 6 on logits (B, C) of the M branches and of the M assistants, of which the first is branch 0."""
-        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(self.cohort.names, branches, strict=True)}
-        parts |= {f"ce/assistant{i}": cross_entropy(t, labels) for i, t in enumerate(assistants) if i > 0}
+        parts = {
+            f"ce/{name}": self.task.supervised(z, labels) for name, z in zip(self.cohort.names, branches, strict=True)
+        }
+        parts |= {f"ce/assistant{i}": self.task.supervised(t, labels) for i, t in enumerate(assistants) if i > 0}
         ramp = rampup(self.epoch, self.epochs if self.rampup_epochs is None else self.rampup_epochs)
         from_assistant, from_branch = torch.zeros_like(ramp), torch.zeros_like(ramp)
         for now, following, branch in zip(assistants, assistants[1:], branches[1:]):
-            from_assistant = from_assistant + self._kd(now, following) + self._kd(branch, following)
-            from_branch = from_branch + self._kd(now, branch)
+            from_assistant = from_assistant + self._kd(now, following, labels) + self._kd(branch, following, labels)
+            from_branch = from_branch + self._kd(now, branch, labels)
         parts["kd/assistant"] = self.kd_weight * self.lambda_assistant * ramp * from_assistant
         parts["kd/branch"] = self.kd_weight * self.lambda_branch * ramp * from_branch
         return parts
@@ -151,8 +154,8 @@ class Ahbf(Method):
     def ensemble(self, out: CohortOutput) -> Tensor:
         return self.assistants(out)[-1]
 
-    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return kl(student, teacher, self.temperature, eps=self.eps, detach=self.detach_teacher)
+    def _kd(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.task.distance(student, teacher, labels, self.temperature, eps=self.eps, detach=self.detach_teacher)
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from okdc.cohort import CohortOutput
-from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 
 
@@ -22,6 +21,7 @@ class Baseline(Method):
     """Cross entropy of the target."""
 
     members = 1
+    tasks = ("classify", "multilabel")
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
-        return {"ce/target": cross_entropy(out.logits[0], labels)}
+        return {"ce/target": self.task.supervised(out.logits[0], labels)}

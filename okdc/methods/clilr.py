@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, soft_cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import ramp
 
@@ -35,6 +34,7 @@ class Clilr(Method):
 
     members = 4
     trunk_gradient = "mean"
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -63,13 +63,15 @@ class Clilr(Method):
         parts = {}
         for i, name in enumerate(self.cohort.names):
             consensus = torch.stack([z for j, z in enumerate(out.logits) if j != i]).mean(0)
-            parts[f"ce/{name}"] = hard * cross_entropy(out.logits[i], labels)
-            parts[f"soft/{name}"] = soft * self.soft(out.logits[i], consensus)
+            parts[f"ce/{name}"] = hard * self.task.supervised(out.logits[i], labels)
+            parts[f"soft/{name}"] = soft * self.soft(out.logits[i], consensus, labels)
         return parts
 
-    def soft(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def soft(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         """How far logits (B, C) are from their consensus, as the variant measures it."""
         if self.variant in ("half_kl", "ramped_kl"):
-            return kl(student, teacher, self.temperature, eps=self.eps, detach=self.detach_teacher)
+            return self.task.distance(
+                student, teacher, labels, self.temperature, eps=self.eps, detach=self.detach_teacher
+            )
         scale = self.temperature**2 if self.variant == "paper_t2" else 1.0
-        return scale * soft_cross_entropy(student, teacher, self.temperature, detach=self.detach_teacher)
+        return scale * self.task.soft(student, teacher, labels, self.temperature, detach=self.detach_teacher)

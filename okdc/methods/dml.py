@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 
 
@@ -32,6 +31,7 @@ class Dml(Method):
 
     members = 2
     share = "none"
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class Dml(Method):
         for i, name in enumerate(self.cohort.names):
             others = [z for j, z in enumerate(out.logits) if j != i]
             taught = others if self.target == "each" else [torch.stack(others).mean(0)]
-            mutual = torch.stack([self._kl(out.logits[i], z) for z in taught]).mean()
-            parts[f"ce/{name}"] = cross_entropy(out.logits[i], labels)
+            mutual = torch.stack([self._distance(out.logits[i], z, labels) for z in taught]).mean()
+            parts[f"ce/{name}"] = self.task.supervised(out.logits[i], labels)
             parts[f"kl/{name}"] = self.weight * mutual
         return parts
 
-    def _kl(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return kl(student, teacher, self.temperature, eps=self.eps, detach=self.detach_teacher)
+    def _distance(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.task.distance(student, teacher, labels, self.temperature, eps=self.eps, detach=self.detach_teacher)

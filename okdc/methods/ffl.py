@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import Ensemble, on_one_grid, ramp
 
@@ -53,6 +52,7 @@ class Ffl(Method):
     """Feature Fusion Learning: fused classifier and sub-networks teach each other; the target ships (FFL-S)."""
 
     taps = ("feature_map",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class Ffl(Method):
         """Labels teach all, the fused logits (B, C) teach the members, and the mean of the members teaches them."""
         names = self.cohort.names
         weight = self.kd_weight * ramp(self, self.rampup_epochs)
-        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, members, strict=True)}
-        parts["ce/fused"] = cross_entropy(fused, labels)
-        parts |= {f"kd/{name}": weight * self._kd(z, fused) for name, z in zip(names, members, strict=True)}
-        parts["kd/fused"] = weight * self._kd(fused, torch.stack(list(members)).mean(0))
+        parts = {f"ce/{name}": self.task.supervised(z, labels) for name, z in zip(names, members, strict=True)}
+        parts["ce/fused"] = self.task.supervised(fused, labels)
+        parts |= {f"kd/{name}": weight * self._kd(z, fused, labels) for name, z in zip(names, members, strict=True)}
+        parts["kd/fused"] = weight * self._kd(fused, torch.stack(list(members)).mean(0), labels)
         return parts
 
     def ensemble(self, out: CohortOutput) -> Tensor:
@@ -102,5 +102,5 @@ class Ffl(Method):
             {"params": fusion, "lr": lr, "weight_decay": self.fusion_weight_decay},
         ]
 
-    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return kl(student, teacher, self.temperature, eps=self.eps)
+    def _kd(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return self.task.distance(student, teacher, labels, self.temperature, eps=self.eps)

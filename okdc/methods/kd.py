@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from okdc.anatomy import inspect
 from okdc.cohort import Cohort, CohortOutput, Cost
-from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 
 
@@ -29,6 +28,7 @@ class Kd(Method):
 
     members = 1
     needs_teacher = True
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Kd(Method):
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         assert out.teacher is not None
         return {
-            "ce/target": self.ce_weight * cross_entropy(out.logits[0], labels),
-            "kd/target": self.kd_weight * kl(out.logits[0], out.teacher, self.temperature),
+            "ce/target": self.ce_weight * self.task.supervised(out.logits[0], labels),
+            "kd/target": self.kd_weight * self.task.distance(out.logits[0], out.teacher, labels, self.temperature),
         }
 
     def costs(self) -> tuple[Cost, ...]:

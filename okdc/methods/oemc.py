@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
-from okdc.losses import cross_entropy, feature_mse, kl
+from okdc.losses import feature_mse
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import on_one_grid
 
@@ -40,6 +40,7 @@ class Oemc(Method):
 
     members = 5
     taps = ("stages",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -76,10 +77,16 @@ class Oemc(Method):
         names = self.cohort.names
         soft = self.gamma if self.t_squared else self.gamma / self.temperature**2
         mean = self.ensemble(out)
-        parts = {f"ce/{name}": self.alpha * cross_entropy(z, labels) for name, z in zip(names, out.logits, strict=True)}
+        parts = {
+            f"ce/{name}": self.alpha * self.task.supervised(z, labels)
+            for name, z in zip(names, out.logits, strict=True)
+        }
         for name, fits in zip(names[1:], self.map_losses(out.stage_maps), strict=True):
             parts[f"map/{name}"] = self.beta * torch.stack(fits).sum()
-        parts |= {f"kd/{name}": soft * kl(z, mean, self.temperature) for name, z in zip(names, out.logits, strict=True)}
+        parts |= {
+            f"kd/{name}": soft * self.task.distance(z, mean, labels, self.temperature)
+            for name, z in zip(names, out.logits, strict=True)
+        }
         if self.reduce == "mean":
             terms = {"ce": len(names), "kd": len(names), "map": sum(map(len, out.stage_maps[1:]))}
             parts = {key: value / terms[key.partition("/")[0]] for key, value in parts.items()}

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.errors import RecipeError
-from okdc.losses import cross_entropy, kl, soft_cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import ramp
 
@@ -49,6 +48,7 @@ class Okddip(Method):
 
     members = 4
     taps = ("embedding",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -64,6 +64,8 @@ class Okddip(Method):
         eps: float = 1e-7,
     ) -> None:
         super().__init__(cohort)
+        if mix == "prob" and self.task.name != "classify":
+            raise RecipeError("okddip mix=prob mixes distributions over classes. Take mix=logits.")
         self.temperature = temperature
         self.alpha = alpha
         self.rampup_epochs = rampup_epochs
@@ -97,15 +99,15 @@ class Okddip(Method):
         weight = self.alpha * ramp(self, self.rampup_epochs)
         students = (leader, *peers.unbind(1))
         teachers = (leader_target, *targets.unbind(1))
-        parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(names, students, strict=True)}
+        parts = {f"ce/{name}": self.task.supervised(z, labels) for name, z in zip(names, students, strict=True)}
         for name, student, teacher in zip(names, students, teachers, strict=True):
-            parts[f"kd/{name}"] = weight * self._kd(student, teacher)
+            parts[f"kd/{name}"] = weight * self._kd(student, teacher, labels)
         return parts
 
-    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _kd(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         if self.loss == "ce":
-            return self.temperature**2 * soft_cross_entropy(student, teacher, self.temperature, detach=False)
-        return kl(student, teacher, self.temperature, eps=self.eps, detach=False)
+            return self.temperature**2 * self.task.soft(student, teacher, labels, self.temperature, detach=False)
+        return self.task.distance(student, teacher, labels, self.temperature, eps=self.eps, detach=False)
 
     def ensemble(self, out: CohortOutput) -> Tensor:
         return torch.stack(out.logits[1:]).mean(0)

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import ramp
 
@@ -42,6 +41,7 @@ class One(Method):
 
     members = 3
     taps = ("shared",)
+    tasks = ("classify", "multilabel")
 
     def __init__(
         self,
@@ -67,15 +67,16 @@ class One(Method):
     def ensemble_losses(self, branches: Sequence[Tensor], ensemble: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Spec section 6 on logits (B, C) of the M branches and of their ensemble."""
         weight = self.kd_weight * ramp(self, self.rampup_epochs)
-        parts = {"ce/ensemble": cross_entropy(ensemble, labels)}
+        parts = {"ce/ensemble": self.task.supervised(ensemble, labels)}
         for name, logits in zip(self.cohort.names, branches, strict=True):
-            parts[f"ce/{name}"] = cross_entropy(logits, labels)
-            distance = kl(logits, ensemble, self.temperature, eps=self.eps, detach=self.detach_teacher)
+            parts[f"ce/{name}"] = self.task.supervised(logits, labels)
+            distance = self.task.distance(
+                logits, ensemble, labels, self.temperature, eps=self.eps, detach=self.detach_teacher
+            )
             parts[f"kd/{name}"] = weight * distance
         return parts
 
     def ensemble(self, out: CohortOutput) -> Tensor:
         """Logits (B, C) of the members, weighted by the gate."""
         assert out.shared is not None
-        weights = self.gate(out.shared)
-        return sum(weights[:, i : i + 1] * logits for i, logits in enumerate(out.logits))  # type: ignore[return-value]
+        return self.task.blend(self.gate(out.shared), out.logits)

@@ -10,11 +10,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from okdc import tasks
 from okdc.anatomy.modes import keep_modes
 from okdc.errors import NetworkError, first_line
 from okdc.networks import from_torchvision
 from okdc.recipe import NetworkSettings
-from okdc.tasks.outputs import alone, described
+from okdc.tasks.shared.outputs import described
+from okdc.tasks.task import Task
 
 
 def data_config(
@@ -50,19 +52,23 @@ def data_config(
     return config
 
 
-def check_input(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """The logits, (1, classes), of one black image of `input_size` (C, H, W); raises NetworkError if there are none."""
+def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task | None = None) -> Tensor:
+    """The logits, (1, classes), or what else its task gives, of one black image of `input_size` (C, H, W).
+
+    Raises NetworkError if there are none.
+    """
     channels, height, width = input_size
+    task = task or tasks.get()
     _refuse_meta(network)
     logits = _try_input(network, input_size)
-    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == 1:
+    if isinstance(logits, Tensor) and task.is_output(logits) and len(logits) == 1:
         return logits
     if not isinstance(logits, Exception):
         one = isinstance(logits, Tensor)
         advice = "Does its forward drop the batch? .flatten(1) in place of .squeeze(), logits in place of logits[0]."
         raise NetworkError(
-            f"{name_of(network)} returns {described(logits)}{' for a batch of one image' * one}, expected one tensor "
-            f"of logits (batch, classes). {advice if one else alone(logits)}"
+            f"{name_of(network)} returns {described(logits)}{' for a batch of one image' * one}, expected "
+            f"{task.output}. {advice if one else task.advice(logits)}"
         )
     sizes = [side for side in (16, 32, 64, 96, 128, 224, 256, 299, 384) if side != height or side != width]
     takes = next((side for side in sizes if isinstance(_try_input(network, (channels, side, side)), Tensor)), None)

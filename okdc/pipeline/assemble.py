@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import deploy, networks
+from okdc import deploy, networks, tasks
 from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
@@ -22,6 +22,7 @@ from okdc.pipeline import saved_classes
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
 from okdc.recipe import STATED, NetworkSettings, Recipe, TrainSettings, runs_code
+from okdc.tasks.task import Task
 from okdc.training.machine import choose_device
 
 _KNOWN = ("timm", "torchvision", "okdc")  # packages whose networks have been exported
@@ -33,11 +34,14 @@ Prepared = tuple[nn.Module, tuple[int, int, int], Callable[[], Data]]
 
 
 def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -> tuple[nn.Module, Data]:
-    """The target with a classifier for the data's classes, and the data as the target takes them."""
+    """The target with an output for each of the data's classes, and the data as the target takes them."""
+    task = tasks.get(recipe.network.task)
     target, input_size, prepare = (
-        _own_loader(model, loader, validation, recipe) if loader is not None else _named_data(model, validation, recipe)
+        _own_loader(model, loader, validation, recipe, task)
+        if loader is not None
+        else _named_data(model, validation, recipe, task)
     )
-    outputs = networks.check_input(target, input_size).shape[1]
+    outputs = networks.check_input(target, input_size, task).shape[1]
     data = prepare()
     unknown = range(len(data.classes), outputs) if data.validation_images is None else range(0)
     if unknown and not _outputs(model, recipe):  # the classes were counted in the labels: some may not occur
@@ -58,7 +62,7 @@ def network_and_data(model: Any, loader: Any, validation: Any, recipe: Recipe) -
     return target, data
 
 
-def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Prepared:
+def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe, task: Task) -> Prepared:
     asked, _ = needs(recipe)
     if recipe.data.balanced_sampling:  # of a recipe: okdc.compress refuses it where it is typed
         raise DataError(
@@ -68,6 +72,7 @@ def _own_loader(model: Any, loader: Any, validation: Any, recipe: Recipe) -> Pre
     data = wrap(
         loader, validation, num_classes=_outputs(model, recipe), seed=recipe.train.seed, needs=asked, rank=rank(),
         world=world(), timeout=recipe.train.timeout, stated={name: getattr(recipe.data, name) for name in STATED},
+        task=task,
     )  # fmt: skip
     size, side = data.preprocess["input_size"], recipe.network.img_size
     if side and size[1:] != (side, side):
@@ -82,14 +87,14 @@ def _outputs(model: Any, recipe: Recipe) -> int | None:
     return recipe.network.num_classes or getattr(model, "num_classes", None)  # timm's networks say it
 
 
-def _named_data(model: Any, validation: Any, recipe: Recipe) -> Prepared:
+def _named_data(model: Any, validation: Any, recipe: Recipe, task: Task) -> Prepared:
     if validation is not None:
         raise DataError(
             "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
         )
     if recipe.data.dataset_download:  # by one process, and then it is there
-        first(lambda: open_source(recipe.data, recipe.train.seed) and None)
-    source = open_source(recipe.data, recipe.train.seed)
+        first(lambda: open_source(recipe.data, recipe.train.seed, task) and None)
+    source = open_source(recipe.data, recipe.train.seed, task)
     target = _target(model, recipe, source.classes)
     config = networks.data_config(
         target, recipe.network, mean=recipe.data.mean, std=recipe.data.std,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from okdc import methods, networks
+from okdc import methods, networks, tasks
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.data import Data
@@ -18,18 +18,19 @@ from okdc.methods import Method
 from okdc.needs import Needs
 from okdc.pipeline import teachers
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe
+from okdc.tasks.task import Task
 from okdc.training.machine import choose_device
 
 
 def load_teacher(recipe: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
     """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
-    name = recipe.cohort.teacher
+    name, task = recipe.cohort.teacher, tasks.get(recipe.network.task)
     if name is None:
         return None
-    network = teachers.load(name, data.preprocess["input_size"], len(data.classes), recipe.network.model)
+    network = teachers.load(name, data.preprocess["input_size"], len(data.classes), recipe.network.model, task)
     teachers.align(network, name, data.classes, data.preprocess["input_size"])
     if not proved:
-        teachers.check_accuracy(network, name, data, choose_device(recipe.train.device), recipe.train.timeout)
+        teachers.check_accuracy(network, name, data, choose_device(recipe.train.device), recipe.train.timeout, task)
     return network
 
 
@@ -48,7 +49,8 @@ def build_method(
     branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
     are those of the training images, where they are known.
     """
-    kind = methods.get(recipe.method["name"])
+    kind, task = methods.get(recipe.method["name"]), tasks.get(recipe.network.task)
+    refuse_task(recipe.method["name"], task)
     cohort, network = recipe.cohort, recipe.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
@@ -60,11 +62,11 @@ def build_method(
         given["train_labels"] = train_labels
     planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     apart = kind.members == 1 or bool(cohort.peers) or (cohort.share or kind.share) == "none"
-    anatomy = inspect(target, example, logits_only=apart and not kind.taps)
+    anatomy = inspect(target, example, logits_only=apart and not kind.taps, task=task)
     plan = kind.plan(
         anatomy, members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
-        peers=[_peer(name, network, input_size, classes).to(first.device) for name in cohort.peers],
+        peers=[_peer(name, network, input_size, classes, task).to(first.device) for name in cohort.peers],
         **{key: value for key, value in _settings(recipe).items() if key in planned},
     )  # fmt: skip
     maker = replace(network, pretrained=False, checkpoint=None)
@@ -75,13 +77,24 @@ def build_method(
     _refuse_ignored(cohort, plan)
     built = Cohort(
         target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient,
-        anatomy=anatomy,
+        anatomy=anatomy, task=task,
     )  # fmt: skip
     try:
         return kind(built, **given, **_settings(recipe)).to(first.device)
     except BaseException:
         built.strip()
         raise
+
+
+def refuse_task(name: str, task: Task) -> None:
+    """RecipeError for a method that does not serve the task."""
+    if task.name in methods.get(name).tasks:
+        return
+    others = ", ".join(each for each in methods.names() if task.name in methods.get(each).tasks)
+    raise RecipeError(
+        f"{name} is no method for --task {task.name}: its losses are made for {' and '.join(methods.get(name).tasks)}. "
+        f"Those for {task.name}: {others}."
+    )
 
 
 def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
@@ -131,12 +144,12 @@ def needs(recipe: Recipe) -> tuple[Needs, int]:
     return asked, members if asked.views else 1
 
 
-def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int) -> nn.Module:
+def _peer(name: str, network: NetworkSettings, input_size: tuple[int, ...], classes: int, task: Task) -> nn.Module:
     alike = NetworkSettings(
         model=name, in_chans=network.in_chans, img_size=network.img_size, small_input=network.small_input
     )
     peer = networks.load(alike, classes)
-    logits: Tensor = networks.check_input(peer, input_size)  # type: ignore[arg-type]
+    logits: Tensor = networks.check_input(peer, input_size, task)  # type: ignore[arg-type]
     if logits.shape[1] != classes:
         raise RecipeError(
             f"the peer {name} has {logits.shape[1]} outputs, the data {classes} classes: they must agree."

@@ -18,6 +18,7 @@ from okdc.data import Data
 from okdc.errors import OkdcError
 from okdc.methods import Method
 from okdc.recipe import ExportSettings
+from okdc.tasks.task import Task
 from okdc.training import checkpoint
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def export(
     settings: ExportSettings,
     folder: Path,
     info: dict[str, Any],
+    task: Task,
 ) -> list[dict[str, Any]]:
     """Write a bundle of each to `folder`/byproducts/NAME; what each is and how it did, as the report shows it.
 
@@ -62,29 +64,36 @@ def export(
         try:
             verification = deploy.export_bundle(
                 network, data, settings, folder / FOLDER / name, arch=_arch(network),
-                info={**info, "title": f"{info['title']} · {name}", "metrics": {}},
+                info={**info, "title": f"{info['title']} · {name}", "metrics": {}}, task=task,
             )  # fmt: skip
         except deploy.UnfitError as error:
             verification, row["reason"] = error.verification, str(error)
         except OkdcError as error:
             verification, row["reason"] = None, str(error)
-        rows.append(row | {"verdict": "fail", "top1": None, "latency": []} | _figures(verification))
+        rows.append(row | {"verdict": "fail", task.metric: None, "latency": []} | _figures(verification, task))
     nothing: dict[str, Any] = {"name": "none", "params": None, "flops": None, "verdict": "fail", "latency": []}
     return rows + ([nothing | {"reason": lost}] if lost else [])
 
 
-def student_row(name: str, network: nn.Module, data: Data, verification: Verification | None) -> dict[str, Any]:
+def student_row(
+    name: str, network: nn.Module, data: Data, verification: Verification | None, task: Task
+) -> dict[str, Any]:
     """The student's own row, to compare the by-products with."""
-    return {"name": name, **_size(network, data.preprocess["input_size"]), "reason": None, **_figures(verification)}
+    return {
+        "name": name,
+        **_size(network, data.preprocess["input_size"]),
+        "reason": None,
+        **_figures(verification, task),
+    }
 
 
-def _figures(verification: Verification | None) -> dict[str, Any]:
+def _figures(verification: Verification | None, task: Task) -> dict[str, Any]:
     if verification is None:
         return {}
     rows = {row["name"]: row for row in verification["rows"]}
     shipped = next((row for row in verification["rows"] if row["file"] and row["precision"] == "fp32"), rows["torch"])
     return {
-        "verdict": verification["verdict"], "top1": rows["torch"]["top1"], "mb": shipped["mb"],
+        "verdict": verification["verdict"], task.metric: dict(rows["torch"]).get(task.metric), "mb": shipped["mb"],
         "agreement": shipped["agreement"], "latency": shipped["latency"],
     }  # fmt: skip
 

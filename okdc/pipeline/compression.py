@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from okdc import deploy, losses, methods, report, training
+from okdc import deploy, losses, methods, report, tasks, training
 from okdc.data import Data
 from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
+from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, settling, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, STATED, DataSettings, Recipe, TrainSettings, flat_settings, load, override, resolve
 from okdc.system.randomness import own_randomness, seed_everything
+from okdc.tasks.task import Task
 from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
 from okdc.training.machine import Machine, choose_device
@@ -66,12 +67,17 @@ def compress(
                 assemble.refuse_unfit(target, data.preprocess["input_size"], resolved)
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
+            task = trained.task
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
-            metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
+            metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort), task)
+            metrics |= choice(resolved.train, state)
+            if leads and task.settles:
+                settling.settle(task, copy.deepcopy(target), data, Machine.of(resolved.train))
+                run_folder.note(folder, task.facts())
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
             data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
-        result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
+        result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further, task)
         if leads:
             _deliver(result, trained, state, lost, logs)
     data.leave_device()
@@ -100,9 +106,26 @@ def _resolved(
     if loader is not None:
         resolved = replace(resolved, data=_said_of_loader(resolved.data, recipe, settings))
     resolved = replace(resolved, train=launch.as_started(resolved.train))
-    name = resolved.method["name"]
+    name, task = resolved.method["name"], tasks.get(resolved.network.task)
+    assemble_cohort.refuse_task(name, task)
+    _refuse_settings(resolved, task)
+    resolved = replace(resolved, train=replace(resolved.train, eval_metric=tasks.metric(resolved)))
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)
     return resolved
+
+
+def _refuse_settings(recipe: Recipe, task: Task) -> None:
+    """RecipeError for settings that have no meaning for the task, and for a metric that it does not have."""
+    sections = recipe.to_dict()
+    for name, reason in task.unsupported.items():
+        section, field = flat_settings()[name]
+        if sections[section][name] not in (None, field.default):
+            raise RecipeError(f"--{name.replace('_', '-')} is not for --task {task.name}: {reason}.")
+    chosen = recipe.train.eval_metric
+    if chosen is not None and chosen not in task.metrics:
+        raise RecipeError(
+            f"--eval-metric {chosen}: --task {task.name} has no such metric; expected {' or '.join(task.metrics)}."
+        )
 
 
 def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, given: dict[str, Any]) -> DataSettings:
@@ -154,7 +177,7 @@ def _train(
         method = assemble_cohort.build_method(
             target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels
         )
-        student = _student_facts(recipe.network.model, named, data)
+        student = _student_facts(recipe.network.model, named, data, method.task.facts())
         if rank() == 0:
             print(_opening(method, data, recipe, folder), file=sys.stderr, flush=True)
         try:
@@ -171,7 +194,7 @@ def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainSt
     """The student's figures on the validation images, where others than those have picked its epoch."""
     if data.test is None:
         return {}
-    judged, state.confusion = judge(copy.deepcopy(target), data.test, Machine.of(settings))
+    judged, state.confusion = judge(copy.deepcopy(target), data.test, Machine.of(settings), state.method.task)
     return judged | {"holdout": state.best}
 
 
@@ -183,8 +206,8 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         if deploy.asked(formats):
             result.verification = result.bundle(formats)
             if (result.byproducts or lost) and formats.byproducts:
-                further = [byproducts.student_row(result.arch, result.student, data, result.verification)]
-                further += byproducts.export(result.byproducts, lost, data, formats, folder, result.info())
+                further = [byproducts.student_row(result.arch, result.student, data, result.verification, result.task)]
+                further += byproducts.export(result.byproducts, lost, data, formats, folder, result.info(), result.task)
     except deploy.UnfitError as error:
         result.verification = error.verification
         raise
@@ -212,6 +235,6 @@ def _device(recipe: Recipe) -> str:
     return f"{count} processes on {device.type}, {settings.images_per_step:,} images per step"
 
 
-def _student_facts(arch: str, rebuildable: bool, data: Data) -> dict[str, Any]:
+def _student_facts(arch: str, rebuildable: bool, data: Data, task: dict[str, Any]) -> dict[str, Any]:
     preprocess = {k: list(v) if isinstance(v, tuple) else v for k, v in data.preprocess.items()}
-    return {"arch": arch, "rebuildable": rebuildable, "classes": list(data.classes), "preprocess": preprocess}
+    return {"arch": arch, "rebuildable": rebuildable, "classes": list(data.classes), "preprocess": preprocess} | task

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from okdc import deploy, networks
+from okdc import deploy, networks, tasks
 from okdc.data import Data, agreed, complete, load, open_source
 from okdc.deploy import hub
 from okdc.errors import ExportError, NetworkError, refuse_address
@@ -18,6 +18,7 @@ from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, STATED, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
+from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -49,13 +50,14 @@ def export(
     found = found or _of_name(type(source).__name__ if is_object else str(source), settings)
     student = source if isinstance(source, nn.Module) else found.load(model)
     config = _preprocessing(found, student, {name: settings[name] for name in STATED if settings.get(name) is not None})
-    data = _images(found.recipe, config) if known or "data" in settings else None
+    data = _images(found.recipe, config, found.task) if known or "data" in settings else None
     folder = Path(output) if output else found.folder / "export"
     with run_folder.alone(folder.parent):
         verification = deploy.export_bundle(
             student, data, found.recipe.export, folder, arch=found.network.model,
             model_args=networks.arguments(found.network), info=found.info | {"command": command()},
             preprocess=config, classes=found.classes or (data.classes if data else _numbered(student, config)),
+            task=found.task,
         )  # fmt: skip
     if push_to_hub:
         print(f"Pushed to {hub.push(folder, push_to_hub)}", file=sys.stderr)
@@ -77,7 +79,7 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     if asked and "data" not in settings and (not has_recipe or recipe.data.data == LOADER):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(asked))
         raise ExportError(f"{flags} of which data? {folder} does not say it: --data DIR")
-    data = _images(recipe, facts["preprocess"]) if has_recipe or "data" in settings else None
+    data = _images(recipe, facts["preprocess"], facts["task"]) if has_recipe or "data" in settings else None
     return deploy.verify_bundle(folder, data, recipe.export, device=device)
 
 
@@ -92,6 +94,7 @@ class _Source:
     classes: tuple[str, ...] = ()
     preprocess: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    task: Task = field(default_factory=tasks.get)
 
     def load(self, typed: str | None) -> nn.Module:
         """The network with its weights; `typed` is the function that may run for it."""
@@ -120,7 +123,9 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
         "metrics": run_folder.read_metrics(folder) if same else {},
     }
     network = replace(recipe.network, model=known["arch"])
-    return _Source(str(folder), folder, recipe, network, tuple(known["classes"]), known["preprocess"], info)
+    return _Source(
+        str(folder), folder, recipe, network, tuple(known["classes"]), known["preprocess"], info, tasks.of(known)
+    )
 
 
 def _of_name(name: str, settings: dict[str, Any]) -> _Source:
@@ -137,7 +142,7 @@ def _of_name(name: str, settings: dict[str, Any]) -> _Source:
         in_chans=facts["preprocess"]["input_size"][0],
         model_kwargs={k: v for k, v in made_with.items() if k not in ("num_classes", "in_chans")},
     )
-    return _Source(name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"])
+    return _Source(name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"], task=facts["task"])
 
 
 def _preprocessing(found: _Source, student: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _preprocessing(found: _Source, student: nn.Module, given: dict[str, Any]) ->
     return agreed(known, given, f"{found.name} was trained with")
 
 
-def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:
+def _images(recipe: Recipe, config: dict[str, Any], task: Task) -> Data | None:
     """Validation images for a student that is already trained; None where they came from a loader, which is gone."""
     if recipe.data.data == LOADER:
         return None
@@ -163,7 +168,7 @@ def _images(recipe: Recipe, config: dict[str, Any]) -> Data | None:
         )
     # Training images are hardly read; photos are turned as they were when it learned, whatever is the default now.
     settings: DataSettings = replace(recipe.data, workers=0, resident="off", exif=config.get("exif", False))
-    source = open_source(settings, recipe.train.seed)
+    source = open_source(settings, recipe.train.seed, task)
     size = recipe.train.validation_batch_size or recipe.train.batch_size
     config = {**config, "input_size": tuple(config["input_size"])}
     return load(

@@ -13,11 +13,11 @@ import timm
 import torch
 
 import okdc
-from okdc import methods
+from okdc import methods, tasks
 from okdc.methods import Method
 from okdc.pipeline import run_folder
 from okdc.recipe import Recipe, TrainSettings
-from okdc.tasks import confusion
+from okdc.tasks.task import Task
 from okdc.training import TrainState
 from okdc.training.machine import choose_device
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from okdc.pipeline.result import Result
 
 
-def metrics_of(history: list[dict[str, Any]], best_epoch: int | None, members: int) -> dict[str, Any]:
+def metrics_of(
+    history: list[dict[str, Any]], best_epoch: int | None, members: int, task: Task | None = None
+) -> dict[str, Any]:
     """The student's figures at the epoch whose weights ship (the last one if none was kept), and of the whole run."""
-    best = history[-1 if best_epoch is None else best_epoch]
+    best, task = history[-1 if best_epoch is None else best_epoch], task or tasks.get()
     return {
-        "top1": _number(best.get("eval_top1")),
-        "top5": _number(best.get("eval_top5")),
-        "balanced": _number(best.get("eval_balanced")),
-        "ensemble_top1": _number(best.get("top1/ensemble")) if members > 1 else None,
+        **{name: _number(best.get(f"eval_{name}")) for name in task.metrics},
+        f"ensemble_{task.metric}": _number(best.get(f"{task.metric}/ensemble")) if members > 1 else None,
         "best_epoch": best["epoch"],
         "epochs": len(history),
         "train_loss": _number(history[-1].get("train_loss")),
@@ -53,7 +53,7 @@ def choice(settings: TrainSettings, state: TrainState) -> dict[str, Any]:
 
 def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any]:
     """Everything that the report shows, as plain values."""
-    cohort, recipe, counts = method.cohort, result.recipe, state.confusion
+    cohort, recipe = method.cohort, result.recipe
     shared = {id(p) for p in cohort.target.parameters()}
     members = [
         {
@@ -84,7 +84,7 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
             "image_counts": result.data.image_counts, "unreadable": result.data.unreadable,
         },
-        "confusion": None if counts is None else confusion.summary(counts, result.data.classes),
+        **result.task.detail(state.confusion, result.data.classes), "task": result.task.name,
         "history": state.history, "metrics": result.metrics, "verification": result.verification,
         "baseline": run_folder.find_baseline(result.path, recipe), "command": command(), "recipe": recipe.to_dict(),
         "environment": _environment(recipe), "okdc": okdc.__version__,

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from okdc import deploy, networks
+from okdc import deploy, networks, tasks
 from okdc.data import Data, state
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import STATED, ExportSettings, Recipe, override
+from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -30,6 +31,7 @@ class Result:
     recipe: Recipe
     arch: str
     byproducts: dict[str, nn.Module] = field(default_factory=dict)  # further networks of the same training, by name
+    task: Task = field(default_factory=tasks.get)
 
     def export(self, **settings: Any) -> Verification:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section.
@@ -46,7 +48,7 @@ class Result:
         """The same with settings that are whole, for whoever holds the run folder already."""
         return deploy.export_bundle(
             self.student, self.data, settings, self.path / "export", arch=self.arch,
-            model_args=networks.arguments(self.recipe.network), info=self.info(),
+            model_args=networks.arguments(self.recipe.network), info=self.info(), task=self.task,
         )  # fmt: skip
 
     def info(self) -> dict[str, Any]:

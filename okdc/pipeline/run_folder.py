@@ -134,6 +134,12 @@ def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack
     files.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def note(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to what is known of the student what was found out after its training."""
+    text = json.dumps((read_student(folder) or {}) | facts, indent=2, sort_keys=True) + "\n"
+    files.atomically(folder / STUDENT, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def _refuse_other_classes(folder: Path, recipe: Recipe, student: dict[str, Any]) -> None:
     """RunError where the data has other classes than the run that is continued, or the same in another order.
 

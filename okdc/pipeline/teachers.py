@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from okdc import networks
+from okdc import networks, tasks
 from okdc.data import Data
 from okdc.errors import NetworkError, RecipeError
 from okdc.networks import weights
@@ -18,6 +18,7 @@ from okdc.pipeline import class_names, saved_classes
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
 from okdc.system.waiting import limited
+from okdc.tasks.task import Task
 
 ENOUGH = 2000  # validation images to see whether a teacher knows anything
 
@@ -35,7 +36,9 @@ def check(cohort: CohortSettings, method: str, needed: bool) -> None:
         )
 
 
-def load(name: str, input_size: tuple[int, int, int], classes: int, model: str | None = None) -> nn.Module:
+def load(
+    name: str, input_size: tuple[int, int, int], classes: int, model: str | None = None, task: Task | None = None
+) -> nn.Module:
     """The network called `name`, with its own trained classifier; NetworkError unless that has `classes` outputs.
 
     `model` is what the user named as the target: a run whose network is that package.module:function may be a teacher.
@@ -49,7 +52,7 @@ def load(name: str, input_size: tuple[int, int, int], classes: int, model: str |
             f"--teacher {name}: no trained weights of that name can be had ({str(error).partition('. ')[0]}). Train it "
             f"first (okdc compress --method baseline --model {name}), then --teacher runs/NAME."
         ) from error
-    outputs = networks.check_input(network, input_size).shape[1]
+    outputs = networks.check_input(network, input_size, task).shape[1]
     if outputs != classes:
         raise NetworkError(
             f"the teacher {name} knows {outputs} classes and the network is to know {classes}. Train it on these "
@@ -88,33 +91,36 @@ def _say(name: str, told: str) -> None:
     print(f"Teacher {name}: {told}", file=sys.stderr, flush=True)
 
 
-def check_accuracy(teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float) -> None:
+def check_accuracy(
+    teacher: nn.Module, name: str, data: Data, device: torch.device, timeout: float, task: Task | None = None
+) -> None:
     """Say how the teacher does on the first validation images; NetworkError if that is no more than guessing.
 
     Classes in another order, or images prepared in another way, have no other sign than a student that learns nothing.
     DataError where a batch takes more than `timeout` seconds.
     """
-    right = seen = 0
+    task = task or tasks.get()
+    scorer = task.scorer(len(data.classes))
     batches = limited(
         data.validation or (), timeout, lambda count: f"while the teacher looked at validation batch {count + 1}"
     )
     teacher.eval().to(device)
     with own_randomness(), torch.no_grad():
         for images, labels in batches:
-            right += int((teacher(images.to(device)).argmax(1) == labels.to(device)).sum())
-            seen += len(labels)
-            if seen >= ENOUGH:
+            scorer.update(teacher(images.to(device)), labels.to(device))
+            if scorer.images >= ENOUGH:
                 break
-    if not seen:
+    if not scorer.images:
         return
-    share, chance = right / seen, 1 / len(data.classes)
-    if share <= chance + 2 * math.sqrt(chance * (1 - chance) / seen):
+    share, chance = scorer.value()[task.metric] / 100, task.guessing(scorer.counts())
+    if share <= chance + 2 * math.sqrt(chance * (1 - chance) / scorer.images):
         raise NetworkError(
-            f"the teacher {name} is right on {share:.1%} of {seen:,} validation images, and guessing would be on "
-            f"{chance:.1%}: it knows other classes, or the same in another order, or images prepared in another way. "
-            "Train it on these images first (okdc compress --method baseline --model NAME), then --teacher runs/NAME."
+            f"the teacher {name} is right on {share:.1%} of {scorer.images:,} validation images, and guessing would be "
+            f"on {chance:.1%}: it knows other classes, or the same in another order, or images prepared in another "
+            "way. Train it on these images first (okdc compress --method baseline --model NAME), then --teacher "
+            "runs/NAME."
         )
-    _say(name, f"top-1 {share:.2%} of {seen:,} validation images.")
+    _say(name, f"{task.word} {share:.2%} of {scorer.images:,} validation images.")
 
 
 def _settings(name: str, in_chans: int) -> NetworkSettings:

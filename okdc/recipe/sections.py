@@ -27,6 +27,9 @@ class NetworkSettings:
     )
     pretrained: bool = _setting(False, "start from the pre-trained weights of that name")
     checkpoint: str | None = _setting(None, "start from the weights in this file", "--initial-checkpoint")
+    task: str = _setting(
+        "classify", "what its outputs are: classify (one class for each image) or multilabel (several)"
+    )
     num_classes: int | None = _setting(None, "number of classes; found from the data when not given", at_least=1)
     img_size: int | None = _setting(
         None, "side of the square input image, pixels; the network's own when not given", at_least=1
@@ -196,9 +199,13 @@ class TrainSettings:
         None, "weights of classes in the cross-entropy with labels, and in no other loss: auto (rare ones count more), "
         "or a FILE of lines CLASS WEIGHT",
     )  # fmt: skip
-    eval_metric: str = _setting(
-        "top1", "the student's score that picks the epoch that ships; balanced is the mean of all classes' recalls",
-        choices=("top1", "balanced", "top5"),
+    pos_weight: str | None = _setting(
+        None, "multilabel: weights of labels that are there, in the loss with labels: auto (as many times as images "
+        "without outnumber those with it), or a FILE of lines CLASS WEIGHT",
+    )  # fmt: skip
+    eval_metric: str | None = _setting(
+        None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
+        "recalls); map or map_weighted of several labels; the first when not given",
     )  # fmt: skip
     patience: int | None = _setting(
         None, "stop when --eval-metric has not got better for this many epochs; the schedule still counts on --epochs",
@@ -251,8 +258,9 @@ class ExportSettings:
         256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
     )
     max_drop: float | None = _setting(
-        None, "how much top-1 a file may lose and still ship, points; 0.5, and 1.0 for int8, when not given", at_least=0
-    )
+        None, "how much top-1 (or the task's own metric) a file may lose and still ship, points; 0.5, and 1.0 for "
+        "int8, when not given", at_least=0,
+    )  # fmt: skip
     min_agreement: float | None = _setting(
         None, "how often a file must agree with torch to ship, %; 99.9, 99.5 for fp16, 97 for int8 when not given",
         at_least=0, at_most=100,

@@ -1,6 +1,6 @@
 """What a run did, for people: report.html, report.md and report.json, from plain values.
 
-Imports: `recipe`, `system`.
+Imports: `recipe`, `system`, `tasks`.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from okdc import tasks
 from okdc.recipe import LOADER
 from okdc.report import classes
 from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
 from okdc.report.rendering import HUES, plain, write_all
 from okdc.report.words import epoch, number, percent, signed
+from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -36,37 +38,39 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     facts = facts | {key: facts.get(key) or {} for key in PARTS}
     facts |= {key: facts.get(key) or [] for key in ("members", "history", "byproducts")}
     history, members, metrics = facts["history"], facts["members"], facts["metrics"]
-    top1, control = metrics.get("top1"), facts["baseline"].get("metrics") or {}
+    task = tasks.get(facts.get("task") or tasks.DEFAULT)
+    control = facts["baseline"].get("metrics") or {}
     best: dict[str, Any] = next((row for row in history if row.get("epoch") == metrics.get("best_epoch")), {})
     return facts | {
-        "headline": _headline(facts, control),
+        "task": task,
+        "headline": _headline(facts, control, task),
         "hues": HUES,
         "size": _size(facts["network"].get("input_size")),
-        "gain": _gain(top1, control.get("top1")),
-        "ensemble_gain": _gain(metrics.get("ensemble_top1"), top1),
+        "gain": _gain(metrics.get(task.metric), control.get(task.metric)),
+        "ensemble_gain": _gain(metrics.get(f"ensemble_{task.metric}"), metrics.get(task.metric)),
         "trained": facts.get("trained_params") or _trained(members),
         "costs": [_cost(members, "params"), _cost(members, "flops")],
-        "accuracy": _accuracy(facts),
-        "control": _control(facts, best) if facts["baseline"] else None,
+        "accuracy": _accuracy(facts, task),
+        "control": _control(facts, best, task) if facts["baseline"] else None,
         "losses": _losses(facts),
         "by_class": classes.view(facts.get("confusion")),
         "best": best,
         "milestones": [history[at] for at in spaced(len(history), 10)],
         "latency": _latency(facts.get("verification")),
-        "uses": _uses(folder, facts),
+        "uses": _uses(folder, facts, task),
         "recipe": yaml.safe_dump(facts.get("recipe") or {}, sort_keys=False, allow_unicode=True),
     }
 
 
-def _headline(facts: dict[str, Any], control: dict[str, Any]) -> str:
+def _headline(facts: dict[str, Any], control: dict[str, Any], task: Task) -> str:
     subject = f"{facts['network'].get('name') or 'network'} on {facts['data'].get('name') or 'data'}"
-    top1, before = number(facts["metrics"].get("top1")), number(control.get("top1"))
-    if top1 is None:
+    after, before = number(facts["metrics"].get(task.metric)), number(control.get(task.metric))
+    if after is None:
         return subject
-    text = f"{subject}: {percent(top1)} top-1 after stripping"
+    text = f"{subject}: {percent(after)} {task.word} after stripping"
     if before is None:
         return text
-    return f"{text}, {_gain(top1, before)} {'over' if top1 >= before else 'against'} the baseline"
+    return f"{text}, {_gain(after, before)} {'over' if after >= before else 'against'} the baseline"
 
 
 def _size(shape: Any) -> str | None:
@@ -104,17 +108,17 @@ def _series(run: dict[str, Any], key: str) -> Points:
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
-def _accuracy(facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Top-1 of the student, the ensemble, every branch and the control, by epoch."""
+def _accuracy(facts: dict[str, Any], task: Task) -> dict[str, Any] | None:
+    """The metric of the student, the ensemble, every branch and the control, by epoch."""
     names = [member.get("name") for member in facts["members"]]
-    lines = [("student", "student", _series(facts, "eval_top1"))]
+    lines = [("student", "student", _series(facts, f"eval_{task.metric}"))]
     if len(names) > 1:
-        lines += [("ensemble", "ensemble", _series(facts, "top1/ensemble"))]
+        lines += [("ensemble", "ensemble", _series(facts, f"{task.metric}/ensemble"))]
     for at, name in enumerate(names):
-        points = _series(facts, f"top1/{name}")
+        points = _series(facts, f"{task.metric}/{name}")
         if points != lines[0][2]:  # the target is the student, unless a moving average of it ships
             lines.append((str(name), _hue(at), points))
-    lines.append(("baseline", "baseline", _series(facts["baseline"], "eval_top1")))
+    lines.append(("baseline", "baseline", _series(facts["baseline"], f"eval_{task.metric}")))
     # the steep start of a long training would press what follows into one line
     late = [y for _, _, points in lines for _, y in points[len(points) // 5 if len(points) >= 10 else 0 :]]
     return line_chart(lines, 320, floor=min(late)) if late else None
@@ -138,15 +142,15 @@ def _losses(facts: dict[str, Any]) -> list[dict[str, Any]]:
     return [chart | {"title": kind} for kind, chart in charts if chart]
 
 
-def _control(facts: dict[str, Any], best: dict[str, Any]) -> dict[str, Any] | None:
+def _control(facts: dict[str, Any], best: dict[str, Any], task: Task) -> dict[str, Any] | None:
     """Dots on one axis: the control, the student, and who taught it, at the epoch that ships."""
-    before = number((facts["baseline"].get("metrics") or {}).get("top1"))
-    after = number(facts["metrics"].get("top1"))
+    before = number((facts["baseline"].get("metrics") or {}).get(task.metric))
+    after = number(facts["metrics"].get(task.metric))
     rows = [("baseline", "baseline", before), ("student", "student", after)]
     if len(facts["members"]) > 1:
-        rows.append(("ensemble", "ensemble", number(facts["metrics"].get("ensemble_top1"))))
+        rows.append(("ensemble", "ensemble", number(facts["metrics"].get(f"ensemble_{task.metric}"))))
     names = [str(member.get("name")) for member in facts["members"]]
-    rows += [(name, _hue(at), number(best.get(f"top1/{name}"))) for at, name in enumerate(names) if at]
+    rows += [(name, _hue(at), number(best.get(f"{task.metric}/{name}"))) for at, name in enumerate(names) if at]
     known = [value for _, _, value in rows if value is not None]
     if before is None or after is None:
         return None
@@ -180,14 +184,14 @@ def _latency(verification: Verification | None) -> dict[str, Any]:
     return {"groups": sorted(groups.items()), "card": card}
 
 
-def _uses(folder: Path, facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _uses(folder: Path, facts: dict[str, Any], task: Task) -> list[tuple[str, str]]:
     run, bundle = shlex.quote(folder.as_posix()), shlex.quote((folder / "export").as_posix())
     settings = (facts.get("recipe") or {}).get("data") or {}
     data = str(settings.get("data") or facts["data"].get("name") or "DATA")
     data = "DATA" if data == LOADER else shlex.quote(data)  # the user's own batches have no name to type
     predict = shlex.quote((folder / "export" / "predict.py").as_posix())
     uses = [
-        ("Classify an image; needs only numpy, pillow and onnxruntime", f"python {predict} IMAGE"),
+        (f"{task.use}; needs only numpy, pillow and onnxruntime", f"python {predict} IMAGE"),
         ("Measure accuracy, agreement and latency again, on this machine", f"okdc verify {bundle} --data {data}"),
         ("Build the TensorRT engine, on the machine that will run it", f"okdc export {run} --onnx --trt"),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,13 +59,13 @@ def fit(
     that timm does not know, SystemExit with 129, 130 or 143 after SIGHUP, Ctrl-C or SIGTERM, step finished and saved.
     TrainingError also when no data comes for `settings.timeout` seconds, saved too, or when a data worker dies.
     """
-    folder = Path(folder)
+    folder, settings = Path(folder), replace(settings, eval_metric=settings.eval_metric or method.task.metric)
     _refuse(method, data, settings)
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     loggers = loggers or Loggers((), folder, recipe)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
     advice = faster_data(recipe, getattr(data.train, "resident", False))
-    show = Display(settings.epochs, steps, settings.log_interval, advice, quiet=rank() > 0)
+    show = Display(settings.epochs, steps, settings.log_interval, advice, rank() > 0, method.task)
     in_float32 = fast_arithmetic(settings)
     with own_randomness(), in_float32, StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)
@@ -196,11 +197,12 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     """The line of the history for the epoch that has just been trained; timm's columns come first."""
     sums = state.sums
     losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
-    members = [f"top1/{name}" for name in (*state.method.cohort.names, "ensemble")]
+    task = state.method.task
+    members = [f"{task.metric}/{name}" for name in (*state.method.cohort.names, "ensemble")]
     return {
         "epoch": state.epoch,
         "train_loss": sum(losses.values()) if losses else math.nan,
-        **{name: metrics.get(name) for name in ("eval_loss", "eval_top1", "eval_top5", "eval_balanced")},
+        **{f"eval_{name}": metrics.get(f"eval_{name}") for name in ("loss", *task.metrics)},
         "lr": state.lr,
         **losses,
         **{name: metrics.get(name) for name in members},
@@ -213,8 +215,10 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
 
 
 def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run) -> None:
-    value = row[run.metric]
-    improved = value is None or state.best is None or value > state.best  # without validation the last is the best
+    task, value = state.method.task, row[run.metric]
+    metric = run.settings.eval_metric or task.metric
+    # Without validation the last is the best.
+    improved = value is None or state.best is None or task.better(metric, value, state.best)
     if improved:
         state.best, state.best_epoch, state.confusion = value, state.epoch, counts
     state.history.append(row)

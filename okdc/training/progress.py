@@ -17,8 +17,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from okdc import tasks
 from okdc.recipe import LOADER
 from okdc.system.files import atomically
+from okdc.tasks.task import Task
 
 Row = dict[str, Any]
 
@@ -29,7 +31,16 @@ LONG_WAIT = 10  # per cent of a step, spent waiting for data
 class Display:
     """Shows a run of `epochs` times `steps` on stderr, unless `quiet`; a context manager, for the terminal's sake."""
 
-    def __init__(self, epochs: int, steps: int, log_interval: int, advice: str = "", quiet: bool = False) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: int,
+        log_interval: int,
+        advice: str = "",
+        quiet: bool = False,
+        task: Task | None = None,
+    ) -> None:
+        self.goal = task or tasks.get()
         self.advice = advice  # for whoever waits for data for long; given once
         self.quiet = quiet
         self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
@@ -77,12 +88,13 @@ class Display:
 
     def epoch(self, row: Row) -> None:
         """An epoch is over; `row` is its line of the history."""
-        top1 = {name.removeprefix("top1/"): value for name, value in row.items() if name.startswith("top1/")}
-        self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
+        metric, of = self.goal.metric, f"{self.goal.metric}/"
+        members = {name.removeprefix(of): value for name, value in row.items() if name.startswith(of)}
+        self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in members.items() if value is not None)
         line = f"epoch {row['epoch'] + 1}/{self.epochs}: loss {row['train_loss']:.4f}"
-        if row["eval_top1"] is not None:
-            line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f}"
-            line += f" balanced {row['eval_balanced']:.3f} · top-1 of {self.accuracies}"
+        if row[f"eval_{metric}"] is not None:
+            each = [f"{each.short or each.word} {row[f'eval_{name}']:.3f}" for name, each in self.goal.metrics.items()]
+            line += f" · {' '.join(each)} · {self.goal.word} of {self.accuracies}"
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
         self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")
@@ -91,7 +103,7 @@ class Display:
             self.advice = ""
 
     def _render(self) -> Group:
-        accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
+        accuracies = f"{self.goal.word}: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
 
 

@@ -10,6 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from okdc import tasks
 from okdc.errors import RecipeError, RunError
 from okdc.ranks import world
 from okdc.recipe import TrainSettings
@@ -48,7 +49,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     best: float | None = None  # the student's best validation metric (`Run.metric`), per cent
     best_epoch: int | None = None
-    confusion: Tensor | None = None  # of that epoch: see `tasks.confusion`
+    confusion: Tensor | None = None  # what the task remembers of that epoch for the report: `Scorer.counts`
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
     between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
@@ -130,6 +131,7 @@ def _facts(state: TrainState, run: Run) -> dict[str, Any]:
     return {
         "network": run.arch,
         "method": run.recipe.get("method", {}).get("name") or type(state.method).__name__,
+        "task": state.method.task.name if state.method.task.name != tasks.DEFAULT else None,
         "optimizer": run.settings.opt,
         "model_ema": state.ema is not None,
         "freeze": sorted(run.settings.freeze) or None,
@@ -247,7 +249,7 @@ def _take_up(
 
 def _other_metric(state: TrainState, payload: dict[str, Any], run: Run) -> str:
     """Judge the best epoch so far, whose weights are kept, by the metric of now; in words where that is another one."""
-    before = payload["args"].get("train", {}).get("eval_metric", "top1")
+    before = payload["args"].get("train", {}).get("eval_metric") or state.method.task.metric
     if before == run.settings.eval_metric or state.best_epoch is None:
         return ""
     state.best = state.history[state.best_epoch].get(run.metric)

@@ -1,4 +1,4 @@
-"""Every exported file on the same images as torch: accuracy, agreement, differences of the logits, latency, a verdict.
+"""Every exported file on the same images as torch: scores, agreement, differences of the logits, latency, a verdict.
 
 Torch in fp32 is the reference. A row passes or fails with one sentence; what is measured is always reported.
 Shapes: B batch, C classes or channels, H, W pixels.
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from okdc import tasks
 from okdc.errors import DataError
 from okdc.system.wording import one_line, without_paths
-from okdc.tasks.tally import Tally
+from okdc.tasks.shared.tally import Tally
+from okdc.tasks.task import Task
 from okdc.verification import latency, sample
 from okdc.verification.alone import measure_alone
 from okdc.verification.gates import NO_WISHES, Gates, chance, fail, follow, judge, verdict, weigh
 from okdc.verification.runners import Exported, Pipeline, Run, logits_of, start, torch_runner
-from okdc.verification.schema import VERSION, Figures, Latency, Row, Verification
+from okdc.verification.schema import VERSION, Figures, Latency, Row, Verification, score
 
 TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
 ROUNDING = 1e-5  # the same, of one sum added up in another order
@@ -33,7 +35,7 @@ PIPELINE_TOLERANCE = 1e-2  # the same for a whole pipeline, whose decoding and r
 RANDOM_IMAGES = 64  # how many stand in for validation images that are not there
 PROBED_BATCHES = (1, 3, 32)  # run besides the batches of the data: proves that the batch size is free
 
-Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, H, W), labels (B,), B raw PIL images
+Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, H, W), labels (B, ...), B raw PIL images
 
 
 def compare(
@@ -50,6 +52,7 @@ def compare(
     pipelines: Mapping[str, Pipeline] | None = None,
     golden: tuple[np.ndarray, np.ndarray] | None = None,
     alone: tuple[str, Path] | None = None,
+    task: Task | None = None,
 ) -> Verification:
     """Run every exported file and the student on the same validation images, and judge them: a verification.
 
@@ -59,9 +62,11 @@ def compare(
     images: how many of the validation images, drawn as `sample` says; all when None.
     pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
     alone: a module that can run the student in a process of its own, so that torch too is timed there, and its file.
+    task: what the outputs are, by default classes.
     "skipped" holds the targets whose own device is not here, "environment" and "data" nothing: only the caller knows.
     """
-    session = _Session(student, targets, pipelines or {}, device)
+    task = task or tasks.get()
+    session = _Session(student, targets, pipelines or {}, device, task)
     labelled = data is not None and data.validation is not None
     data = sample.take(data, images)
     first = session.stream(_batches(data, input_size, raw=bool(pipelines)))
@@ -69,13 +74,13 @@ def compare(
     rows = session.rows(labelled, gates)
     if batch_sizes:
         session.time(rows, first, batch_sizes, threads, alone)
-    recommended = weigh(rows)
-    return {
+    recommended = weigh(rows, task)
+    found: Verification = {
         "schema_version": VERSION,
         "verdict": verdict(rows, labelled, [name for name, each in targets.items() if each.device or each.runtime]),
         "recommended": recommended,
         "images": session.count,
-        "sample": sample.described(data, session.labels),
+        "sample": sample.described(data, session.labels, task),
         "device": device,
         "threads": threads,
         "rows": rows,
@@ -83,14 +88,21 @@ def compare(
         "environment": {},
         "data": {"name": None, "images": 0, "unreadable": {}},
     }
+    return found if task.name == tasks.DEFAULT else found | {"task": task.name}
 
 
 class _Session:
     """The runners of one comparison, their tallies, and why some could not go on."""
 
     def __init__(
-        self, student: nn.Module | None, targets: Mapping[str, Exported], pipelines: Mapping[str, Pipeline], device: str
+        self,
+        student: nn.Module | None,
+        targets: Mapping[str, Exported],
+        pipelines: Mapping[str, Pipeline],
+        device: str,
+        task: Task,
     ) -> None:
+        self.task = task
         self.student, self.targets, self.pipelines, self.device = student, dict(targets), pipelines, device
         self.reference = torch_runner(student, device) if student is not None else None
         self.runners: dict[str, Run] = {}
@@ -98,9 +110,9 @@ class _Session:
         self.devices: dict[str, str] = {}
         self.layers: dict[str, dict[str, int]] = {}
         self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
-        self.tallies = {name: Tally() for name in ("torch", *targets, *pipelines)}
+        self.tallies = {name: task.tally() for name in ("torch", *targets, *pipelines)}
         self.count = 0
-        self.labels: list[int] = []
+        self.labels: list[Any] = []
         self.absent: dict[str, str] = {}
         for name, exported in targets.items():
             if name in self.problems:
@@ -177,7 +189,7 @@ class _Session:
     def rows(self, labelled: bool, gates: Gates) -> list[Row]:
         """One judged row for torch, each exported file and each pipeline that was run."""
         rows: list[Row] = []
-        expected = gates.expected_top1
+        expected, task = gates.expected, self.task
         gates = replace(gates, margin=chance(gates, self.labels))
         if self.student is not None:
             row = self._row("torch", None, _megabytes(self.student), labelled)
@@ -185,13 +197,13 @@ class _Session:
             # Wrong weights, labels or preprocessing show here, before they are blamed on a file. Three images more may
             # fall: when it was last measured, in training, it may have been in mixed precision.
             lenient = replace(gates, margin=gates.margin + 300 / self.count)
-            rows.append(judge(row, expected, lenient, TOLERANCE, known="when last measured it was"))
-            expected, gates = row["top1"], replace(gates, margin=0.0)
+            rows.append(judge(row, expected, lenient, TOLERANCE, task=task, known="when last measured it was"))
+            expected, gates = score(row, task.metric), replace(gates, margin=0.0)
         for name, exported in self.targets.items():
             row = self._row(name, exported.path.name, _size(exported.path), labelled)
             row["precision"], row["runtime"] = self._precision(name), exported.runtime
             tolerance = exported.tolerance or float(getattr(exported.module, "TOLERANCE", TOLERANCE))
-            row = judge(row, expected, gates, tolerance, labelled=labelled)
+            row = judge(row, expected, gates, tolerance, task=task, labelled=labelled)
             rows.append(follow(row, rows) if exported.runtime else row)
             made_for = getattr(exported.module, "MADE_FOR", None)
             if row["pass"] and made_for and made_for != torch.device(self.devices[name]).type:
@@ -205,7 +217,9 @@ class _Session:
                     ties = 100 * row["ties"] / max(self.tallies[name].images, 1)
                     drop, tolerance = ties if gates.max_drop is None else gates.max_drop, PIPELINE_TOLERANCE
                     least = 100.0 if gates.min_agreement is None else gates.min_agreement
-                rows.append(judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance))
+                rows.append(
+                    judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance, task=task)
+                )
         return rows
 
     def _precision(self, name: str) -> str:
@@ -215,7 +229,7 @@ class _Session:
 
     def _row(self, name: str, file: str | None, megabytes: float | None, labelled: bool) -> Row:
         tally = self.tallies[name]
-        row = _new_row(name, file, tally, labelled)
+        row = _new_row(name, file, tally, labelled, self.task)
         row |= {"mb": megabytes, "provider": self.providers.get(name), "layers": self.layers.get(name) or None}
         reason = self.problems.get(name) or (None if tally.finite else "it gives logits that are not finite")
         if reason:
@@ -270,23 +284,23 @@ def _batches(data: Any | None, input_size: Sequence[int], raw: bool) -> Iterator
         batch = np.ascontiguousarray(torch.as_tensor(images).detach().float().cpu().numpy())
         truth = torch.as_tensor(labels).cpu().numpy()
         pairs = list(itertools.islice(originals, len(batch))) if originals is not None else None
-        if pairs is not None and [int(label) for _, label in pairs] != truth.tolist():
+        if pairs is not None and [np.asarray(label).tolist() for _, label in pairs] != truth.tolist():
             raise DataError("validation_images does not give the images of validation in the same order.")
         yield batch, truth, [image for image, _ in pairs] if pairs is not None else None
 
 
-def failed_row(name: str, reason: str) -> Row:
+def failed_row(name: str, reason: str, task: Task) -> Row:
     """The row of a file that is wrong without having been run."""
-    row = _new_row(name, name, Tally(), labelled=False)
+    row = _new_row(name, name, task.tally(), False, task)
     fail(row, reason)
     return row
 
 
-def _new_row(name: str, file: str | None, tally: Tally, labelled: bool) -> Row:
+def _new_row(name: str, file: str | None, tally: Tally, labelled: bool, task: Task) -> Row:
     """A row with what was counted, that has not failed yet."""
     return {
         "name": name, "file": file, "mb": None, "provider": None, "runtime": None, "precision": None, "layers": None,
-        **cast(Figures, tally.row(labelled)),
+        **cast(Figures, tally.row(labelled, task.scores)),
         "latency": [], "pass": True, "worth_shipping": True, "reason": None,
     }  # fmt: skip
 

@@ -20,10 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from okdc.verification.schema import Recommended, Row
+from okdc import tasks
+from okdc.tasks.task import Task
+from okdc.verification.schema import Recommended, Row, score
 
-# Largest loss of top-1 (points), smallest agreement with torch (per cent), of each precision.
+# Largest loss of the task's metric (points), smallest agreement with torch (per cent), of each precision.
 DEFAULTS = {"fp32": (0.5, 99.9), "fp16": (0.5, 99.5), "bf16": (0.5, 99.5), "int8": (1.0, 97.0)}
 _PLAIN = "onnx"  # the row that the others are weighed against
 _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
@@ -33,18 +36,19 @@ _PAYS = 0.95  # of the time of float32 ONNX: less is lost in the noise
 class Gates:
     """What a row must reach; what is None is that of its precision in `DEFAULTS`.
 
-    max_drop: largest fall of top-1, points; min_agreement: with torch, %; expected_top1: known top-1 of torch, %;
-    known_from: how many images that was measured on; None: on these. margin: points that it may fall beside max_drop.
+    max_drop: largest fall of the task's metric, points; min_agreement: with torch, %; expected: what torch has of
+    it, %; known_from: how many images that was measured on; None: on these. margin: points that it may fall beside
+    max_drop.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
-    expected_top1: float | None = None
+    expected: float | None = None
     known_from: int | None = None
     margin: float = 0.0
 
     def drop(self, precision: str) -> float:
-        """The largest fall of top-1 for a file of this precision, points."""
+        """The largest fall of the metric for a file of this precision, points."""
         return DEFAULTS[precision][0] if self.max_drop is None else self.max_drop
 
     def agreement(self, precision: str) -> float:
@@ -55,11 +59,11 @@ class Gates:
 NO_WISHES = Gates()
 
 
-def chance(gates: Gates, labels: Sequence[int]) -> float:
-    """Points by which a top-1 that is known from other images may be off for these: three standard deviations."""
-    if gates.expected_top1 is None or gates.known_from in (None, len(labels)):
+def chance(gates: Gates, labels: Sequence[Any]) -> float:
+    """Points by which a share that is known from other images may be off for these: three standard deviations."""
+    if gates.expected is None or gates.known_from in (None, len(labels)):
         return 0.0
-    share = gates.expected_top1 / 100
+    share = gates.expected / 100
     return 300 * math.sqrt(share * (1 - share) / min(len(labels), gates.known_from))
 
 
@@ -75,15 +79,17 @@ def judge(
     gates: Gates,
     tolerance: float,
     *,
+    task: Task | None = None,
     labelled: bool = True,
     known: str = "with torch it is",
 ) -> Row:
-    """The row with its verdict: the first gate it fails is the reason. expected: the top-1 that it must keep, %.
+    """The row with its verdict: the first gate it fails is the reason. expected: the score that it must keep, %.
 
     On noise (not `labelled`) a variant may differ ten times as much, and nothing is asked of its predictions, of which
     the network itself is not sure.
     """
-    top1, agreement, rel = row["top1"], row["agreement"], row["rel"]
+    task = task or tasks.get()
+    figure, agreement, rel = score(row, task.metric), row["agreement"], row["rel"]
     precision = row["precision"] or "fp32"
     least, drop = gates.agreement(precision), gates.drop(precision) + gates.margin
     if row["layers"] and (precision not in row["layers"] or (precision == "fp32" and len(row["layers"]) > 1)):
@@ -94,8 +100,8 @@ def judge(
     if agreement is not None and agreement < least:
         rounded = math.floor(100 * agreement) / 100  # never up to what is asked for
         fail(row, f"it agrees with torch on {rounded:.2f}% of the images; at least {least:g}% must agree")
-    if top1 is not None and expected is not None and expected - top1 > drop + 1e-9:
-        fail(row, f"its top-1 is {top1:.2f}%, {known} {expected:.2f}%; {drop:.3g} points may be lost")
+    if figure is not None and expected is not None and expected - figure > drop + 1e-9:
+        fail(row, f"its {task.word} is {figure:.2f}%, {known} {expected:.2f}%; {drop:.3g} points may be lost")
     if rel is not None and not rel <= tolerance:  # also when it is not a number
         fail(row, f"its logits differ from torch's by {rel:.1e} of the largest; {tolerance:.0e} is allowed")
     return row
@@ -124,7 +130,7 @@ def verdict(rows: Sequence[Row], labelled: bool, further: Collection[str] = ()) 
     return "pass" if labelled else "parity_only"
 
 
-def weigh(rows: Sequence[Row]) -> Recommended | None:
+def weigh(rows: Sequence[Row], task: Task | None = None) -> Recommended | None:
     """Mark the variants that are not worth shipping for their speed; returns the recommended file, and why it is.
 
     None where no file passed. Without latencies, float32 ONNX is recommended, else the first file that passed.
@@ -139,7 +145,12 @@ def weigh(rows: Sequence[Row]) -> Recommended | None:
     best = _fastest([row for row in rows if row["precision"] and row["file"] and row["worth_shipping"]])
     if best is None or best["file"] is None:
         return None
-    return {"name": best["name"], "file": best["file"], "runtime": best["runtime"], "why": _why(best, rows)}
+    return {
+        "name": best["name"],
+        "file": best["file"],
+        "runtime": best["runtime"],
+        "why": _why(best, rows, task or tasks.get()),
+    }
 
 
 def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
@@ -183,13 +194,14 @@ def _time(row: Row) -> str:
     return f"{spent:.2f} ms{' of CPU time' if first['contended'] is not None else ''} at batch {first['batch']}"
 
 
-def _why(best: Row, rows: Sequence[Row]) -> str:
+def _why(best: Row, rows: Sequence[Row], task: Task) -> str:
     torch = next((row for row in rows if row["name"] == "torch"), None)
     spent, before = milliseconds(best), milliseconds(torch) if torch else None
     parts = [f"in {best['runtime']}"] if best["runtime"] else []
     parts.append(_time(best))
     if spent and before:
         parts.append(f"{before / spent:.1f} times as fast as torch")
-    if torch and torch["top1"] is not None and best["top1"] is not None:
-        parts.append(f"top-1 {best['top1']:.2f}% ({best['top1'] - torch['top1']:+.2f} points)")
+    figure, exact = score(best, task.metric), score(torch, task.metric) if torch else None
+    if figure is not None and exact is not None:
+        parts.append(f"{task.word} {figure:.2f}% ({figure - exact:+.2f} points)")
     return ", ".join(parts)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from okdc import tasks
+from okdc.tasks.task import Task
 from okdc.verification.schema import Sample
 
 SEED = 0
@@ -51,12 +53,12 @@ def places(images: int, labels: Tensor | None, count: int) -> list[int]:
     return order[:count].sort().values.tolist()
 
 
-def described(data: Any | None, labels: Sequence[int]) -> Sample | None:
+def described(data: Any | None, labels: Sequence[Any], task: Task | None = None) -> Sample | None:
     """What the sample was, by the labels of the images that it gave; None where all images were looked at."""
     if not isinstance(data, Sampled):
         return None
     classes = len(getattr(data, "classes", ()))
-    counts = torch.tensor(labels, dtype=torch.int64).bincount(minlength=classes)
+    counts = (task or tasks.get()).per_output(torch.tensor(labels), classes)
     least, most = int(counts.min()), int(counts.max())
     each = str(least) if least == most else f"{least} to {most}"
     told = f"{len(labels):,} of {data.images:,} images, {each} of each class, seed {SEED}"
@@ -66,7 +68,8 @@ def described(data: Any | None, labels: Sequence[int]) -> Sample | None:
 def _labels(validation: Any) -> Tensor | None:
     """The labels (images,) of all batches where they are known without decoding an image."""
     if isinstance(validation, (list, tuple)):
-        return torch.cat([torch.as_tensor(labels) for _, labels in validation])
+        labels = torch.cat([torch.as_tensor(labels) for _, labels in validation])
+        return labels if labels.ndim == 1 else None
     return getattr(validation, "labels", None)
 
 

@@ -33,11 +33,23 @@ class Difference(TypedDict):
     mean_abs: float
 
 
-class Figures(TypedDict):
-    """What a runner's logits are worth beside the labels and torch's logits; None: not measured."""
+class Scores(TypedDict, total=False):
+    """What a runner's outputs are worth beside the labels: those of its task alone; None: not measured."""
 
-    top1: float | None
+    top1: float | None  # classify
     top5: float | None
+    map: float | None  # multilabel: mean average precision
+
+
+def score(row: Figures | Row, name: str) -> float | None:
+    """A score of a row by its name; None where it was not measured."""
+    found: float | None = row.get(name)  # type: ignore[assignment]
+    return found
+
+
+class Figures(Scores):
+    """What a runner's outputs are worth beside the labels and torch's outputs; None: not measured."""
+
     agreement: float | None  # with torch
     ties: int  # disagreements that rounding explains, counted as agreement
     max_abs: float | None
@@ -116,7 +128,13 @@ class _OfExport(TypedDict, total=False):
     parameters: int  # of the student; after fusing: exports.onnx.parameters
 
 
-class Verification(_OfExport):
+class _OfTask(TypedDict, total=False):
+    """What a verification of another task than classification says beside what others do."""
+
+    task: str
+
+
+class Verification(_OfExport, _OfTask):
     """The whole file."""
 
     schema_version: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc.tasks import confusion
+from okdc.tasks.shared import confusion
 from okdc.training import checkpoint
 from tests.helpers.training import SETTINGS, Tiny, run, tiny_data
 from tests.report.test_report import pages, sample, without_spaces

@@ -22,7 +22,7 @@ from okdc.deploy import targets
 from okdc.errors import DataError
 from okdc.system import shipped
 from okdc.system.wording import without_paths
-from okdc.tasks.tally import Tally
+from okdc.tasks.shared.class_scores import ClassTally as Tally
 from okdc.verification import Exported
 from okdc.verification.alone import measure_alone
 from okdc.verification.comparison import Gates
@@ -244,7 +244,7 @@ def test_labels_shifted_by_one_fail_the_reference_itself(
     student: torch.nn.Module, exported: Exported, data: Images
 ) -> None:
     shifted = Images([(images, (labels + 1) % 4) for images, labels in data.validation or ()], None)
-    rows = compare(student, exported, shifted, gates=Gates(expected_top1=100.0))
+    rows = compare(student, exported, shifted, gates=Gates(expected=100.0))
     assert "when last measured it was 100.00%" in rows["torch"]["reason"]
     assert rows["onnx"]["pass"]  # it is as good as the reference; the reference is what is wrong
 
@@ -254,12 +254,12 @@ def test_without_the_network_the_known_outputs_and_the_known_accuracy_judge(
 ) -> None:
     inputs = np.random.default_rng(1).standard_normal((2, *SIZE), dtype=np.float32)
     golden = inputs, verification.torch_runner(student)(inputs)
-    good = compare(None, exported, data, golden=golden, gates=Gates(expected_top1=100.0, max_drop=5.0))
+    good = compare(None, exported, data, golden=golden, gates=Gates(expected=100.0, max_drop=5.0))
     assert good["verdict"] == "pass" and good["onnx"]["agreement"] is None and good["onnx"]["rel"] < 1e-5
     scaled = Exported(exported.path, target(tmp_path, "return run(x) * np.float32(1.01)"))
     assert "logits differ" in compare(None, scaled, data, golden=golden)["onnx"]["reason"]
     rolled = Exported(exported.path, target(tmp_path, "return run(x)[:, ::-1]"))
-    assert not compare(None, rolled, data, gates=Gates(expected_top1=100.0))["onnx"]["pass"]
+    assert not compare(None, rolled, data, gates=Gates(expected=100.0))["onnx"]["pass"]
 
 
 def test_a_file_for_a_device_that_is_not_here_is_skipped_with_the_reason(

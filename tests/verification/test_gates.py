@@ -60,11 +60,11 @@ def test_a_file_in_another_precision_than_it_is_sold_as_fails(precision: str, la
 
 def test_a_top1_known_from_other_images_may_be_off_by_chance() -> None:
     mixed = [0, 1, 2, 3] * 100
-    known = Gates(expected_top1=90.0, known_from=5000)
+    known = Gates(expected=90.0, known_from=5000)
     assert chance(known, mixed) == pytest.approx(300 * (0.9 * 0.1 / 400) ** 0.5)
     assert chance(known, sorted(mixed)) == chance(known, mixed)  # a sample has images of all classes, in any order
-    assert chance(Gates(expected_top1=90.0, known_from=100), mixed) == pytest.approx(2 * chance(known, mixed))
-    for exact in (Gates(expected_top1=90.0, known_from=400), Gates(expected_top1=90.0), NO_WISHES):
+    assert chance(Gates(expected=90.0, known_from=100), mixed) == pytest.approx(2 * chance(known, mixed))
+    for exact in (Gates(expected=90.0, known_from=400), Gates(expected=90.0), NO_WISHES):
         assert chance(exact, mixed) == 0
     assert judged("fp32", Gates(margin=4.5), top1=85.0) and not judged("fp32", Gates(margin=4.5), top1=84.9)
 

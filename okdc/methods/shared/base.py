@@ -12,6 +12,7 @@ from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
 from okdc.needs import Needs
+from okdc.tasks.task import Task
 
 
 class Method(nn.Module):
@@ -27,6 +28,7 @@ class Method(nn.Module):
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
     second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
+    tasks: ClassVar[tuple[str, ...]] = ("classify",)  # what its networks may be for
 
     epoch: Tensor
     epochs: Tensor
@@ -39,6 +41,11 @@ class Method(nn.Module):
         self.register_buffer("epoch", torch.zeros(()))
         self.register_buffer("epochs", torch.ones(()))
         self.register_buffer("lr", torch.zeros(()))  # of the first parameter group, in this step
+
+    @property
+    def task(self) -> Task:
+        """What its networks are for: `task.supervised` and `task.distance` are its losses of labels and of members."""
+        return self.cohort.task
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes).

@@ -1,4 +1,7 @@
-"""What is counted when a runner's logits are held against labels and against a reference. B batch, C classes."""
+"""What is counted when a runner's outputs are held against labels and against a reference; each task has its own.
+
+B batch, C outputs of an image.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,6 @@ class Tally:
 
     images: int = 0
     compared: int = 0
-    top1: int = 0
-    top5: int = 0
     agree: int = 0
     ties: int = 0
     logits: int = 0
@@ -25,30 +26,43 @@ class Tally:
     finite: bool = True
     batches: dict[int, tuple[float, float, int]] = field(default_factory=dict)  # size: largest and summed difference, n
 
+    def same(self, out: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """On which images (B,) outputs (B, C, ...) say the same as the reference's."""
+        raise NotImplementedError
+
+    def tied(self, out: np.ndarray, reference: np.ndarray, least: float) -> np.ndarray:
+        """On which images (B,) that are not the same a difference of less than `least` may have turned it over."""
+        raise NotImplementedError
+
+    def count(self, out: np.ndarray, labels: np.ndarray) -> None:
+        """Count a batch of outputs (B, C, ...) against its labels."""
+        raise NotImplementedError
+
+    def scores(self) -> dict[str, float]:
+        """The task's `scores`, per cent of what was counted."""
+        raise NotImplementedError
+
     def score(self, out: np.ndarray, labels: np.ndarray | None) -> None:
-        """Count a batch against its labels; out: (B, C), labels: (B,)."""
+        """Count a batch against its labels, where there are some."""
         self.images += len(out)
         self.finite = self.finite and bool(np.isfinite(out).all())
         if labels is not None:
-            best = np.argsort(-out, axis=1, kind="stable")[:, :5]
-            self.top1 += int((best[:, 0] == labels).sum())
-            self.top5 += int((best == labels[:, None]).any(axis=1).sum())
+            self.count(out, labels)
 
     def agreement(self, out: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
-        """Count the images on which both choose the same class, and the ties; both (B, C).
+        """Count the images on which both say the same, and the ties.
 
         A tie is what differences *within the tolerance* may turn over. Measured against the differences that occurred,
         every disagreement would be a tie: turning a choice over takes a difference of at least half the margin.
         """
-        top2 = np.sort(reference, axis=1)[:, -2:]
-        tie = top2[:, -1] - top2[:, 0] < 2 * tolerance * np.abs(reference).max()
-        same = out.argmax(axis=1) == reference.argmax(axis=1)
+        same = self.same(out, reference)
+        tie = self.tied(out, reference, tolerance * np.abs(reference).max())
         self.compared += len(out)
         self.agree += int(same.sum())
         self.ties += int((tie & ~same).sum())
 
     def difference(self, out: np.ndarray, reference: np.ndarray) -> None:
-        """Add the differences of two (B, C) arrays."""
+        """Add the differences of two arrays (B, C, ...)."""
         with np.errstate(invalid="ignore"):  # what is not finite is told by `finite`
             difference = np.abs(np.asarray(out, dtype=np.float64) - reference)
         self.finite = self.finite and bool(np.isfinite(out).all())
@@ -60,13 +74,12 @@ class Tally:
         largest = max(largest, float(difference.max()))
         self.batches[len(out)] = largest, summed + float(difference.sum()), count + difference.size
 
-    def row(self, labelled: bool) -> dict[str, Any]:
-        """The measured columns of a verification row; what was not measured is None."""
+    def row(self, labelled: bool, names: tuple[str, ...]) -> dict[str, Any]:
+        """The measured columns of a verification row, of scores those of these names; what was not measured is None."""
         differs = self.logits > 0 and self.finite
         labelled = labelled and self.images > 0 and self.finite
         return {
-            "top1": 100 * self.top1 / self.images if labelled else None,
-            "top5": 100 * self.top5 / self.images if labelled else None,
+            **(self.scores() if labelled else dict.fromkeys(names)),
             "agreement": 100 * (self.agree + self.ties) / self.compared if self.compared and self.finite else None,
             "ties": self.ties,
             "max_abs": self.max_abs if differs else None,

@@ -19,9 +19,9 @@ def described(output: object) -> str:
     return f"{kind} of {len(items)} ({', '.join(shown)})"
 
 
-def alone(output: object) -> str:
-    """How to make a network return the logits among its `output` alone, without renaming a weight."""
-    path = next((path for path, value in _nested(output) if isinstance(value, Tensor) and value.dim() == 2), None)
+def alone(output: object, dims: int = 2) -> str:
+    """How to make a network return the logits (`dims` axes) among its `output` alone, without renaming a weight."""
+    path = next((path for path, value in _nested(output) if isinstance(value, Tensor) and value.dim() == dims), None)
     if path is None:
         return "Nothing of that is such a tensor: change its forward to return one."
     return (

@@ -1,0 +1,89 @@
+"""Classification: one logit for each class, one class for each image; in training perhaps its share of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okdc.losses import cross_entropy, kl, soft_cross_entropy
+from okdc.tasks.shared import confusion
+from okdc.tasks.shared.class_labels import checked_labels
+from okdc.tasks.shared.class_scores import ClassScorer, ClassTally
+from okdc.tasks.task import Metric, Task
+
+
+class Classify(Task):
+    """Logits (B, C), labels (B,) int64, or to train with probabilities (B, C)."""
+
+    name = "classify"
+    output = "one tensor of logits (batch, classes)"
+    metrics = {
+        "top1": Metric("top-1", "Acc@1"),
+        "top5": Metric("top-5", "Acc@5"),
+        "balanced": Metric("balanced accuracy", "balanced", "the mean of all classes' recalls"),
+    }
+    scores = ("top1", "top5")
+    unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
+    use = "Classify an image"
+
+    def checked_labels(self, labels: Tensor, count: int, role: str, outputs: int) -> Tensor:
+        return checked_labels(labels, count, role, outputs)
+
+    def outputs(self, labels: Tensor) -> int:
+        return labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+
+    def kinds(self, labels: Tensor) -> Tensor:
+        return labels if labels.ndim == 1 else labels.argmax(1)
+
+    def per_output(self, labels: Tensor, outputs: int) -> Tensor:
+        return labels.bincount(minlength=outputs)
+
+    def made_up(self, numbers: Tensor, outputs: int) -> Tensor:
+        return numbers % outputs
+
+    def weights(self, labels: Tensor, outputs: int) -> Tensor:
+        """In inverse proportion to the number of images, with mean 1 over these."""
+        counts = labels.bincount(minlength=outputs).float()
+        present = counts > 0
+        return torch.where(present, counts.sum() / (present.sum() * counts.clamp_min(1)), 0.0)
+
+    def supervised(self, out: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(out, labels)
+
+    def distance(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        *,
+        eps: float = 0.0,
+        detach: bool = True,
+    ) -> Tensor:
+        return kl(student, teacher, temperature, eps=eps, detach=detach)
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, *, detach: bool = True
+    ) -> Tensor:
+        return soft_cross_entropy(student, teacher, temperature, detach=detach)
+
+    def scorer(self, outputs: int, others: int = 0) -> ClassScorer:
+        return ClassScorer(outputs, others)
+
+    def guessing(self, counts: Tensor) -> float:
+        return 1 / len(counts)
+
+    def tally(self) -> ClassTally:
+        return ClassTally()
+
+    def detail(self, counts: Tensor | None, names: Sequence[str]) -> dict[str, Any]:
+        return {"confusion": None if counts is None else confusion.summary(counts, names)}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+TASK = Classify

@@ -1,0 +1,162 @@
+"""The class Task: what a network is for. B batch, C outputs of one image: classes, labels, key points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeGuard
+
+from torch import Tensor
+
+from okdc.tasks.shared.outputs import alone
+from okdc.tasks.shared.scorer import Scorer
+from okdc.tasks.shared.tally import Tally
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is called, also where there is little room, what it is, and whether more of it is better."""
+
+    word: str
+    short: str = ""
+    about: str = ""
+    best: Literal["max", "min"] = "max"
+
+
+class Task:
+    """What an output and a label are, how they teach, how they are scored, and what is said of them.
+
+    A subclass in a file of its own is its `TASK`. Outputs are tensors (B, C, ...) of `dims` axes.
+    """
+
+    name: ClassVar[str]
+    dims: ClassVar[int] = 2
+    output: ClassVar[str]  # what a network gives, in words
+    metrics: ClassVar[dict[str, Metric]]  # of an epoch, per cent; the first picks the best one and is what gates count
+    scores: ClassVar[tuple[str, ...]]  # those of the metrics that a file is given, too
+    unsupported: ClassVar[dict[str, str]] = {}  # settings that have no meaning here, and why
+    loss: ClassVar[str] = "cross_entropy"  # the function of okdc.losses that `supervised` is
+    weighing: ClassVar[str] = "class_weights"  # the setting that weighs the outputs in it
+    several: ClassVar[bool] = False  # whether an image has any number of labels
+    hub: ClassVar[str] = "image-classification"  # what the Hugging Face hub calls it
+    activation: ClassVar[str] = "Softmax"  # the operator of ONNX that makes probabilities of outputs
+    settles: ClassVar[bool] = False  # whether there is something to `settle` after training
+    use: ClassVar[str]  # what predict.py does, in words
+
+    def __init__(self, noted: Mapping[str, Any]) -> None:
+        """`noted`: what a run or a bundle knows of it, as `facts` gave it, among other things; or nothing."""
+
+    @property
+    def metric(self) -> str:
+        """The metric that picks the best epoch if nothing else is asked for, and that gates count in."""
+        return next(iter(self.metrics))
+
+    @property
+    def word(self) -> str:
+        """That in words."""
+        return self.metrics[self.metric].word
+
+    def further(self) -> list[tuple[str, Metric]]:
+        """The other metrics, those that are looked at most last."""
+        return [(name, each) for name, each in reversed(self.metrics.items()) if name != self.metric]
+
+    def better(self, metric: str, value: float, than: float) -> bool:
+        """Whether a value of a metric is better than another."""
+        return value > than if self.metrics[metric].best == "max" else value < than
+
+    # What a network gives.
+
+    def is_output(self, out: object) -> TypeGuard[Tensor]:
+        """Whether this is what a network of this task gives for a batch."""
+        return isinstance(out, Tensor) and out.dim() == self.dims
+
+    def advice(self, out: object) -> str:
+        """How to make a network give that, which gave `out`."""
+        return alone(out, self.dims)
+
+    # Labels.
+
+    def checked_labels(self, labels: Tensor, count: int, role: str, outputs: int) -> Tensor:
+        """The labels of `count` images of a user's own loader as they are trained or validated with.
+
+        role: training or validation; outputs: C, 0 where it is not known. Raises DataError, with the way out.
+        """
+        raise NotImplementedError
+
+    def outputs(self, labels: Tensor) -> int:
+        """How many outputs a batch of labels asks for, at least."""
+        raise NotImplementedError
+
+    def kinds(self, labels: Tensor) -> Tensor | None:
+        """What a sample of images has its share of, (N,) int64, by their labels; None: there is no such thing."""
+        return None
+
+    def per_output(self, labels: Tensor, outputs: int) -> Tensor:
+        """How many of these labels are of each output (C,)."""
+        raise NotImplementedError
+
+    def made_up(self, numbers: Tensor, outputs: int) -> Tensor:
+        """Labels of images that are only noise: numbers (B,) int64, alike where these are."""
+        raise NotImplementedError
+
+    def weights(self, labels: Tensor, outputs: int) -> Tensor:
+        """Weights of the outputs (C,) for `weighing` auto, by the labels of all training images."""
+        raise NotImplementedError
+
+    # What teaches.
+
+    def supervised(self, out: Tensor, labels: Tensor) -> Tensor:
+        """The loss of outputs (B, C, ...) with their labels."""
+        raise NotImplementedError
+
+    def distance(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        *,
+        eps: float = 0.0,
+        detach: bool = True,
+    ) -> Tensor:
+        """How far a student's outputs are from a teacher's, softened, times T^2; 0 where they are equal."""
+        raise NotImplementedError
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, *, detach: bool = True
+    ) -> Tensor:
+        """`supervised` with the teacher's softened outputs for labels, without T^2: what some codes have instead."""
+        raise NotImplementedError
+
+    def blend(self, weights: Tensor, outs: Sequence[Tensor]) -> Tensor:
+        """The outputs (B, C, ...) of M members, weighted by (B, M)."""
+        return sum(  # type: ignore[return-value]
+            weights[:, i].view(-1, *[1] * (out.dim() - 1)) * out for i, out in enumerate(outs)
+        )
+
+    # What scores.
+
+    def scorer(self, outputs: int, others: int = 0) -> Scorer:
+        """What scores the student, and so many others beside it, in an epoch."""
+        raise NotImplementedError
+
+    def guessing(self, counts: Tensor) -> float:
+        """The share (0 to 1) that its metric has, of images with these `counts`, where a network knows nothing."""
+        raise NotImplementedError
+
+    def tally(self) -> Tally:
+        """What is counted when a runner's outputs are held against labels and against a reference."""
+        raise NotImplementedError
+
+    def detail(self, counts: Tensor | None, names: Sequence[str]) -> dict[str, Any]:
+        """What the report tells of each output, from a scorer's `counts`, as plain values."""
+        raise NotImplementedError
+
+    # What goes into a run's folder and its bundle.
+
+    def settle(self, outs: Tensor, labels: Tensor) -> None:
+        """Learn what a bundle must know from outputs (N, C, ...) of images of the training side, if it `settles`."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `tasks.of` makes it again from, as plain values; nothing for the task that needs no mention."""
+        return {"task": self.name}
