@@ -194,7 +194,7 @@ class TrainSettings:
     )  # fmt: skip
     eval_metric: str | None = _setting(
         None, "what of the student picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
-        "recalls), map or map_weighted of several labels; the first when not given",
+        "recalls), map of several labels; the task's first when not given",
     )  # fmt: skip
     patience: int | None = _setting(
         None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
