@@ -20,7 +20,7 @@ ALLOWED = {
     "losses": "errors ranks",
     "system": "errors ranks",
     "recipe": "errors system",
-    "tasks": "errors losses",
+    "tasks": "errors losses ranks",
     "anatomy": "errors system tasks",
     "data": "errors needs ranks recipe system tasks",
     "report": "recipe system tasks",

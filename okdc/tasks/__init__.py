@@ -3,7 +3,7 @@
 Found by their file names, as methods are; what a task may say is the class `Task` in `task`, the rest of `shared/` what
 they are made of. Only here and in `methods` and `losses` is it known what a class is.
 
-Imports: `errors`, `losses`.
+Imports: `errors`, `losses`, `ranks`.
 """
 
 from __future__ import annotations
