@@ -133,7 +133,8 @@ def _recipe(
     if loader is not None:
         flat |= {"data": LOADER, "batch_size": settings.get("batch_size") or getattr(loader, "batch_size", None)}
     resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc compare")
-    return replace(resolved, export=NOTHING)
+    train = replace(resolved.train, eval_metric=tasks.metric(resolved))
+    return replace(resolved, export=NOTHING, train=train)
 
 
 def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:

@@ -191,8 +191,8 @@ def _samplers(loader: Any) -> list[Any]:
 class OwnValidation:
     """Validation batches of the user's loader, with the same random numbers in each pass."""
 
-    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task):
-        self.task = task
+    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task | None = None):
+        self.task = task or tasks.get()
         self.loader, self.num_classes, self.seed = loader, num_classes, seed
 
     @property

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from okdc import tasks
 from okdc.anatomy.calls import refuse_wrapped
 from okdc.anatomy.modes import unchanged
 from okdc.errors import NetworkError, first_line
 from okdc.networks.input import name_of
+from okdc.tasks.task import Task
 
 _IMAGES = 4
 _SAME = 1e-4  # of the largest logit: on a GPU even two passes add up in another order
@@ -21,12 +23,14 @@ _ALONE = 1e-3  # likewise; for one image other kernels compute
 _ASLEEP = 1e-3  # parameters that are no larger begin as nothing
 
 
-def refuse_unsteady(network: nn.Module, input_size: tuple[int, int, int]) -> None:
+def refuse_unsteady(network: nn.Module, input_size: tuple[int, int, int], task: Task | None = None) -> None:
     """Raise NetworkError where nothing that is made of the network could be verified, before it is trained in vain.
 
     In evaluation mode, on noise of `input_size` (C, H, W): it gives other logits the second time, or other logits for
-    one image alone than beside others; or it gives probabilities, of which a softmax would be taken once more.
+    one image alone than beside others; or it gives probabilities, where logits are
+    expected.
     """
+    task = task or tasks.get()
     refuse_wrapped(network)
     images = _noise(network, input_size)
     with unchanged(network), torch.no_grad(), _awake(network):
@@ -45,11 +49,12 @@ def refuse_unsteady(network: nn.Module, input_size: tuple[int, int, int]) -> Non
                 f"{_begins(network, images, images[:1])} Statistics of the batch, means and norms over it are for "
                 "training alone: BatchNorm2d keeps running ones (track_running_stats=True)."
             )
-        if _are_probabilities(once):
+        if task.are_probabilities(once):
+            last = task.activation
             raise NetworkError(
-                f"{name_of(network)} ends in a softmax: it gives probabilities, and all that follows takes logits (the "
-                "cross-entropy in training, predict.py) and would take the softmax a second time. Leave it out: "
-                f"{_last_softmax(network, images)}."
+                f"{name_of(network)} ends in a {last.lower()}: it gives probabilities, and all that follows takes "
+                f"logits (the loss in training, predict.py) and would take the {last.lower()} a second time. Leave it "
+                f"out: {_last_activation(network, images, last)}."
             )
 
 
@@ -90,14 +95,9 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
 
 
-def _are_probabilities(logits: Tensor) -> bool:
-    near = torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4)
-    return logits.shape[1] > 1 and bool((logits >= 0).all()) and near
-
-
-def _last_softmax(network: nn.Module, images: Tensor) -> str:
+def _last_activation(network: nn.Module, images: Tensor, kind: str) -> str:
     inner = [call for call in _calls(network, images) if call.name]
-    if inner and isinstance(network.get_submodule(inner[-1].name), nn.Softmax):
+    if inner and type(network.get_submodule(inner[-1].name)).__name__ == kind:
         return f"torch.nn.Identity() in place of {inner[-1].name!r}"
     return "return what goes into it"
 

@@ -205,7 +205,7 @@ class TrainSettings:
     )  # fmt: skip
     eval_metric: str | None = _setting(
         None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
-        "recalls); map or map_weighted of several labels; the first when not given",
+        "recalls), map of several labels; the task's first when not given",
     )  # fmt: skip
     patience: int | None = _setting(
         None, "stop when --eval-metric has not got better for this many epochs; the schedule still counts on --epochs",

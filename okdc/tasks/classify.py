@@ -29,6 +29,10 @@ class Classify(Task):
     unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
     use = "Classify an image"
 
+    def are_probabilities(self, out: Tensor) -> bool:
+        near = torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-4)
+        return out.shape[1] > 1 and bool((out >= 0).all()) and near
+
     def checked_labels(self, labels: Tensor, count: int, role: str, outputs: int) -> Tensor:
         return checked_labels(labels, count, role, outputs)
 

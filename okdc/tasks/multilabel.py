@@ -40,6 +40,9 @@ class Multilabel(Task):
         super().__init__(noted)
         self.thresholds: list[float] | None = noted.get("thresholds")
 
+    def are_probabilities(self, out: Tensor) -> bool:
+        return bool(((out >= 0) & (out <= 1)).all())
+
     def checked_labels(self, labels: Tensor, count: int, role: str, outputs: int) -> Tensor:
         return checked_rows(labels, count, role, outputs)
 

@@ -74,6 +74,10 @@ class Task:
         """How to make a network give that, which gave `out`."""
         return alone(out, self.dims)
 
+    def are_probabilities(self, out: Tensor) -> bool:
+        """Whether outputs (B, C, ...) for noise look as if their `activation` had been taken already."""
+        return False
+
     # Labels.
 
     def checked_labels(self, labels: Tensor, count: int, role: str, outputs: int) -> Tensor:

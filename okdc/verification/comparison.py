@@ -56,7 +56,7 @@ def compare(
 ) -> Verification:
     """Run every exported file and the student on the same validation images, and judge them: a verification.
 
-    student: None where the network cannot be rebuilt; the files are then held to `gates.expected_top1` and `golden`.
+    student: None where the network cannot be rebuilt; the files are then held to `gates.expected` and `golden`.
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
     images: how many of the validation images, drawn as `sample` says; all when None.

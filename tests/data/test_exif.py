@@ -105,7 +105,7 @@ def test_deep_images_are_turned_too(tmp_path: Path) -> None:
                 Image.fromarray(values).save(tmp_path / split / cls / f"{i}.png", exif=tagged(ASIDE))
     source = open_source(DataSettings(data=str(tmp_path)), 7)
     found = read(source.train, 0, CONFIG | {"exif": True, "pixel_bits": 16}, [])
-    assert found and np.array_equal(found[0].convert("L"), np.rot90(values >> 8, -1))
+    assert found and np.array_equal(found.convert("L"), np.rot90(values >> 8, -1))
     config = CONFIG | {"exif": True, "crop_pct": 1.0}
     turned = predict.preprocess(Image.fromarray(np.rot90(values, -1)), config)
     assert np.array_equal(predict._read(Path(source.train.name(0)), config), turned)

@@ -53,8 +53,9 @@ def _check_rows(rows: Tensor, role: str) -> None:
     if len(off):
         raise DataError(
             f"{len(off)} of {len(rows)} images have {role} labels that sum to something else than 1, such as "
-            f"{off[0]:g}; {expected}. okdc trains classifiers with one label per image, not several or none: leave "
-            "out images without a class, and if several share an image: labels / labels.sum(1, keepdim=True)"
+            f"{off[0]:g}; {expected}. An image has one class here, not several or none (they may with task="
+            "'multilabel'): leave out images without a class, and if several share an image: labels / labels.sum(1, "
+            "keepdim=True)"
         )
 
 
