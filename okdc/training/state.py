@@ -237,8 +237,9 @@ def _take_up(
     optimizer: torch.optim.Optimizer, made: list[dict[str, Any]], before: dict[str, Any], now: TrainSettings, anew: bool
 ) -> None:
     """Let an optimizer that was put back have what it was `made` with where a setting is another than `before`."""
-    named = {"weight_decay": now.weight_decay, "momentum": now.momentum}
-    names = [name for name, value in named.items() if before.get(name, value) != value]
+    settings = {"weight_decay": "weight_decay", "momentum": "momentum", "betas": "opt_betas", "eps": "opt_eps"}
+    values = {name: getattr(now, setting) for name, setting in settings.items()}
+    names = [name for name, value in values.items() if before.get(settings[name], value) != value]
     if before.get("opt_kwargs", now.opt_kwargs) != now.opt_kwargs:
         names += now.opt_kwargs
     for group, new in zip(optimizer.param_groups, made, strict=True):

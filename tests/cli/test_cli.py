@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from okdc import recipe
-from okdc.cli import flags, main
+from okdc.cli import flags, main, timm_flags
 from okdc.errors import GateError, OkdcError, TrainingError
 from okdc.recipe import Recipe, flat_settings
 
@@ -137,6 +137,44 @@ def test_values_are_read_by_their_type() -> None:
     }
     changed = recipe.override(Recipe(), said)
     assert changed.data.scale == [0.5, 1.0] and changed.network.model_kwargs == {"depth": 2, "act": "relu"}
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--scale 0.5 1.0 /images", {"scale": [0.5, 1.0]}),
+        ("/images --mean .5 .5 .5 --std 0.5,0.5,0.5", {"mean": [0.5] * 3, "std": [0.5] * 3}),
+        ("--decay-milestones 3 4 -j 0 --opt-betas 0.9 1e-1 /images",
+         {"decay_milestones": [3, 4], "workers": 0, "opt_betas": [0.9, 0.1]}),
+        ("--model-kwargs depth=2 act=relu /images --opt-kwargs a=1", {"model_kwargs": {"depth": 2, "act": "relu"},
+         "opt_kwargs": {"a": 1}}),
+        ("--peers resnet18 /images", {"peers": ["resnet18"]}),
+        ("--no-prefetcher /images --fuser nvfuser --pin-mem --dist-bn=reduce --dr 0.2", {"decay_rate": 0.2}),
+    ],
+)  # fmt: skip
+def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any]) -> None:
+    found: dict[str, Any] = {}
+
+    @click.command(cls=flags.GroupedCommand, timm=True)
+    @click.argument("folder")
+    @flags.settings("network", "cohort", "data", "train")
+    def command(folder: str, **_: Any) -> None:
+        found.update(flags.given(), folder=folder)
+
+    result = CliRunner().invoke(command, words.split(), catch_exceptions=False)
+    assert result.exit_code == 0 and found == {**said, "folder": "/images"}, result.output
+    notes = [line.split()[0] for line in result.stderr.splitlines()]
+    assert notes == [flag for flag in ("--no-prefetcher", "--fuser", "--pin-mem", "--dist-bn") if flag in words]
+
+
+def test_what_of_timms_is_not_there_says_what_to_type() -> None:
+    for flag, advice in timm_flags.REFUSED.items():
+        refused = okdc("compress", flag, "1")
+        assert refused.exit_code == 2 and f"{flag} is a flag of timm" in refused.stderr and advice in refused.stderr
+    twice = okdc("compress", "/images", "--data", "/other")
+    assert twice.exit_code == 2 and "given twice: /images and --data /other" in twice.stderr
+    missing = okdc("compress", "/nowhere/images")
+    assert missing.exit_code == 2 and "/nowhere/images" in missing.stderr
 
 
 @pytest.mark.parametrize("name", list(flat_settings()))

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -216,6 +216,16 @@ def test_weight_decay_reaches_biases_unless_they_are_spared(tmp_path):
     assert all(p.ndim <= 1 for p in groups[1]["params"]) and len(groups[1]["params"]) == 9
 
 
+def test_betas_and_epsilon_reach_the_optimizer_and_a_run_that_goes_on(tmp_path):
+    settings = replace(SETTINGS, epochs=1, opt="adamw", opt_betas=[0.8, 0.9], opt_eps=1e-6)
+    (group,) = run(tmp_path, settings, recipe={"train": asdict(settings)}).optimizer.param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+    longer = replace(settings, epochs=2, opt_betas=[0.7, 0.9])
+    resumed = run(tmp_path, longer, resume=tmp_path / "last.pth.tar", recipe={"train": asdict(longer)})
+    (group,) = resumed.optimizer.param_groups
+    assert (tuple(group["betas"]), group["eps"]) == ((0.7, 0.9), 1e-6)
+
+
 def test_the_callers_random_numbers_are_given_back(tmp_path):
     def draw(train: bool) -> tuple:
         method = Tiny()
@@ -232,6 +242,7 @@ def test_the_callers_random_numbers_are_given_back(tmp_path):
     [
         ({"opt": "adamww"}, "no optimizer 'adamww'. Did you mean adamw"),
         ({"opt_kwargs": {"beta": 1}}, "beta"),
+        ({"opt_betas": [0.9, 0.99]}, "--opt sgd has no betas: leave out --opt-betas"),
         ({"sched": "plateau"}, "expected one of cosine"),
         ({"device": "toaster"}, "expected auto, cpu"),
         ({"device": "cuda:99"}, "CUDA devices"),
