@@ -133,7 +133,7 @@ def _recipe(
         flat["model"] = model if isinstance(model, str) else type(model).__name__
     if loader is not None:
         flat |= {"data": LOADER, "batch_size": settings.get("batch_size") or getattr(loader, "batch_size", None)}
-    resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc compare")
+    resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc.compare")
     return replace(resolved, export=NOTHING)
 
 

@@ -17,7 +17,7 @@ from okdc.data import Data
 from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
 from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, teachers
-from okdc.pipeline.facts import choice, facts_of, metrics_of
+from okdc.pipeline.facts import choice, facts_of, metrics_of, told
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import LOADER, STATED, DataSettings, Recipe, TrainSettings, flat_settings, load, override, resolve
@@ -70,6 +70,7 @@ def compress(
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort)) | choice(resolved.train, state)
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
+            metrics = told(metrics, len(data.classes))
             data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further)
         if leads:

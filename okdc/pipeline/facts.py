@@ -33,12 +33,17 @@ def metrics_of(history: list[dict[str, Any]], best_epoch: int | None, members: i
         "top5": _number(best.get("eval_top5")),
         "balanced": _number(best.get("eval_balanced")),
         "ensemble_top1": _number(best.get("top1/ensemble")) if members > 1 else None,
-        "best_epoch": best["epoch"],
+        "best_epoch": best["epoch"] + 1,  # as people count
         "epochs": len(history),
         "train_loss": _number(history[-1].get("train_loss")),
         "seconds": sum(row.get("seconds") or 0 for row in history),
         "skipped_steps": sum(row.get("skipped_steps") or 0 for row in history),
     }
+
+
+def told(metrics: dict[str, Any], classes: int) -> dict[str, Any]:
+    """The figures that say something: of five classes or fewer the top 5 are all."""
+    return metrics if classes > 5 else metrics | {"top5": None}
 
 
 def _number(value: Any) -> float | None:

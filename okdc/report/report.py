@@ -37,7 +37,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     facts |= {key: facts.get(key) or [] for key in ("members", "history", "byproducts")}
     history, members, metrics = facts["history"], facts["members"], facts["metrics"]
     top1, control = metrics.get("top1"), facts["baseline"].get("metrics") or {}
-    best: dict[str, Any] = next((row for row in history if row.get("epoch") == metrics.get("best_epoch")), {})
+    best: dict[str, Any] = next((row for row in history if epoch(row.get("epoch")) == metrics.get("best_epoch")), {})
     return facts | {
         "headline": _headline(facts, control),
         "hues": HUES,
@@ -51,6 +51,7 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "losses": _losses(facts),
         "by_class": classes.view(facts.get("confusion")),
         "best": best,
+        "top5": (number(facts["data"].get("classes")) or 10) > 5,  # of five classes or fewer these are all
         "milestones": [history[at] for at in spaced(len(history), 10)],
         "latency": _latency(facts.get("verification")),
         "uses": _uses(folder, facts),

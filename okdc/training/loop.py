@@ -75,8 +75,9 @@ def fit(
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     loggers = loggers or Loggers((), folder, recipe)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
+    classes = method.cohort.anatomy.num_classes  # of five or fewer the top 5 are all
     advice = faster_data(recipe, getattr(data.train, "resident", False))
-    show = Display(settings.epochs, steps, settings.log_interval, advice, quiet=rank() > 0)
+    show = Display(settings.epochs, steps, settings.log_interval, advice, quiet=rank() > 0, top5=classes > 5)
     with own_randomness(), StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)
         if resume is not None:

@@ -29,9 +29,11 @@ LONG_WAIT = 10  # per cent of a step, spent waiting for data
 class Display:
     """Shows a run of `epochs` times `steps` on stderr, unless `quiet`; a context manager, for the terminal's sake."""
 
-    def __init__(self, epochs: int, steps: int, log_interval: int, advice: str = "", quiet: bool = False) -> None:
+    def __init__(
+        self, epochs: int, steps: int, log_interval: int, advice: str = "", quiet: bool = False, top5: bool = True
+    ) -> None:
         self.advice = advice  # for whoever waits for data for long; given once
-        self.quiet = quiet
+        self.quiet, self.top5 = quiet, top5
         self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
         self.console = Console(stderr=True)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), auto_refresh=False)
@@ -78,11 +80,15 @@ class Display:
     def epoch(self, row: Row) -> None:
         """An epoch is over; `row` is its line of the history."""
         top1 = {name.removeprefix("top1/"): value for name, value in row.items() if name.startswith("top1/")}
-        self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
+        if len(top1) == 2:  # the target's is the ensemble's
+            del top1["ensemble"]
+        self.accuracies = _told(top1)
         line = f"epoch {row['epoch'] + 1}/{self.epochs}: loss {row['train_loss']:.4f}"
         if row["eval_top1"] is not None:
-            line += f" · Acc@1 {row['eval_top1']:.3f} Acc@5 {row['eval_top5']:.3f}"
-            line += f" balanced {row['eval_balanced']:.3f} · top-1 of {self.accuracies}"
+            line += f" · Acc@1 {row['eval_top1']:.3f}" + f" Acc@5 {row['eval_top5']:.3f}" * self.top5
+            line += f" balanced {row['eval_balanced']:.3f}"
+            others = {name: value for name, value in top1.items() if (name, value) != ("target", row["eval_top1"])}
+            line += f" · top-1 of {_told(others)}" if others else ""
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
         self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")
@@ -93,6 +99,10 @@ class Display:
     def _render(self) -> Group:
         accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
+
+
+def _told(top1: Mapping[str, float | None]) -> str:
+    return " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
 
 
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,6 +232,19 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
+    _rename_peers(state)
+
+
+def _rename_peers(state: TrainState) -> None:
+    """Let the columns of a checkpoint that is older than the names of peers, then branches too, have their names."""
+    now = {f"branch{i}": name for i, name in enumerate(state.method.cohort.names) if name == f"peer{i}"}
+    if not any(f"top1/{old}" in row for row in state.history for old in now):
+        return
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {re.sub(r"\bbranch\d+", lambda old: now.get(old[0], old[0]), key): v for key, v in values.items()}
+
+    state.sums, state.history = renamed(state.sums), [renamed(row) for row in state.history]
 
 
 def _take_up(

@@ -290,7 +290,7 @@ AUGMENTED = {"color_jitter": 0.3, "aa": "rand-m9-mstd0.5", "reprob": 0.5, "mixup
 
 
 def test_a_random_way_to_resize_needs_a_resized_crop(folder: Path) -> None:
-    with pytest.raises(DataError, match="--train-interpolation random .*leave it out"):
+    with pytest.raises(DataError, match=r"--train-interpolation random .*leave it out"):
         loaded(settings(folder, train_interpolation="random", crop_padding=2))
 
 

@@ -270,7 +270,7 @@ def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
         state = run(tmp_path, loggers=loggers)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_balanced,lr,loss/ce,loss/kl,"
-    header += "top1/target,top1/branch1,top1/branch2,"
+    header += "top1/target,top1/branch1,top1/peer2,"
     assert lines[0] == header + "top1/ensemble,seconds,images_per_second,data_wait,skipped_steps"
     assert len(lines) == 1 + SETTINGS.epochs
     row = state.history[-1]
@@ -286,7 +286,7 @@ def test_the_student_is_judged_on_every_validation_image(tmp_path):
         out = state.method.cohort(images)
     row = state.history[-1]
     top1 = [100 * (z.argmax(1) == labels).double().mean().item() for z in (*out.logits, state.method.ensemble(out))]
-    assert [row[f"top1/{name}"] for name in ("target", "branch1", "branch2", "ensemble")] == pytest.approx(top1)
+    assert [row[f"top1/{name}"] for name in ("target", "branch1", "peer2", "ensemble")] == pytest.approx(top1)
     assert row["eval_loss"] == pytest.approx(F.cross_entropy(out.logits[0], labels).item(), rel=1e-5)
     assert state.best == max(row["eval_top1"] for row in state.history)
     assert state.history[state.best_epoch]["eval_top1"] == state.best
@@ -466,6 +466,16 @@ def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
     assert told == ["epoch 1/1 step 4/6", "epoch 1/1:"]
     assert "ce" in lines[0] and "images/s" in lines[0] and "left" in lines[0]
     assert "Acc@1" in lines[1] and "branch1" in lines[1] and "ensemble" in lines[1]
+    assert "Acc@5" not in lines[1] and "target" not in lines[1]  # of three classes; and Acc@1 is the target's
+
+
+def test_a_network_alone_is_no_ensemble(capsys):
+    display = Display(2, 4, 50)
+    row = {"epoch": 0, "train_loss": 1.0, "skipped_steps": 0, "seconds": 1.0, "data_wait": 0.0}
+    row |= {"eval_top1": 50.0, "eval_top5": 90.0, "eval_balanced": 50.0, "top1/target": 50.0, "top1/ensemble": 50.0}
+    display.epoch(row)
+    said = capsys.readouterr().err
+    assert "Acc@1 50.000 Acc@5 90.000" in said and "ensemble" not in said and "target" not in said
 
 
 def test_a_bar_is_drawn_on_a_terminal(tmp_path, capsys, monkeypatch):
