@@ -26,7 +26,7 @@ ALLOWED = {
     "cohort": "anatomy errors system tasks",
     "data": "errors needs ranks recipe system",
     "networks": "anatomy errors recipe tasks",
-    "report": "recipe system",
+    "report": "errors recipe system",
     "settings": "recipe",
     "training": "errors ranks recipe system tasks",
     "deploy": "errors networks okdc recipe system verification",

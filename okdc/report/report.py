@@ -21,7 +21,7 @@ PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # t
 def write(folder: Path, facts: dict[str, Any]) -> Path:
     """Write report.json (the facts), report.md and report.html into `folder`, each atomically; returns the html."""
     facts = plain(facts)
-    return write_all(Path(folder), "report", facts, _view(Path(folder), facts))
+    return write_all(Path(folder), "report", facts, view(Path(folder), facts))
 
 
 def _gain(now: Any, before: Any) -> str | None:
@@ -30,7 +30,8 @@ def _gain(now: Any, before: Any) -> str | None:
     return None if new is None or old is None else f"{signed(new - old, 1)} points"
 
 
-def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the templates show of the facts."""
     import yaml
 
     facts = facts | {key: facts.get(key) or {} for key in PARTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 import sys
@@ -40,7 +41,9 @@ class Display:
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
         self.drawn = 0.0
-        bar = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
+        bar = not quiet and (
+            _in_notebook(self.console) or (self.console.is_terminal and not self.console.is_dumb_terminal)
+        )
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
         self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
 
@@ -99,6 +102,11 @@ class Display:
     def _render(self) -> Group:
         accuracies = f"top-1: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
+
+
+def _in_notebook(console: Console) -> bool:
+    """Whether this is a notebook that can draw anew in its place."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def _told(top1: Mapping[str, float | None]) -> str:
