@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
+from okdc.cli import early
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
@@ -60,7 +61,15 @@ class Setting(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help lists its own options first, then the settings section by section."""
+    """A command whose --help lists its own options first, then the settings section by section.
+
+    It refuses data that are not there at once, before anything heavy is imported.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if data := ctx.params.get("data"):
+            early.refuse_missing(data)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
