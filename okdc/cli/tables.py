@@ -14,6 +14,8 @@ from rich.table import Table
 
 from okdc import methods
 from okdc.deploy import UNKNOWN
+from okdc.pipeline import facts, run_folder
+from okdc.report import words
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
@@ -29,14 +31,20 @@ if TYPE_CHECKING:
 
 
 def show_result(result: Result) -> None:
-    """The student's accuracy, what was exported, where everything is, and the next command."""
-    metrics, folder = result.metrics, result.path
+    """The student's accuracy beside its control, what was exported, where everything is, and the next command."""
+    metrics, folder, images = result.metrics, result.path, result.data.sizes[1]
+    found = run_folder.find_baseline(folder, result.recipe)
+    before = found["metrics"].get("top1") if found else None
     table = _table("", "")
     for label, value in [
-        ("Student, top-1, ships", _percent(metrics.get("top1"))),
+        ("Student, top-1, ships", _scored(metrics.get("top1"), images)),
+        ("Control, top-1", _scored(before, images)),
         ("… on the images set aside", _percent(metrics.get("holdout"))),
         ("Student, balanced accuracy", _percent(metrics.get("balanced"))),
-        ("Ensemble, top-1" + ", does not ship" * (not result.byproducts), _percent(metrics.get("ensemble_top1"))),
+        (
+            "Ensemble, top-1" + ", does not ship" * (not result.byproducts),
+            _scored(metrics.get("ensemble_top1"), images),
+        ),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
         ("Stopped early", metrics.get("stopped_early")),
@@ -47,11 +55,25 @@ def show_result(result: Result) -> None:
         if value is not None:
             table.add_row(label, value)
     _console().print("\n", table, sep="")
+    if told := words.chance(metrics.get("top1"), before, images):
+        _console().print(f"\n{told}", markup=False)
+    elif (
+        found is None
+        and result.recipe.method["name"] != "baseline"
+        and (command := facts.control_command(folder, result.recipe))
+    ):
+        _console().print(
+            f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False
+        )
     if result.verification:
         predict = folder / "export" / "predict.py"  # where there is a file that it runs
         show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
     else:
         _next(f"okdc export {folder} --onnx")
+
+
+def _scored(value: float | None, images: int) -> str | None:
+    return None if value is None else f"{value:.2f} %{words.uncertain(value, images)}"
 
 
 def _whereabouts(bundle: Path) -> str:
@@ -320,10 +342,10 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
 def show_findings(findings: list[Finding]) -> None:
     """One line for each thing that a machine has or lacks, what to do about it below."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    words = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
+    states = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
     for finding in findings:
         told = escape(finding.found) + (f"\n[bold]{escape(finding.advice)}[/]" if finding.advice else "")
-        table.add_row(finding.name, words[finding.ok], told)
+        table.add_row(finding.name, states[finding.ok], told)
     _console().print(table)
     wrong = sum(finding.ok is False for finding in findings)
     _console().print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +156,21 @@ def test_the_control_of_several_processes_is_refused(photos: Path) -> None:
 def test_plain_training_is_its_own_control(tmp_path: Path) -> None:
     control.train_control(recipe.resolve(flat={"method": "baseline", "data": "digits"}), tmp_path, None, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_of_a_report_are_whole(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my runs"
+    words = ("--method", "one", "--epochs", "1", "-b", 16, "--output", output, "--experiment", "first one")
+    result = okdc("compress", "--data", photos, *SMALL, *words)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((output / "first one" / "report.json").read_text())
+    assert facts["baseline"] is None and facts["control_command"] in result.output
+    for command, folder in ((facts["control_command"], "first one-baseline"), (facts["again"], None)):
+        again = okdc(*shlex.split(command)[1:])
+        assert again.exit_code == 0, again.output
+        made = output / folder if folder else output / f"resnet20_cifar-one-{photos.name}"
+        mine, first = (recipe.load(path / "recipe.yaml") for path in (made, output / "first one"))
+        assert (mine.network, mine.data, mine.train) == (first.network, first.data, first.train)
+        assert mine == first or folder
+    told = json.loads((made / "report.json").read_text())
+    assert told["baseline"]["name"] == "first one-baseline" and told["metrics"]["top1"] == facts["metrics"]["top1"]
