@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from okdc.cli import timm_flags
+from okdc.cli import early, timm_flags
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
@@ -65,7 +65,8 @@ class GroupedCommand(click.Command):
     """A command whose --help lists its own options first, then the settings section by section.
 
     Lists may be typed as timm takes them, too: `--scale 0.5 1.0` beside `--scale 0.5,1.0`. `timm`: its other flags are
-    known, those with nothing to do here and those that are refused.
+    known, those with nothing to do here and those that are refused. Data that are not there are refused at once, before
+    anything heavy is imported.
     """
 
     def __init__(self, *args: Any, timm: bool = False, **options: Any) -> None:
@@ -75,6 +76,11 @@ class GroupedCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = timm_flags.taken(args) if self.timm else args
         return super().parse_args(ctx, _joined(args, self.get_params(ctx)))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if data := ctx.params.get("data"):
+            early.refuse_missing(data)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from okdc import recipe
-from okdc.cli import flags
+from okdc.cli import early, flags
 from okdc.cli.group import main
 from okdc.errors import ExportError, GateError, refuse_address
 
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 )
 @click.argument("folder", metavar="[DATA]", required=False)
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
+@click.option(
+    "--preset", type=click.Choice(recipe.PRESETS),
+    help="finetune: from pre-trained weights, 20 epochs; scratch: timm's 100. finetune, for your own images, if you "
+    "give no recipe and do not say how to train.",
+)  # fmt: skip
+@click.option(
+    "--with-baseline/--no-baseline", default=None,
+    help="First train the network alone, as the control to compare with.  [on with --preset finetune]",
+)  # fmt: skip
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
 def compress(
     folder: str | None,
     recipe_name: str | Path | None,
+    preset: str | None,
+    with_baseline: bool | None,
     sets: tuple[str, ...],
     method: str | None,
     method_kwargs: tuple[tuple[str, Any], ...],
@@ -49,11 +61,12 @@ def compress(
 ) -> None:
     """Train your network together with helper branches, remove them, export the network and verify it.
 
-    The command line wins over --set, which wins over the recipe. If you give neither a recipe nor data, okdc trains on
-    the real digits of digits/resnet18-ahbf. Values in brackets are the defaults.
+    The command line wins over --set, which wins over the recipe or preset. If you give neither a recipe nor data, okdc
+    trains on the real digits of digits/resnet18-ahbf. Values in brackets are the defaults.
 
     \b
     okdc compress
+    okdc compress ./photos
     okdc compress /imagenet --model resnet18 --method ahbf
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --set train.epochs=60
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
@@ -63,19 +76,29 @@ def compress(
         typed["data"] = _one_place(folder, typed.get("data"))
     if log_wandb:
         typed["log"] = [*typed.get("log", []), "wandb"]
+    early.announce(typed.get("data") or recipe_name or resume or recipe.DEFAULT)
+    refuse_address(resume, "--resume")
+    preset = early.choose_preset(preset, recipe_name, typed, sets, resume)
 
     from okdc import methods, pipeline
-    from okdc.pipeline import run_folder
+    from okdc.pipeline import control, presets, run_folder
     from okdc.training import launch
 
-    refuse_address(resume, "--resume")
-    recipe_name = recipe_name or run_folder.recipe_of(resume)
-    resolved = recipe.resolve(recipe_name, sets=sets, flat=typed, method_settings=methods.settings)
-    if resolved.train.devices * resolved.train.nodes > 1 and launch.place(resolved.train) is None:
-        command = [sys.executable, "-m", "okdc", *sys.argv[1:]]
-        raise SystemExit(launch.launch(command, resolved.train, rendezvous))
-    result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
+    make = partial(recipe.resolve, sets=sets, flat=typed, method_settings=methods.settings)
+    if preset is None:
+        resolved = make(recipe_name or run_folder.recipe_of(resume))
+    else:
+        preset, resolved = presets.settle(preset, make, typed)
+    several = resolved.train.devices * resolved.train.nodes > 1
     here = launch.place(resolved.train)
+    if several and with_baseline:
+        control.refuse_processes()
+    if several and here is None:
+        command = [sys.executable, "-m", "okdc", *sys.argv[1:], *(["--preset", preset] if preset else [])]
+        raise SystemExit(launch.launch(command, resolved.train, rendezvous))
+    if with_baseline or (with_baseline is None and preset == recipe.FINETUNE and here is None):
+        control.train_control(resolved, output, experiment, resume)
+    result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
     if here is not None and here[0] > 0:
         return  # the first of several processes speaks
 

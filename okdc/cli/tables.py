@@ -15,6 +15,8 @@ from rich.table import Table
 from okdc import methods, tasks
 from okdc.deploy import UNKNOWN
 from okdc.errors import OkdcError, counted
+from okdc.pipeline import facts, run_folder
+from okdc.report import words
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
@@ -31,11 +33,15 @@ if TYPE_CHECKING:
 
 
 def show_result(result: Result) -> None:
-    """The student's accuracy, what was exported, where everything is, and the next command."""
+    """The student's accuracy beside its control, what was exported, where everything is, and the next command."""
     metrics, folder, task = result.metrics, result.path, result.task
+    images = result.data.sizes[1] if task.is_share else None
+    found = run_folder.find_baseline(folder, result.recipe)
+    before = found["metrics"].get(task.metric) if found else None
     table = _table("", "")
     for label, value in [
-        (f"Student, {task.word}, ships", _percent(metrics.get(task.metric))),
+        (f"Student, {task.word}, ships", _scored(metrics.get(task.metric), images)),
+        (f"Control, {task.word}", _scored(before, images)),
         ("… on the images set aside", _percent(metrics.get("holdout"))),
         *(
             (f"Student, {each.word}", _percent(metrics.get(name)))
@@ -44,7 +50,7 @@ def show_result(result: Result) -> None:
         ),
         (
             f"Ensemble, {task.word}" + ", does not ship" * (not result.byproducts),
-            _percent(metrics.get(f"ensemble_{task.metric}")),
+            _scored(metrics.get(f"ensemble_{task.metric}"), images),
         ),
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
@@ -56,11 +62,25 @@ def show_result(result: Result) -> None:
         if value is not None:
             table.add_row(label, value)
     _console().print("\n", table, sep="")
+    if told := words.chance(metrics.get(task.metric), before, images):
+        _console().print(f"\n{told}", markup=False)
+    elif (
+        found is None
+        and result.recipe.method["name"] != "baseline"
+        and (command := facts.control_command(folder, result.recipe))
+    ):
+        _console().print(
+            f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False
+        )
     if result.verification:
         predict = folder / "export" / "predict.py"  # where there is a file that it runs
         show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
     else:
         _next(f"okdc export {folder} --onnx")
+
+
+def _scored(value: float | None, images: int | None) -> str | None:
+    return None if value is None else f"{value:.2f} %{words.uncertain(value, images)}"
 
 
 def _whereabouts(bundle: Path) -> str:
@@ -350,10 +370,10 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
 def show_findings(findings: list[Finding]) -> None:
     """One line for each thing that a machine has or lacks, what to do about it below."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    words = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
+    states = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
     for finding in findings:
         told = escape(finding.found) + (f"\n[bold]{escape(finding.advice)}[/]" if finding.advice else "")
-        table.add_row(finding.name, words[finding.ok], told)
+        table.add_row(finding.name, states[finding.ok], told)
     _console().print(table)
     wrong = sum(finding.ok is False for finding in findings)
     _console().print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")

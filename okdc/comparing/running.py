@@ -16,7 +16,7 @@ from typing import Any
 
 from okdc.errors import OkdcError, RunError
 from okdc.pipeline import run_folder
-from okdc.recipe import Recipe, load, runs_code
+from okdc.recipe import Recipe, load
 from okdc.system import files
 
 RECIPES, LOGS = "recipes", "logs"
@@ -129,18 +129,10 @@ def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
         folder.mkdir(parents=True, exist_ok=True)
     files.atomically(recipe, lambda path: path.write_text(job.recipe.to_yaml(), encoding="utf-8"))
     command = [sys.executable, "-c", _START, "compress", "--recipe", str(recipe), "--output", str(place)]
-    command += ["--experiment", job.folder.name, "--resume", "auto", *_trusted(job.recipe)]
+    command += ["--experiment", job.folder.name, "--resume", "auto", *run_folder.trusted(job.recipe)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
     with job.log.open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=threads | os.environ)
-
-
-def _trusted(recipe: Recipe) -> list[str]:
-    """The flags for what runs the user's own code, which a recipe alone may not: it was typed for the comparison."""
-    named = {"--model": recipe.network.model, "--method": recipe.method["name"], "--teacher": recipe.cohort.teacher}
-    flags = [part for flag, name in named.items() if name and runs_code(name) for part in (flag, name)]
-    peers = recipe.cohort.peers
-    return flags + (["--peers", ",".join(peers)] if any(map(runs_code, peers)) else [])
 
 
 def _reason(job: Job, code: int) -> str:

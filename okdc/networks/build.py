@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Co
     if settings.small_input and stem_later:
         _small_input(network, settings)
     return network
+
+
+def lacks_weights(settings: NetworkSettings) -> str | None:
+    """Why the network of that name cannot start from pre-trained weights, in words; None where it can.
+
+    Raises NetworkError for what is wrong beside the weights.
+    """
+    if is_folder(settings.model):
+        return None
+    if runs_code(settings.model):
+        return f"{settings.model} is a function, and nothing says that its weights are trained (--pretrained does)"
+    try:
+        load(settings)
+    except NetworkError as error:
+        load(replace(settings, pretrained=False))
+        return str(error).partition(". ")[0].partition(": ")[0]
+    return None
 
 
 def names() -> list[str]:

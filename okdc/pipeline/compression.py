@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,23 @@ from okdc import deploy, losses, methods, report, tasks, training
 from okdc.data import Data
 from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, run_folder, settling, teachers
+from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, presets, run_folder, settling, teachers
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
-from okdc.recipe import LOADER, STATED, DataSettings, Recipe, TrainSettings, flat_settings, load, override, resolve
+from okdc.recipe import (
+    LOADER,
+    STATED,
+    DataSettings,
+    Recipe,
+    TrainSettings,
+    flat_settings,
+    load,
+    override,
+    preset_recipe,
+    refuse_preset,
+    resolve,
+)
 from okdc.system.randomness import own_randomness, seed_everything
 from okdc.tasks.task import Task
 from okdc.training import TrainState, checkpoint, launch, loggers
@@ -34,6 +47,7 @@ def compress(
     validation: Iterable[Any] | None = None,
     *,
     recipe: Recipe | str | Path | None = None,
+    preset: str | None = None,
     method: str | None = None,
     output: str | Path = "runs",
     experiment: str | None = None,
@@ -44,6 +58,7 @@ def compress(
 
     model: a name (timm, torchvision/NAME, package.module:function) or any module that returns logits (B, classes).
     loader, validation: any re-iterable of (images (B, C, H, W), labels (B,)); without them `data` names the images.
+    recipe, preset: what the settings change: a recipe, or finetune (from pre-trained weights, 20 epochs) or scratch.
     settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
 
     A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
@@ -51,7 +66,7 @@ def compress(
     """
     refuse_address(output, "--output")
     refuse_address(resume, "--resume")
-    resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), method, settings)
+    resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), preset, method, settings)
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
         with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
@@ -85,7 +100,12 @@ def compress(
 
 
 def _resolved(
-    model: Any, loader: Any, recipe: Recipe | str | Path | None, method: str | None, settings: dict[str, Any]
+    model: Any,
+    loader: Any,
+    recipe: Recipe | str | Path | None,
+    preset: str | None,
+    method: str | None,
+    settings: dict[str, Any],
 ) -> Recipe:
     """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
     flat = {"method": method, **settings}
@@ -97,12 +117,17 @@ def _resolved(
         _refuse_data_settings(settings)
         flat["data"] = LOADER
         flat.setdefault("batch_size", getattr(loader, "batch_size", None))  # the learning rate is scaled by it
-    if isinstance(recipe, Recipe):
+    make = partial(resolve, flat=flat, method_settings=methods.settings, source="okdc.compress")
+    if preset is not None:
+        refuse_preset(preset, recipe)
+        named = not isinstance(model, nn.Module)  # a module has the weights that it has
+        resolved = presets.settle(preset, make, settings)[1] if named else make(preset_recipe(preset))
+    elif isinstance(recipe, Recipe):
         resolved = override(
             recipe, {k: v for k, v in flat.items() if v is not None}, methods.settings, source="okdc.compress"
         )
     else:
-        resolved = resolve(recipe, flat=flat, method_settings=methods.settings, source="okdc.compress")
+        resolved = make(recipe)
     if loader is not None:
         resolved = replace(resolved, data=_said_of_loader(resolved.data, recipe, settings))
     resolved = replace(resolved, train=launch.as_started(resolved.train))

@@ -16,7 +16,7 @@ import okdc
 from okdc import methods, tasks
 from okdc.methods import Method
 from okdc.pipeline import run_folder
-from okdc.recipe import Recipe, TrainSettings
+from okdc.recipe import LOADER, Recipe, TrainSettings, override
 from okdc.tasks.task import Task
 from okdc.training import TrainState
 from okdc.training.machine import choose_device
@@ -86,7 +86,9 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
         },
         **result.task.detail(state.confusion, result.data.classes), "task": result.task.name,
         "history": state.history, "metrics": result.metrics, "verification": result.verification,
-        "baseline": run_folder.find_baseline(result.path, recipe), "command": command(), "recipe": recipe.to_dict(),
+        "baseline": run_folder.find_baseline(result.path, recipe),
+        "control_command": control_command(result.path, recipe),
+        "command": command(), "again": again(result.path, recipe), "recipe": recipe.to_dict(),
         "environment": _environment(recipe), "okdc": okdc.__version__,
     }  # fmt: skip
 
@@ -96,6 +98,28 @@ def command() -> str:
     given = Path(sys.argv[0] if sys.argv and sys.argv[0] else "python")
     program = "okdc" if (given.name, given.parent.name) == ("__main__.py", "okdc") else given.name  # python -m okdc
     return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
+
+
+def again(folder: Path, recipe: Recipe) -> str | None:
+    """The command that makes the run of `folder` again, by its recipe; None where Python gave it objects."""
+    return shlex.join(_by_recipe(folder, recipe)) if _is_named(folder, recipe) else None
+
+
+def control_command(folder: Path, recipe: Recipe) -> str | None:
+    """The command that trains the control of the run in `folder`, beside it; None where Python gave it objects."""
+    if not _is_named(folder, recipe):
+        return None
+    name, alone = f"{folder.name}-baseline", override(recipe, {"method": "baseline"})
+    return shlex.join([*_by_recipe(folder, alone), "--method", "baseline", "--experiment", name])
+
+
+def _is_named(folder: Path, recipe: Recipe) -> bool:
+    return recipe.data.data != LOADER and bool((run_folder.read_student(folder) or {}).get("rebuildable"))
+
+
+def _by_recipe(folder: Path, recipe: Recipe) -> list[str]:
+    place = [] if folder.parent == Path("runs") else ["--output", str(folder.parent)]
+    return ["okdc", "compress", "--recipe", str(folder / run_folder.RECIPE), *place, *run_folder.trusted(recipe)]
 
 
 def _environment(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from okdc.errors import RunError
 from okdc.pipeline import class_names
-from okdc.recipe import LOADER, Recipe
+from okdc.recipe import LOADER, Recipe, runs_code
 from okdc.system import files
 from okdc.training import checkpoint
 
@@ -223,6 +223,14 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         return json.loads((folder / REPORT).read_text(encoding="utf-8"))["metrics"]
     except (ValueError, KeyError) as error:
         raise RunError(f"{folder / REPORT} is damaged ({error}). Copy the run folder again.") from error
+
+
+def trusted(recipe: Recipe) -> list[str]:
+    """The flags for what runs the user's own code, which a recipe alone may not: it was typed for the run."""
+    named = {"--model": recipe.network.model, "--method": recipe.method["name"], "--teacher": recipe.cohort.teacher}
+    flags = [part for flag, name in named.items() if name and runs_code(name) for part in (flag, name)]
+    peers = recipe.cohort.peers
+    return flags + (["--peers", ",".join(peers)] if any(map(runs_code, peers)) else [])
 
 
 # Settings that say where, how fast and how carefully a run is done, not what it learns.

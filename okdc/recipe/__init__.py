@@ -7,6 +7,15 @@ Imports: `errors`, `system`.
 
 from __future__ import annotations
 
+from okdc.recipe.presets import (
+    FINETUNE,
+    PRESETS,
+    SCRATCH,
+    default_preset,
+    own_path,
+    preset_recipe,
+    refuse_preset,
+)
 from okdc.recipe.recipe import (
     DEFAULT,
     MethodSettings,
@@ -33,7 +42,10 @@ from okdc.recipe.sections import (
 
 __all__ = [
     "DEFAULT",
+    "FINETUNE",
     "LOADER",
+    "PRESETS",
+    "SCRATCH",
     "STATED",
     "CohortSettings",
     "DataSettings",
@@ -43,12 +55,16 @@ __all__ = [
     "Recipe",
     "TrainSettings",
     "apply_sets",
+    "default_preset",
     "flat_settings",
     "load",
     "names",
     "override",
+    "own_path",
     "path",
+    "preset_recipe",
     "read",
+    "refuse_preset",
     "resolve",
     "runs_code",
 ]

@@ -45,6 +45,41 @@ def signed(value: Any, places: int = 2) -> str:
     return DASH if found is None else f"{found:+.{places}f}".replace("-", "−")
 
 
+def standard_error(value: Any, images: Any) -> float | None:
+    """That of a percentage of so many images, in points: sqrt(p (1 - p) / n)."""
+    found, count = number(value), number(images)
+    return None if found is None or not count else math.sqrt(max(found * (100 - found), 0) / count)
+
+
+def uncertain(value: Any, images: Any) -> str:
+    """What stands behind a percentage: ` ± 0.9 on 360 images`, one standard error; nothing where it is not known."""
+    error = standard_error(value, images)
+    if error is None:
+        return ""
+    return (f" ± {error:.1f}" if error else "") + f" on {images:,} image{'s' * (images != 1)}"
+
+
+def chance(now: Any, before: Any, images: Any) -> str | None:
+    """What a difference between two percentages of the same images is worth, in words; None where one is missing."""
+    new, old, count = number(now), number(before), number(images)
+    if new is None or old is None or not count:
+        return None
+    differing, bound = round(abs(new - old) * count / 100), by_chance(new, old, count)
+    return (
+        f"The difference is {differing} of {images:,} images. Chance alone makes differences of up to ±{bound:.1f} "
+        "points between two runs like these (95 %, reckoned as if each had images of its own)."
+    )
+
+
+def by_chance(now: float, before: float, images: float) -> float:
+    """Points that two percentages of so many images each may differ by chance, 95 %.
+
+    A. Agresti, B. Caffo, 2000: two images more of each run, one right and one wrong, so that 100 % is not certain.
+    """
+    shares = [(value * images / 100 + 1) / (images + 2) for value in (now, before)]
+    return 196 * math.sqrt(sum(share * (1 - share) / (images + 2) for share in shares))
+
+
 def tiny(value: Any) -> str:
     """An error between two logits: 1.2e-06."""
     found = number(value)
@@ -79,5 +114,5 @@ def cell(value: Any) -> str:
 
 
 FILTERS = {"counted": counted} | {
-    f.__name__: f for f in (cell, digits, duration, epoch, percent, si, signed, tiny, whole)
+    f.__name__: f for f in (cell, digits, duration, epoch, percent, si, signed, tiny, uncertain, whole)
 }

@@ -26,6 +26,7 @@ class Classify(Task):
         "balanced": Metric("balanced accuracy", "balanced", "the mean of all classes' recalls"),
     }
     scores = ("top1", "top5")
+    is_share = True
     unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
     use = "Classify an image"
 

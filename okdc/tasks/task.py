@@ -37,6 +37,7 @@ class Task:
     unsupported: ClassVar[dict[str, str]] = {}  # settings that have no meaning here, and why
     loss: ClassVar[str] = "cross_entropy"  # the function of okdc.losses that `supervised` is
     weighing: ClassVar[str] = "class_weights"  # the setting that weighs the outputs in it
+    is_share: ClassVar[bool] = False  # whether its metric is the share of images that are right: it has that error
     several: ClassVar[bool] = False  # whether an image has any number of labels
     hub: ClassVar[str] = "image-classification"  # what the Hugging Face hub calls it
     activation: ClassVar[str] = "Softmax"  # the operator of ONNX that makes probabilities of outputs

@@ -13,7 +13,7 @@ import pytest
 
 from okdc import report
 from okdc.report.plots import apart, line_chart, ticks_for
-from okdc.report.words import cell, digits, duration, si
+from okdc.report.words import by_chance, cell, digits, duration, si, standard_error, uncertain
 
 VOID = {"meta"}  # the only tag of the page that html does not close
 
@@ -332,3 +332,50 @@ def test_labels_never_cover_each_other_nor_leave_the_plot() -> None:
     moved = apart([1.0, 0.5, 50.0, 50.1, 50.2, 99.9, 100.0], gap=6.0)
     assert all(right - left > 5.99 for left, right in zip(sorted(moved), sorted(moved)[1:]))
     assert moved[1] == 0.5 and max(moved) == 100
+
+
+def test_a_gain_is_called_what_it_is(tmp_path: Path) -> None:
+    facts = sample(baseline=control() | {"metrics": {"top1": 90.625}})
+    facts["metrics"]["top1"], facts["data"]["validation_images"] = 92.7083, 96
+    page, markdown = pages(tmp_path, facts)
+    text = without_spaces(page.text)
+    assert "+2.1 points over the baseline, within chance" in text and "± 2.7 on 96 images" in text
+    assert "The difference is 2 of 96 images. Chance alone makes differences of up to ±8.1 points" in text
+    assert "± 3.0 on 96 images" in markdown and "The difference is 2 of 96 images" in markdown
+    facts["data"]["validation_images"] = 9600
+    assert "within chance" not in pages(tmp_path, facts)[0].text
+
+
+def test_standard_errors_are_those_of_a_share() -> None:
+    assert standard_error(90.0, 100) == pytest.approx(3.0) and standard_error(None, 100) is None
+    assert uncertain(100.0, 96) == " on 96 images" and uncertain(50.0, 1) == " ± 50.0 on 1 image"
+    # Two of a hundred right in each: (2 + 1) / (100 + 2) in both.
+    assert by_chance(2.0, 2.0, 100) == pytest.approx(196 * math.sqrt(2 * (3 / 102) * (99 / 102) / 102))
+    assert by_chance(100.0, 100.0, 96) > 1, "no mistake on 96 images is no certainty"
+
+
+def test_a_report_without_control_says_how_to_get_one(tmp_path: Path) -> None:
+    asks = "okdc compress --recipe 'my runs/a/recipe.yaml' --method baseline --experiment a-baseline"
+    page, markdown = pages(tmp_path, sample(control_command=asks, again="okdc compress --recipe r.yaml"))
+    assert "No control yet" in page.text and asks in page.text and f"    {asks}\n" in markdown
+    assert "makes the same run again" in page.text and "okdc compress --recipe r.yaml" in page.text
+    page, _ = pages(tmp_path, sample(baseline=control(), control_command=asks))
+    assert "No control yet" not in page.text and "makes the same run again" not in page.text
+
+
+def test_losses_of_all_members_and_of_the_student_have_axes_of_their_own(tmp_path: Path) -> None:
+    titles = re.findall(
+        r"<h3>((?:total|of the)[^<]*)", (pages(tmp_path, sample()), tmp_path / "report.html")[1].read_text()
+    )
+    assert [title.strip() for title in titles] == ["total of all members", "of the student, in validation"]
+    pages(tmp_path, sample(members=1))
+    assert re.findall(r"<h3>(total[^<]*)", (tmp_path / "report.html").read_text()) == ["total"]
+
+
+def test_every_speed_up_is_by_the_clock_of_the_recommendation(tmp_path: Path) -> None:
+    facts = sample()
+    for row in facts["verification"]["rows"]:
+        for timing in row.get("latency", []):
+            timing |= {"contended": False, "cpu_ms": timing["p50_ms"] / (1 if row["name"] == "torch" else 2)}
+    page, _ = pages(tmp_path, facts)
+    assert "3.67 × the speed of torch, by CPU time" in page.text and "1.84 ×" not in page.text

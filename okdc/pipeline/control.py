@@ -1,0 +1,46 @@
+"""The control of a run: the same network, recipe and seed trained alone, in a run folder of its own beside it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from okdc.errors import RecipeError
+from okdc.pipeline import run_folder
+from okdc.pipeline.compression import compress
+from okdc.recipe import ExportSettings, Recipe, override
+
+PLAIN = "baseline"
+
+
+def train_control(recipe: Recipe, output: str | Path, experiment: str | None, resume: str | None) -> None:
+    """Train the control of the run that is about to begin, in NAME-baseline beside its folder, unless there is one.
+
+    Takes what `compress` takes. A control that was interrupted goes on. Nothing is exported of it.
+    """
+    if recipe.method["name"] == PLAIN:
+        return
+    folder, _ = run_folder.choose(Path(output), recipe, experiment, resume)
+    if run_folder.find_baseline(folder, recipe) is not None:
+        return
+    alone = replace(override(recipe, {"method": PLAIN}), export=ExportSettings(onnx=False, byproducts=False))
+    _say("First the control: the same network trained alone, to see what the other members add.")
+    try:
+        compress(recipe=alone, output=folder.parent, experiment=f"{folder.name}-{PLAIN}", resume="auto")
+    except SystemExit:
+        _say("This was the control. To go on with it and then with the run: the same command with --resume auto.")
+        raise
+    _say(f"The control is done. Now the run, with {recipe.method['name']}.")
+
+
+def refuse_processes() -> None:
+    """RecipeError: several processes train one run, not two."""
+    raise RecipeError(
+        "--with-baseline trains its control in one process, and these are several. Leave it out, and train the control "
+        "by a command of its own; the report of the run has it."
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,34 @@
+"""A preset that starts from pre-trained weights, where these can be had; from scratch where they cannot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from okdc import networks
+from okdc.recipe import SCRATCH, Recipe, preset_recipe
+
+
+def settle(preset: str, make: Callable[[str], Recipe], typed: Mapping[str, Any]) -> tuple[str, Recipe]:
+    """The preset and the recipe that `make` makes of its name: those of SCRATCH, and why on stderr, without weights.
+
+    Whoever `typed` pretrained or a checkpoint gets it, or the error that it is.
+    """
+    found = make(preset_recipe(preset))
+    asked = typed.get("pretrained") is not None or found.network.checkpoint
+    if asked or not found.network.pretrained:
+        return preset, found
+    print(f"Looking for pre-trained weights of {found.network.model}", file=sys.stderr, flush=True)
+    reason = networks.lacks_weights(found.network)
+    if reason is None:
+        return preset, found
+    batch, found = found.train.batch_size, make(preset_recipe(SCRATCH))
+    found = replace(found, train=replace(found.train, batch_size=batch))  # small enough for a folder of photos
+    print(
+        f"{reason}. So it learns from your images alone, as with --preset {SCRATCH}, for {found.train.epochs} epochs.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return SCRATCH, found

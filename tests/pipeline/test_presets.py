@@ -1,0 +1,176 @@
+"""Presets: what a folder of photos is trained with, what keeps them off, and what is done without weights to start."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from okdc import networks, recipe
+from okdc.cli import main
+from okdc.errors import NetworkError, RecipeError
+from okdc.pipeline import compress, control, presets
+from okdc.recipe import FINETUNE, SCRATCH, NetworkSettings, Recipe, default_preset
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twenty images of 16 x 16 pixels, each class brighter in one channel."""
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for channel, name in enumerate(("daisy", "rose", "tulip")):
+        (folder / name).mkdir()
+        for number in range(20):
+            pixels = noise.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+            pixels[..., channel] += 100
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def okdc(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def said(result: Result) -> str:
+    return " ".join(result.output.split())
+
+
+SMALL = ("--model", "resnet20_cifar", "--img-size", "16", "-j", "0", "--no-onnx", "--set", "train.device=cpu")
+
+
+@pytest.mark.parametrize(
+    ("flat", "sets", "expected"),
+    [
+        ({"data": "photos"}, [], FINETUNE),
+        ({"data": "labels.csv", "batch_size": 16, "model": "resnet50", "members": 4}, [], FINETUNE),
+        ({}, ["data.data=photos"], FINETUNE),
+        ({"data": "digits"}, [], None),
+        ({"data": "torch/cifar10"}, [], None),
+        ({"data": "arrays.npz"}, [], None),
+        ({"data": "photos", "method": "ahbf"}, [], None),
+        ({"data": "photos"}, ["train.lr=0.1"], None),
+        ({"data": "photos"}, ["method.name=dml"], None),
+        ({}, [], None),
+    ],
+)
+def test_photos_are_finetuned_unless_it_is_said_how_to_train(flat: dict, sets: list[str], expected: str | None) -> None:
+    assert default_preset(flat, sets)[0] == expected
+
+
+def test_what_keeps_the_preset_off_is_named() -> None:
+    assert default_preset({"data": "photos", "epochs": 3, "method": None}, ["train.lr=1"]) == (None, ["epochs", "lr"])
+
+
+def test_a_preset_gives_way_to_what_is_typed() -> None:
+    found = recipe.resolve(recipe.preset_recipe(FINETUNE), flat={"data": "photos", "epochs": 3, "members": 2})
+    assert found.network.pretrained and found.method["name"] == "one"
+    assert (found.train.epochs, found.cohort.members, found.train.warmup_epochs) == (3, 2, 1)
+    assert recipe.resolve(recipe.preset_recipe(SCRATCH), flat={"data": "photos"}).train == Recipe().train
+    other = recipe.resolve(recipe.preset_recipe(FINETUNE), flat={"data": "photos", "method": "ahbf"})
+    assert other.cohort == Recipe().cohort, "members are those of the preset's own method"
+
+
+def test_without_weights_it_learns_from_scratch_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def make(name: str) -> Recipe:
+        return recipe.resolve(name, flat={"data": "photos", "model": "resnet20_cifar"})
+
+    preset, found = presets.settle(FINETUNE, make, {})
+    assert preset == SCRATCH and not found.network.pretrained
+    assert (found.train.epochs, found.train.batch_size, found.train.lr_base) == (100, 32, 0.1)
+    told = capsys.readouterr().err
+    assert "resnet20_cifar has no pre-trained weights" in told and "--preset scratch" in told
+    asked = presets.settle(FINETUNE, make, {"pretrained": True})
+    assert asked[0] == FINETUNE and asked[1].network.pretrained, "whoever asks for weights gets them, or the error"
+    assert "is a function" in str(networks.lacks_weights(NetworkSettings("tests.helpers.networks:Tiny")))
+    with pytest.raises(NetworkError, match="no network 'resnet0'"):
+        networks.lacks_weights(NetworkSettings("resnet0", pretrained=True))
+
+
+def test_a_preset_beside_a_recipe_is_refused() -> None:
+    for words in (
+        ["--recipe", "digits/resnet18-ahbf", "--preset", SCRATCH],
+        ["--resume", "runs/x", "--preset", SCRATCH],
+    ):
+        result = okdc("compress", *words)
+        assert result.exit_code == 2 and "eave it out" in said(result).replace("eave one of them out", "eave it out")
+    with pytest.raises(RecipeError, match="expected finetune or scratch"):
+        compress("resnet20_cifar", data="digits", preset="finetoon")
+
+
+def test_missing_data_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "flowers").mkdir()
+    code = f"""if True:
+        import sys
+        from okdc.cli import main
+        try:
+            main(["compress", "--data", {str(tmp_path / "flower")!r}])
+        except SystemExit as done:
+            print(done.code, "torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 False"
+    words = " ".join(done.stderr.split())
+    assert "does not exist" in words and words.endswith("flowers?")
+
+
+def test_the_first_line_comes_before_torch(photos: Path) -> None:
+    code = f"""if True:
+        import sys
+        from okdc.cli import early, main
+        early.choose_preset = lambda *_: sys.exit(f"torch imported: {{'torch' in sys.modules}}")
+        main(["compress", "--data", {str(photos)!r}])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first, second = done.stderr.splitlines()
+    assert first == f"okdc 0.1.0 · reading {photos}" and second == "torch imported: False"
+
+
+# --- the control ----------------------------------------------------------------------------------------------------
+
+
+def test_the_control_is_trained_beside_the_run_once(photos: Path, tmp_path: Path) -> None:
+    words = ("compress", "--data", photos, *SMALL, "--output", tmp_path, "--preset", SCRATCH, "--epochs", "1", "-b", 16)
+    first = okdc(*words, "--with-baseline")
+    assert first.exit_code == 0, first.output
+    name = f"resnet20_cifar-one-{photos.name}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}-baseline"]
+    alone, run = (recipe.load(tmp_path / folder / "recipe.yaml") for folder in (f"{name}-baseline", name))
+    assert alone.method["name"] == "baseline" and (alone.train, alone.data) == (run.train, run.data)
+    assert (tmp_path / name / "report.html").read_text().count(f"{name}-baseline"), "the report knows its control"
+    again = okdc(*words, "--with-baseline")
+    assert again.exit_code == 0 and "First the control" not in again.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}-2", f"{name}-baseline"]
+
+
+def test_the_control_of_several_processes_is_refused(photos: Path) -> None:
+    refused = okdc("compress", "--data", photos, *SMALL, "--method", "one", "--devices", "2", "--with-baseline")
+    assert refused.exit_code == 2 and "these are several" in said(refused)
+
+
+def test_plain_training_is_its_own_control(tmp_path: Path) -> None:
+    control.train_control(recipe.resolve(flat={"method": "baseline", "data": "digits"}), tmp_path, None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_of_a_report_are_whole(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "my runs"
+    words = ("--method", "one", "--epochs", "1", "-b", 16, "--output", output, "--experiment", "first one")
+    result = okdc("compress", "--data", photos, *SMALL, *words)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((output / "first one" / "report.json").read_text())
+    assert facts["baseline"] is None and facts["control_command"] in result.output
+    for command, folder in ((facts["control_command"], "first one-baseline"), (facts["again"], None)):
+        again = okdc(*shlex.split(command)[1:])
+        assert again.exit_code == 0, again.output
+        made = output / folder if folder else output / f"resnet20_cifar-one-{photos.name}"
+        mine, first = (recipe.load(path / "recipe.yaml") for path in (made, output / "first one"))
+        assert (mine.network, mine.data, mine.train) == (first.network, first.data, first.train)
+        assert mine == first or folder
+    told = json.loads((made / "report.json").read_text())
+    assert told["baseline"]["name"] == "first one-baseline" and told["metrics"]["top1"] == facts["metrics"]["top1"]
