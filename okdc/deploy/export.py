@@ -133,7 +133,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     facts = read(folder)
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
-    exported, skipped = existing(folder)
+    exported, skipped = existing(folder, device)
     others = further(exported, device)
     here = _data_facts(data)
     same_data = is_fair(recorded) and all(

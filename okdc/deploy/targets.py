@@ -38,6 +38,7 @@ class Target:
     predict: bool  # whether predict.py runs it: by onnxruntime, on a CPU
     devices: Mapping[str, float | None]  # on which it runs too, in a row each, and the tolerance of its logits there
     packages: tuple[str, ...]  # whose versions a verification tells
+    runs_on: str | None  # the kind of device without which it can be written, and not be run
 
     @property
     def files(self) -> dict[str, str]:
@@ -48,6 +49,10 @@ class Target:
     def options(self) -> Mapping[str, inspect.Parameter]:
         """What its `write` takes by keyword."""
         return inspect.signature(self.module.write).parameters
+
+    def own(self, device: str) -> str | None:
+        """The device that its file is for whatever the others run on, `device` if that is of the kind."""
+        return device if self.runs_on and device.startswith(self.runs_on) else self.runs_on
 
     def on(self, device: str) -> str:
         """What the row of one of its further devices is called."""
@@ -140,4 +145,5 @@ def _declared(path: Path) -> Target:
         predict=constant("PREDICT", False),
         devices=constant("DEVICES", {}),
         packages=constant("PACKAGES", ()),
+        runs_on=constant("RUNS_ON", None),
     )

@@ -226,6 +226,7 @@ class ExportSettings:
     int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
+    trt_rtx: bool = _setting(False, "write model.rtx.engine (TensorRT for RTX) for RTX GPUs; no GPU is needed for it")
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")
     byproducts: bool = _setting(True, "also write what else a method trains: narrower students, a fused classifier …")
