@@ -1,7 +1,8 @@
 """Export target `tensorrt_rtx`: model.rtx.engine for any RTX GPU of several generations, built where there is none.
 
 Needs TensorRT for RTX, which NVIDIA gives under a licence of its own, and to_tensorrt.py beside this file. What it
-builds is compiled to the end by the GPU that runs it. Turing (7.5) is left out: it refuses products of float32 matrices.
+builds is compiled to the end by the GPU that runs it. Turing (7.5) is left out, as products of float32 matrices are
+refused there.
 """
 
 from __future__ import annotations
