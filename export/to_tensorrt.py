@@ -118,16 +118,25 @@ def runner(
     first where `device` is "cpu". `cuda_graph` replays one captured graph per shape. Raises RuntimeError with the
     command that rebuilds when the engine is of another TensorRT or another GPU.
     """
-    return _Engine(Path(path), device, cuda_graph)
+    trt, gpu = _tensorrt(), _gpu(device)
+    return _Engine(trt, Path(path), _read_engine(Path(path), _here(trt, gpu)), gpu, cuda_graph)
 
 
 # ---- building
 
 
 def _build(
-    trt: Any, source: Path, batches: tuple[int, int, int], workspace: int, cache: Path
+    trt: Any,
+    source: Path,
+    batches: tuple[int, int, int],
+    workspace: int,
+    cache: Path | None,
+    adjust: Callable[[Any, Any], None] = lambda trt, config: None,
 ) -> tuple[bytes, set[str], dict[str, list[list[int]]]]:
-    """The serialised engine, the precisions that the graph asks for, and the profile by input name."""
+    """The serialised engine, the precisions that the graph asks for, and the profile by input name.
+
+    adjust: what to_tensorrt_rtx.py, which builds by this, has to say to the builder's configuration.
+    """
     log = _logger(trt)
     builder = trt.Builder(log)
     # TensorRT 11 is always strongly typed; the number behind the name differs between 10 and 11.
@@ -140,16 +149,23 @@ def _build(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and costs float32 three digits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector reads the precisions from this
+    adjust(trt, config)
     shapes = _add_profile(builder, network, config, batches)
-    timings = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
-    if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: start afresh
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+    if cache is not None:
+        _use_cache(config, cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(f"TensorRT cannot build {source.name}: {_last(log.errors)}")
     with contextlib.suppress(OSError):  # a home that cannot be written to costs time, not the engine
-        _write_bytes(cache, bytes(memoryview(config.get_timing_cache().serialize())))
+        if cache is not None:
+            _write_bytes(cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return bytes(memoryview(plan)), _asked_precisions(network), shapes
+
+
+def _use_cache(config: Any, cache: Path) -> None:
+    timings = config.create_timing_cache(cache.read_bytes() if cache.exists() else b"")
+    if timings is None or not config.set_timing_cache(timings, False):  # of another GPU or version: start afresh
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _add_profile(builder: Any, network: Any, config: Any, batches: tuple[int, int, int]) -> dict[str, list[list[int]]]:
@@ -195,13 +211,11 @@ def _precisions(trt: Any, engine: Any) -> dict[str, int]:
 class _Engine:
     """A TensorRT engine as a function; torch owns the memory and the stream."""
 
-    def __init__(self, path: Path, device: str, cuda_graph: bool) -> None:
-        trt = _tensorrt()
+    def __init__(self, trt: Any, path: Path, plan: bytes, gpu: torch.device, cuda_graph: bool) -> None:
         import torch
 
-        self._device = _gpu(device)
-        with torch.cuda.device(self._device):
-            plan = _read_engine(path, _here(trt, self._device))
+        self._device = gpu
+        with torch.cuda.device(gpu):
             self._log = _logger(trt)  # must outlive the runtime
             self._runtime = trt.Runtime(self._log)
             engine = _load(self._runtime, plan, self._log, f"{path} ({_rebuild(path.with_suffix('.onnx'))})")

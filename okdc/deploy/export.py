@@ -142,7 +142,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     task: Task = facts["task"]
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
-    exported, skipped = existing(folder)
+    exported, skipped = existing(folder, device)
     files, raw = pipelines.split(folder, exported)
     others = further(files, device) | runtimes.rows(files, settings)
     here = _data_facts(data)

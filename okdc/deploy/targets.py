@@ -39,6 +39,7 @@ class Target:
     raw: bool  # whether it takes decoded images of any size, uint8 (B, H, W, C), instead of the network's input
     devices: Mapping[str, float | None]  # on which it runs too, in a row each, and the tolerance of its logits there
     packages: tuple[str, ...]  # whose versions a verification tells
+    runs_on: str | None  # the kind of device without which it can be written, and not be run
 
     @property
     def files(self) -> dict[str, str]:
@@ -49,6 +50,10 @@ class Target:
     def options(self) -> Mapping[str, inspect.Parameter]:
         """What its `write` takes by keyword."""
         return inspect.signature(self.module.write).parameters
+
+    def own(self, device: str) -> str | None:
+        """The device that its file is for whatever the others run on, `device` if that is of the kind."""
+        return device if self.runs_on and device.startswith(self.runs_on) else self.runs_on
 
     def on(self, device: str) -> str:
         """What the row of one of its further devices is called."""
@@ -142,4 +147,5 @@ def _declared(path: Path) -> Target:
         raw=constant("RAW", False),
         devices=constant("DEVICES", {}),
         packages=constant("PACKAGES", ()),
+        runs_on=constant("RUNS_ON", None),
     )

@@ -68,7 +68,7 @@ def write(
                 continue
             except Exception as error:  # an exporter may raise anything; the other files are still written
                 problem = f"it could not be written: {one_line(error)}{_kept(part, target, error)}"
-        exported[target.row] = Exported(path, target.module, problem)
+        exported[target.row] = Exported(path, target.module, problem, target.own(device))
     _add_programs(part, wanted, exported, bundle.is_known(preprocess))
     if settings.triton:
         triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
@@ -87,7 +87,7 @@ def further(exported: Mapping[str, Exported], device: str) -> dict[str, Exported
     return found
 
 
-def existing(folder: Path) -> tuple[dict[str, Exported], list[Skipped]]:
+def existing(folder: Path, device: str) -> tuple[dict[str, Exported], list[Skipped]]:
     """The files that a bundle has, by their rows, and why some of them cannot be run here."""
     exported: dict[str, Exported] = {}
     skipped: list[Skipped] = []
@@ -95,7 +95,7 @@ def existing(folder: Path) -> tuple[dict[str, Exported], list[Skipped]]:
         if (folder / target.file).exists():
             reason = target.module.available()
             if reason is None:
-                exported[target.row] = Exported(folder / target.file, target.module)
+                exported[target.row] = Exported(folder / target.file, target.module, device=target.own(device))
             else:
                 skipped.append({"target": name, "reason": without_paths(reason)})
     return exported, skipped

@@ -164,7 +164,7 @@ def _torch(folder: Path, verification: Verification, settings: ExportSettings, c
 def _skipped(verification: Verification) -> dict[str, str]:
     """The rows that a verification would have if their formats were available here, and why they are not."""
     known = targets.known()
-    rows = {name: target.row for name, target in known.items()}
+    rows = {each: target.row for name, target in known.items() for each in (name, target.row)}
     rows |= {target.on(device): target.on(device) for target in known.values() for device in target.devices}
     rows |= {name: name for name in runtimes.known()}
     return {rows[each["target"]]: each["reason"] for each in verification["skipped"] if each["target"] in rows}

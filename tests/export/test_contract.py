@@ -15,7 +15,7 @@ from okdc.verification.gates import DEFAULTS
 
 CONSTANTS = {
     "FILE", "DESCRIPTION", "ALSO", "TOOL", "ASKED_BY", "NEEDS", "ROW", "PRECISION", "TOLERANCE", "MADE_FOR",
-    "CALIBRATED", "PREDICT", "RAW", "DEVICES", "LATENCY", "PACKAGES",
+    "CALIBRATED", "PREDICT", "RAW", "DEVICES", "LATENCY", "PACKAGES", "RUNS_ON",
 }  # fmt: skip
 TARGETS, RUNTIMES = targets.known(), runtimes.known()
 
