@@ -332,3 +332,14 @@ def test_labels_never_cover_each_other_nor_leave_the_plot() -> None:
     moved = apart([1.0, 0.5, 50.0, 50.1, 50.2, 99.9, 100.0], gap=6.0)
     assert all(right - left > 5.99 for left, right in zip(sorted(moved), sorted(moved)[1:]))
     assert moved[1] == 0.5 and max(moved) == 100
+
+
+def test_a_page_serves_those_who_see_no_colour_and_use_no_mouse(tmp_path: Path) -> None:
+    page = report.write(tmp_path, sample()).read_text(encoding="utf-8")
+    table = page[page.index("<h2>Verification") :]
+    table = table[: table.index("</table>")]
+    assert 'tabindex="0" role="region" aria-label=' in table and "<caption>" in table
+    assert "<th>" not in table and table.count('<th scope="col">') == 8
+    assert "p90 " in re.sub(r"<[^>]*>", "", page)  # in words, not in a tooltip alone
+    dashes = re.findall(r"path\.(\w+) \{[^}]*stroke-dasharray: ([^;}]+)", page)
+    assert len({pattern for _, pattern in dashes}) == len(dashes) >= 7
