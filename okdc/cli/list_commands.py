@@ -45,9 +45,13 @@ def recipes(words: tuple[str, ...]) -> None:
     okdc recipes copy cifar100/resnet32-ahbf .
     """
     if not words:
-        width = max(map(len, recipe.names()), default=0)
+        width, columns = max(map(len, recipe.names()), default=0) + 2, shutil.get_terminal_size().columns
         for name in recipe.names():
-            click.echo(f"{name:{width}}  {_first_line(recipe.path(name).read_text(encoding='utf-8'))}")
+            told = f"{name:{width}}{_first_line(recipe.path(name).read_text(encoding='utf-8'))}"
+            hang = " " * width
+            click.echo(
+                textwrap.fill(told, columns, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+            )
     elif words[0] == "copy" and len(words) in (2, 3):
         click.echo(f"wrote {_copy(words[1], Path(words[2] if words[2:] else '.'))}")
     elif len(words) == 1:

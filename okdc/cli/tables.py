@@ -55,23 +55,26 @@ def show_result(result: Result) -> None:
         ("Parameters, ship", f"{sum(p.numel() for p in result.student.parameters()):,}"),
         ("Training time", _time(metrics.get("seconds"))),
         ("Stopped early", metrics.get("stopped_early")),
+    ]:
+        if value is not None:
+            table.add_row(label, escape(value))
+    console = _console()
+    console.print("\n", table, sep="")
+    for label, place in [
         ("Report", str(folder / "report.html")),
         ("Bundle", str(folder / "export") if result.verification else None),
         *((f"Also trained: {name}", _whereabouts(folder / "byproducts" / name)) for name in result.byproducts),
     ]:
-        if value is not None:
-            table.add_row(label, value)
-    _console().print("\n", table, sep="")
+        if place is not None:  # to be copied, so never wrapped
+            console.print(f"{label}: {place}", soft_wrap=True, markup=False)
     if told := words.chance(metrics.get(task.metric), before, images):
-        _console().print(f"\n{told}", markup=False)
+        console.print(f"\n{told}", markup=False)
     elif (
         found is None
         and result.recipe.method["name"] != "baseline"
         and (command := facts.control_command(folder, result.recipe))
     ):
-        _console().print(
-            f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False
-        )
+        console.print(f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False)
     if result.verification:
         predict = folder / "export" / "predict.py"  # where there is a file that it runs
         show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
@@ -100,7 +103,7 @@ def show_verification(verification: Verification, next_command: str | None = Non
     table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True  # a narrow terminal folds names, not verdicts
     for row in rows:
         table.add_row(
-            row["name"],
+            escape(row["name"]),
             "" if row.get("mb") is None else f"{row['mb']:.1f}",
             _percent(_score(row, task)) or "",
             _percent(row.get("agreement")) or "",
@@ -123,9 +126,10 @@ def show_verification(verification: Verification, next_command: str | None = Non
     )
     recommended = verification.get("recommended")
     if recommended:
-        console.print(f"Recommended here: [bold]{recommended['file']}[/], {escape(recommended['why'])}.")
+        console.print(f"Recommended here: [bold]{escape(recommended['file'])}[/], {escape(recommended['why'])}.")
     for skipped in verification.get("skipped", []):
-        console.print(f"[yellow]Skipped[/]: {skipped['target']}: {escape(str(skipped['reason']))}")
+        told = escape(f"{skipped['target']}: {skipped['reason']}")
+        console.print(f"[yellow]Skipped[/]: {told}", soft_wrap=True)
     if any(skipped["reason"] == UNKNOWN for skipped in verification.get("skipped", [])):
         next_command = f"okdc export {source} --mean R,G,B --std R,G,B"
     if next_command:
@@ -148,7 +152,7 @@ def show_comparison(found: Comparison) -> None:
     for line in found.lines:
         spread = line.spread
         table.add_row(
-            line.name, _percent(spread.mean if spread else None) or "[red]none[/]",
+            escape(line.name), _percent(spread.mean if spread else None) or "[red]none[/]",
             f"{spread.deviation:.2f}" if spread and spread.deviation is not None else "",
             _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}", str(line.epochs), _time(line.seconds) or "",
         )  # fmt: skip
@@ -156,7 +160,7 @@ def show_comparison(found: Comparison) -> None:
     console.print("\n", table, sep="")
     for line in found.lines:
         if line.problem:
-            console.print(f"[red]{line.name}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
+            console.print(f"[red]{escape(line.name)}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
     console.print("Gains in points, with the 95 % interval; compute in FLOPs, plain training is 1.")
     console.print(f"\n[bold]{escape(found.verdict)}[/]")
     _next(f"open {found.path / 'compare.html'}")
@@ -178,11 +182,11 @@ def show_benchmark(report: dict[str, Any]) -> None:
             table.add_row(escape(name) if status.startswith("ok") else f"[red]{escape(name)}[/]", *cells)
     console = _console()
     console.print("\n", table, sep="")
-    console.print(f"\n{benchmark.title(report)}")
+    console.print(f"\n{benchmark.title(report)}", markup=False)
     statuses = dict.fromkeys(row["status"] for row in report["rows"] if row["status"] != "ok")
     for status in statuses:
         names = ", ".join(row["format"] for row in report["rows"] if row["status"] == status)
-        console.print(f"[yellow]{names}[/]: {escape(status)}", soft_wrap=True)
+        console.print(f"[yellow]{escape(names)}[/]: {escape(status)}", soft_wrap=True)
     if any(each["contended"] for row in report["rows"] for each in row["latency"]):
         console.print("Busy: something else used the processor meanwhile. CPU ms is less disturbed than the others.")
 
@@ -214,7 +218,7 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None, refused: Callabl
     """
     console = _console()
     console.print(
-        f"[bold]{model}[/]: {anatomy.params:,} parameters, {anatomy.flops / 1e9:.3g} GFLOPs "
+        f"[bold]{escape(model)}[/]: {anatomy.params:,} parameters, {anatomy.flops / 1e9:.3g} GFLOPs "
         f"for {_shape(anatomy.input_size)}"
     )
     console.print(
@@ -260,27 +264,25 @@ def show_estimate(recipe: Recipe, found: Estimate) -> None:
     """What a method would build around a network, and what training it takes: parameters, FLOPs, memory."""
     console, name, model = _console(), recipe.method["name"], recipe.network.model
     console.print(
-        f"[bold]{name}[/] around [bold]{model}[/], {_shape(found.input_size)}, {found.classes} classes: "
-        f"{counted(len(found.networks), 'network')}\n"
+        f"[bold]{escape(name)}[/] around [bold]{escape(model)}[/], {_shape(found.input_size)}, {found.classes} classes"
+        f": {counted(len(found.networks), 'network')}\n"
     )
-    table = _table("", "what it is", "parts after", "parameters", "its own", "MFLOPs/image")
-    table.columns[1].no_wrap = False
-    for column in table.columns[3:]:
+    roles = _table("", "")  # in a table of its own, with room for the names of modules
+    table = _table("", "parts after", "parameters", "its own", "MFLOPs/image")
+    for column in table.columns[2:]:
         column.justify = "right"
     for index, each in enumerate(found.networks):
+        roles.add_row(escape(each.name), escape(_role(index, each)))
         table.add_row(
-            each.name,
-            _role(index, each),
-            each.cut or "",
-            f"{each.params:,}",
-            f"{each.own_params:,}",
-            _millions(each.flops),
+            each.name, escape(each.cut or ""), f"{each.params:,}", f"{each.own_params:,}", _millions(each.flops)
         )
     rest = found.flops - sum(each.flops for each in found.networks)
-    table.add_row(f"{name} itself", "", "", f"{found.own_params:,}", f"{found.own_params:,}", _millions(max(0, rest)))
-    console.print(table)
+    table.add_row(
+        f"{escape(name)} itself", "", f"{found.own_params:,}", f"{found.own_params:,}", _millions(max(0, rest))
+    )
+    console.print(roles, "", table, sep="\n")
     if found.teacher_stands_in:
-        console.print(f"\nNo teacher was given: a new {model} stands in for it. Give yours with --teacher.")
+        console.print(f"\nNo teacher was given: a new {escape(model)} stands in for it. Give yours with --teacher.")
     batch = recipe.train.batch_size
     console.print(
         f"\n{found.trained_params:,} parameters learn, at {found.relative:.2f} times the FLOPs of the target alone "
@@ -310,7 +312,7 @@ def show_row(row: dict[str, Any]) -> None:
     colour = {"ok": "green", "partly": "yellow"}.get(row["outcome"], "red")
     what = row.get("reason") or f"after {row['cut']}, {row['tail_flops']:.0%} of the FLOPs; {row['grown']}"
     _console().print(
-        f"[{colour}]{row['outcome']:8}[/] {row['network']}  {row['seconds']} s  {escape(what)}", soft_wrap=True
+        f"[{colour}]{row['outcome']:8}[/] {escape(row['network'])}  {row['seconds']} s  {escape(what)}", soft_wrap=True
     )
 
 
@@ -327,7 +329,7 @@ def show_sweep(rows: list[dict[str, str]], summary: list[tuple[str, int]], path:
             failures.add_row(row["network"], row["outcome"], escape(row["reason"]))
     if failures.row_count:
         console.print("\n", failures, sep="")
-    console.print(f"\nThe table is {path}; {Path(path).with_suffix('.md')} says it in words.")
+    console.print(f"\nThe table is {path}; {Path(path).with_suffix('.md')} says it in words.", markup=False)
 
 
 def show_profile(found: Profile, as_json: bool = False) -> None:
@@ -338,8 +340,9 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
     console, on_cpu = _console(), found.device == "CPU"
     clock = f"CPU time, {found.threads} thread{'s' * (found.threads > 1)}" if on_cpu else found.device
     console.print(
-        f"[bold]{found.method}[/] around [bold]{found.model}[/], {_shape(found.input_size)}, batch {found.batch_size}: "
-        f"{found.flops_ratio:.2f} times the FLOPs of the target alone (a step, forward and backward)\n"
+        f"[bold]{escape(found.method)}[/] around [bold]{escape(found.model)}[/], {_shape(found.input_size)}, "
+        f"batch {found.batch_size}: {found.flops_ratio:.2f} times the FLOPs of the target alone (a step, "
+        "forward and backward)\n"
     )
     table = _table("", "plain", "cohort", "ratio (spread)", "overhead", "speed", "MiB")
     for row in found.rows:
@@ -362,21 +365,24 @@ def show_profile(found: Profile, as_json: bool = False) -> None:
         console.print(f"Measured where asked for: {'; '.join(missing)}.")
     if found.data:
         console.print(
-            f"{found.data.name}: {found.data.images_per_second:,.0f} training images a second; training waits for "
-            f"them {found.data.waiting:.0%} of its time."
+            f"{escape(found.data.name)}: {found.data.images_per_second:,.0f} training images a second; training waits "
+            f"for them {found.data.waiting:.0%} of its time."
         )
 
 
 def show_findings(findings: list[Finding]) -> None:
-    """One line for each thing that a machine has or lacks, what to do about it below."""
+    """One line for each thing that a machine has or lacks, what to do about them below."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     states = {True: "[green]ok[/]", False: "[red]mend[/]", None: "–"}
     for finding in findings:
-        told = escape(finding.found) + (f"\n[bold]{escape(finding.advice)}[/]" if finding.advice else "")
-        table.add_row(finding.name, states[finding.ok], told)
-    _console().print(table)
+        table.add_row(finding.name, states[finding.ok], escape(finding.found))
+    console = _console()
+    console.print(table)
+    for finding in findings:
+        if finding.advice:  # commands to copy, so never wrapped
+            console.print(f"\n{escape(finding.name)}: [bold]{escape(finding.advice)}[/]", soft_wrap=True)
     wrong = sum(finding.ok is False for finding in findings)
-    _console().print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")
+    console.print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")
 
 
 def _console() -> Console:

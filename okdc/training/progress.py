@@ -70,7 +70,7 @@ class Display:
     def note(self, text: str) -> None:
         """Say something once, above the bar."""
         if self.live:
-            self.console.print(Text(text))
+            self.console.print(Text(text), soft_wrap=True)  # a command in it can be copied
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 

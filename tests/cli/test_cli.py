@@ -364,6 +364,19 @@ def test_inspect_shows_what_a_method_would_build() -> None:
 
 
 @pytest.mark.parametrize(
+    "words", ["recipes", "methods", "inspect resnet20_cifar", "inspect mobilenetv2_035 --method ahbf --img-size 64"]
+)
+def test_no_word_is_broken_at_80_columns(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for columns in ("80", "400"):
+        monkeypatch.setenv("COLUMNS", columns)
+        told.append(okdc(*words.split()).stdout)
+    narrow, wide = told
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert not set(narrow.split()) ^ set(wide.split())
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["verify", "ADDRESS"],

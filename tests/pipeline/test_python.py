@@ -92,4 +92,4 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     anatomy, result = shown[:2]
     assert isinstance(anatomy, okdc.Anatomy) and isinstance(result, okdc.Result)
     assert len(repr(result)) < 300 and "top-1" in repr(result) and "in runs" in repr(result)
-    assert "iframe" in (result._repr_html_() or "") and result.student(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    assert "iframe" in (result._repr_html_() or "") and result.student(torch.randn(2, 3, 16, 16)).shape == (2, 10)

@@ -379,3 +379,14 @@ def test_every_speed_up_is_by_the_clock_of_the_recommendation(tmp_path: Path) ->
             timing |= {"contended": False, "cpu_ms": timing["p50_ms"] / (1 if row["name"] == "torch" else 2)}
     page, _ = pages(tmp_path, facts)
     assert "3.67 × the speed of torch, by CPU time" in page.text and "1.84 ×" not in page.text
+
+
+def test_a_page_serves_those_who_see_no_colour_and_use_no_mouse(tmp_path: Path) -> None:
+    page = report.write(tmp_path, sample()).read_text(encoding="utf-8")
+    table = page[page.index("<h2>Verification") :]
+    table = table[: table.index("</table>")]
+    assert 'tabindex="0" role="region" aria-label=' in table and "<caption>" in table
+    assert "<th>" not in table and table.count('<th scope="col">') == 8
+    assert "p90 " in re.sub(r"<[^>]*>", "", page)  # in words, not in a tooltip alone
+    dashes = re.findall(r"path\.(\w+) \{[^}]*stroke-dasharray: ([^;}]+)", page)
+    assert len({pattern for _, pattern in dashes}) == len(dashes) >= 7
