@@ -201,7 +201,7 @@ class _Bench:
         self.fit, self.probe = images[::2], images[1::2]
         self.input = self.model.graph.input[0].name
         started = time.process_time()
-        self.expected = self._logits(self.model, len(self.probe))
+        self.expected = self.logits(self.model, self.probe)
         self.seconds = (time.process_time() - started) / len(self.probe)
         self.operators = list(preset.operators) or sorted({*QDQRegistry, *QLinearOpsRegistry})
         self.layers = [node.name for node in self.model.graph.node if node.op_type in _LAYERS]
@@ -243,7 +243,7 @@ class _Bench:
         import numpy as np
 
         proto = self._quantize(method, kept, only)
-        out, expected = self._logits(proto, images), self.expected[:images].astype(np.float64)
+        out, expected = self.logits(proto, self.probe[:images]), self.expected[:images].astype(np.float64)
         agreement = 100 * float(self.same(out, expected).mean())
         noise, signal = np.square(out - expected).mean(), np.square(expected).mean()
         return _Try(proto, agreement, float(10 * np.log10(signal / max(noise, 1e-12 * signal))))
@@ -273,9 +273,9 @@ class _Bench:
         )  # fmt: skip
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-        return self._finish(quantizer.model.model)
+        return self.finish(quantizer.model.model)
 
-    def _finish(self, proto: onnx.ModelProto) -> onnx.ModelProto:
+    def finish(self, proto: onnx.ModelProto) -> onnx.ModelProto:
         """Without domains that no node uses and what onnxruntime notes and spells out, with the original's metadata."""
         import onnx
 
@@ -288,15 +288,15 @@ class _Bench:
         onnx.checker.check_model(proto)
         return proto
 
-    def _logits(self, proto: onnx.ModelProto, images: int) -> np.ndarray:
+    def logits(self, proto: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
+        """What onnxruntime computes of a model for (N, C, H, W) images."""
         import numpy as np
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        probe = self.probe[:images]
-        parts = [probe[start : start + _BATCH] for start in range(0, len(probe), _BATCH)]
+        parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return np.concatenate([session.run(None, {self.input: part})[0] for part in parts])
 
 

@@ -54,10 +54,11 @@ class _Commands(click.Group):
 def main() -> None:
     """Make a vision network more accurate without making it bigger, then export it, verified.
 
-    okdc trains your network together with branches that teach it, throws the branches away, and ships the same network.
+    okdc trains your network together with branches that teach it. Then it removes the branches, and ships your network.
 
     \b
-    okdc compress                                             try it: real digits, any machine, about a minute
-    okdc compress --model resnet18 --method ahbf --data DIR   your images, in DIR/train and DIR/val
-    okdc export runs/NAME --onnx --trt                        write and verify what you deploy
+    okdc compress                           try it: real digits, about a minute
+    okdc compress --data DIR --method one   your images, in DIR/train and DIR/val
+    okdc compare --data DIR                 see whether a method helps
+    okdc export runs/NAME --onnx --trt      write and verify what you deploy
     """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import click
@@ -26,7 +28,7 @@ def methods(name: str | None) -> None:
     from okdc.cli import tables
 
     if name:
-        click.echo(known.card(name).strip())
+        click.echo(wrapped(known.card(name), shutil.get_terminal_size().columns))
         click.echo(f"\n{tables.settings_of(name)}")
     else:
         tables.show_methods()
@@ -54,7 +56,7 @@ def recipes(words: tuple[str, ...]) -> None:
         raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
 
 
-@main.command()
+@main.command(short_help="Say what this machine has, and what to install.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for a report of a fault.")
 def doctor(as_json: bool) -> None:
     """Say what this machine has for training and deploying, and what to type where something is missing.
@@ -71,6 +73,23 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps(doctors.as_json(findings), indent=2))
     else:
         tables.show_findings(findings)
+
+
+def wrapped(card: str, width: int) -> str:
+    """A card at the width of the terminal: paragraphs and `Name: ` items are filled anew, where a line is too long."""
+    paragraphs = []
+    for paragraph in card.split("\n\n"):
+        if max(map(len, paragraph.splitlines()), default=0) > width and not paragraph.startswith(" "):
+            items = re.split(r"\n(?=\w+: )", paragraph)
+            paragraph = "\n".join(
+                textwrap.fill(
+                    " ".join(item.split()), width, subsequent_indent="    " * bool(re.match(r"\w+: ", item)),
+                    break_long_words=False, break_on_hyphens=False,
+                )
+                for item in items
+            )  # fmt: skip
+        paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
 
 
 def _copy(name: str, folder: Path) -> Path:

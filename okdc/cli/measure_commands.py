@@ -14,7 +14,7 @@ from okdc.cli.group import main
 from okdc.errors import RecipeError
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Time every format of a network in one fair table.")
+@main.command(cls=flags.GroupedCommand, short_help="Time every format of a network, in one fair table.")
 @click.argument("source", metavar="BUNDLE|RUN|NAME")
 @click.option(
     "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
@@ -44,7 +44,7 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     tables.show_benchmark(report)
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Show what a network is made of, and what a method would build.")
+@main.command(cls=flags.GroupedCommand, short_help="Show the parts of a network, and what a method would build.")
 @click.argument("model", metavar="MODEL", required=False)
 @click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
@@ -169,7 +169,7 @@ def _examine_all(
     tables.show_sweep(rows, zoo.summary(rows), output)
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs beside the plain target's.")
+@main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs, beside plain training.")
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
 @click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")

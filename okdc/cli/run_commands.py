@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from okdc.verification.schema import Verification
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Train a network with others, keep it alone, export it.")
+@main.command(cls=flags.GroupedCommand, short_help="Train your network with helper branches, remove them, export it.")
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
@@ -43,10 +43,10 @@ def compress(
     rendezvous: str | None,
     **_: Any,
 ) -> None:
-    """Train a network together with others, keep it alone, export and verify it.
+    """Train your network together with helper branches, remove them, export the network and verify it.
 
-    The command line wins over --set, which wins over the recipe. With neither a recipe nor data, a small real data set
-    (digits/resnet18-ahbf) is used. The values in brackets are those of a recipe that leaves a setting out.
+    The command line wins over --set, which wins over the recipe. If you give neither a recipe nor data, okdc trains on
+    the real digits of digits/resnet18-ahbf. Values in brackets are the defaults.
 
     \b
     okdc compress
@@ -79,7 +79,7 @@ def compress(
     require_asked(result.verification, vars(resolved.export))
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Write and verify what you deploy.")
+@main.command(cls=flags.GroupedCommand, short_help="Write the files that you deploy, and verify each.")
 @click.argument("source", metavar="SOURCE")
 @click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
 @click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
@@ -108,7 +108,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     require_asked(verification, flags.given())
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Check an exported bundle on this machine.")
+@main.command(cls=flags.GroupedCommand, short_help="Verify an exported bundle again, on this machine.")
 @click.argument("bundle", metavar="BUNDLE|RUN")
 @flags.settings(
     *("data.data", "data.val_split", "data.path_column", "data.label_column", "export.batch_sizes", "export.threads"),
@@ -117,7 +117,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
 def verify(bundle: str, **_: Any) -> None:
     """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
 
-    Exit code 3 when a file is not good enough to ship.
+    The command ends with exit code 3 if a file is not good enough to ship.
 
     \b
     okdc verify runs/NAME/export --data /imagenet

@@ -75,7 +75,7 @@ def show_verification(verification: Verification, next_command: str | None = Non
     rows, task = verification["rows"], tasks.of(verification)
     batches = [str(each["batch"]) for each in max((row.get("latency") or [] for row in rows), key=len, default=[])]
     timing = f"ms/image (batch {', '.join(batches)})" if batches else "ms/image"
-    table = _table("exported", "MB", task.word, "= torch", "max diff", timing, "ships")
+    table = _table("exported", "MB", task.word, "agrees\nwith torch", "max diff", timing, "ships")
     table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True  # a narrow terminal folds names, not verdicts
     for row in rows:
         table.add_row(
@@ -97,7 +97,9 @@ def show_verification(verification: Verification, next_command: str | None = Non
     images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
     threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
-    console.print(f"Verified on {images}, {verification.get('device')}{threads}. = torch: share of equal predictions.")
+    console.print(
+        f"Verified on {images}, {verification.get('device')}{threads}. To agree is to predict the same class."
+    )
     recommended = verification.get("recommended")
     if recommended:
         console.print(f"Recommended here: [bold]{recommended['file']}[/], {escape(recommended['why'])}.")
@@ -179,7 +181,7 @@ def show_methods() -> None:
         column.no_wrap, column.max_width = False, width
     for name in methods.names():
         kind, card = methods.get(name), methods.card(name)
-        table.add_row(f"[bold]{name}[/]", escape(card.splitlines()[0]), kind.cost(), ", ".join(kind.asks()))
+        table.add_row(f"[bold]{name}[/]", escape(card.splitlines()[0]), kind.cost(), escape(", ".join(kind.asks())))
     _console().print(table)
     _next("okdc methods NAME")
 

@@ -61,9 +61,14 @@ def compare(
 ) -> Comparison:
     """Train a network by each of `methods` and alone, with `seeds` seeds each, and say what helped.
 
-    model, loader, validation, recipe and settings are those of `okdc.compress`; a module or a loader is trained in this
-    process, copies of it. Beside plain training with the same recipe runs plain training for as much compute as each
-    method takes (`equal_compute`). `tune`: "lr" finds each arm's learning rate first. `jobs` runs go on at a time.
+    model, loader, validation, recipe, settings: as in `okdc.compress`. Copies of a module are trained, in this process.
+    methods, seeds: what to compare, and how many runs of each, with seeds from `seed` on.
+    sets: changes to the recipe, such as "train.epochs=60".
+    output, experiment: the comparison is in the folder output/experiment.
+    jobs: how many runs go on at a time.
+    tune: "lr" finds the learning rate of each method, and of plain training, first.
+    equal_compute: also train the plain network for as much compute as each method takes.
+
     The same call goes on where it was stopped. Figures are those of the last epoch, or, with holdout=SHARE, of the one
     that images set aside from training have picked. OkdcError says what to mend.
     """

@@ -93,6 +93,7 @@ class ShuffledBatches:
         resident: tuple[Decoded, Law] | None = None,
     ):
         self.places, self.resident = EpochPlaces(len(dataset), part), resident is not None
+        self.kept = resident[0] if resident else None
         self.labels = dataset.images.labels.to(device)
         self.loader: Any = (
             ResidentTraining(*resident, dataset, self.places, config, device)
@@ -131,7 +132,7 @@ class OrderedBatches:
     ):
         self.arguments = dataset, batch_size, workers, config, bad, device, kept
         places = range(len(dataset)) if places is None else places
-        self.order, self.kept = OrderedPlaces(places, batch_size), kept is not None
+        self.order, self.kept = OrderedPlaces(places, batch_size), kept
         self.truth = dataset.images.labels.to(device)
         self.loader: Any = (
             ResidentInOrder(kept, self.order, config, device)

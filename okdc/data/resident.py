@@ -41,12 +41,20 @@ FEW = 4096  # images that are not worth starting processes for
 CHUNK = 256
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decoded:
     """All images of a split, (N, C, H, W) uint8 on the device; of the unreadable ones, by position, it has none."""
 
     images: Tensor
     readable: Tensor  # (N,) bool, on the CPU
+
+    def batch(self, positions: Tensor, device: torch.device) -> Tensor:
+        """Those images on the device, wherever all of them are."""
+        return self.images[positions.to(self.images.device)].to(device)
+
+    def leave_device(self) -> None:
+        """Be on the CPU from now on: who has trained may want the device's memory for something else."""
+        self.images = self.images.cpu()
 
 
 def keep(
@@ -224,7 +232,7 @@ class ResidentTraining:
             places = torch.tensor([place for _, place in batch])
             shown = self._readable(positions, places)
             keys = mix(positions[places]) + (places if data.order.repeats else 0)
-            images = self.kept.images[shown.to(self.device)]
+            images = self.kept.batch(shown, self.device)
             views = [
                 self.law(images, mix(keys + (derive_seed(data.seed, epoch, 2, view) << 31)).to(self.device))
                 for view in range(data.views)
@@ -255,5 +263,5 @@ class ResidentInOrder:
             positions = torch.tensor(batch)
             positions = positions[self.kept.readable[positions]]
             if len(positions):
-                images = self.kept.images[positions.to(self.device)]
+                images = self.kept.batch(positions, self.device)
                 yield self.normalised(images), positions.to(self.device)

@@ -79,6 +79,12 @@ class Data:
     training_images: RawTraining | None = None
     image_counts: Counts = field(default_factory=dict)
 
+    def leave_device(self) -> None:
+        """Keep decoded images on the CPU from now on; batches still come on the device."""
+        for batches in (self.train, self.validation, self.held_out, self.test):
+            if kept := getattr(batches, "kept", None):
+                kept.leave_device()
+
     @property
     def unreadable(self) -> dict[str, dict[str, int]]:
         """How many images could not be read, by split and class, where there are some."""

@@ -1,4 +1,4 @@
-"""The training images on which int8 is calibrated: drawn by a seed, prepared as for evaluation, none validated on."""
+"""The training images for int8: drawn by a seed, prepared as for evaluation, none validated on."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from okdc.verification.schema import Calibration
 SEED = 0
 
 
-def draw(data: Any, count: int, apart: bool = True) -> tuple[np.ndarray, Calibration]:
+def draw(data: Any, count: int, apart: bool = True, further: int = 0) -> tuple[np.ndarray, Calibration]:
     """Up to `count` training images (N, C, H, W) float32 as the network takes them, and where they come from.
 
     data: an okdc.data.Data. Images that are equal to one of the validation images are left out and counted, if they are
     to be `apart`. A stream or a shuffled loader of the user's gives the images of its first batches, as it trains on
     them; one that comes in a fixed order, perhaps class by class, those of places that are drawn from the whole of it.
-    Raises ExportError when there are none.
+    After those may come up to `further` images, of which the facts do not tell. Raises ExportError when there are none.
     """
     augmented, shared = getattr(data, "training_images", None) is None, None
     if augmented:
-        images = _as_trained(data, count)
+        images = _as_trained(data, count + further)
     else:
         known = {_digest(image) for image, _ in (data.validation_images or () if apart else ())}
-        images, shared = _raw(data, count, known)
+        images, shared = _raw(data, count + further, known)
     if len(images) < 2:
         raise ExportError(
             f"int8 is calibrated on at least two training images, and {data.name} has {len(images)} that are not "
             "validation images too: give other data, or leave --int8 out."
         )
     array = np.stack(images)
+    first = array[:count]
     facts: Calibration = {
-        "images": len(array), "seed": SEED, "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        "images": len(first), "seed": SEED, "sha256": hashlib.sha256(first.tobytes()).hexdigest(),
         "augmented": augmented, "also_validated": shared,
     }  # fmt: skip
     return array, facts

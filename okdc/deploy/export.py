@@ -35,6 +35,7 @@ from okdc.verification.gates import fail, for_cpu, is_variant
 from okdc.verification.schema import Calibration, DataFacts, Skipped, Verification, score
 
 _A_FEW = 8  # training images, for the range of the activations
+_TO_TRAIN = 1024  # further ones, where a file is finetuned
 _NO_IMAGES = "int8 is calibrated on training images, and there are none: --data DATA"
 
 
@@ -247,7 +248,8 @@ def _draw(data: Any | None, settings: ExportSettings) -> tuple[np.ndarray | None
         return None, None, _NO_IMAGES
     try:
         if any(target.calibrated for target in wanted):
-            return *draw(data, settings.calibration_images), ""
+            further = _TO_TRAIN if any("finetuning" in target.options for target in wanted) else 0
+            return *draw(data, settings.calibration_images, further=further), ""
         return draw(data, _A_FEW, apart=False)[0], None, _NO_IMAGES
     except OkdcError as error:  # the other files need none
         return None, None, str(error)

@@ -40,7 +40,8 @@ def write(
 ) -> tuple[dict[str, Exported], list[Skipped], dict[str, Any]]:
     """Every file that is asked for, in `part`: the files by their rows, what is not available, each writer's notes.
 
-    without: why there is no int8 where there is no `calibration`. device: what a file that is for one GPU is for.
+    calibration: (N, C, H, W), training images, of which those beyond the number that settings say are for finetuning.
+    without: why there is no int8 where there are none. device: what a file that is for one GPU is for.
     """
     largest = max([_LARGEST_BATCH, *settings.batch_sizes])
     metadata = bundle.metadata(arch, classes, preprocess, info)
@@ -120,6 +121,7 @@ def _offered(
     task: Task,
 ) -> dict[str, Any]:
     """What a writer may take by keyword, beside the files of other targets. largest: number of images in a batch."""
+    count = settings.calibration_images
     return {
         "opset": settings.opset,
         "preprocess": preprocess,
@@ -127,7 +129,8 @@ def _offered(
         "profile": (1, 8, largest),
         "workspace": int(settings.workspace * 2**30),
         "device": device,
-        "calibration": calibration,
+        "calibration": None if calibration is None else calibration[:count],
+        "finetuning": None if calibration is None else calibration[count:],
         "same": task.tally().same,
         "activation": task.activation,
         "enough": min(100.0, Gates(min_agreement=settings.min_agreement).agreement("int8") + 2),

@@ -28,7 +28,7 @@ from okdc.recipe import Recipe, TrainSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState
-from okdc.training.machine import Machine
+from okdc.training.machine import Machine, fast_arithmetic
 from okdc.training.state import Run, build
 from okdc.training.step import stepper
 
@@ -80,7 +80,11 @@ class DataSpeed:
 
 @dataclass(frozen=True)
 class Profile:
-    """Times are CPU time on a CPU, which others may be using, and the device's own on a GPU; wall time is beside."""
+    """Times are CPU time on a CPU, which others may be using; wall time is beside.
+
+    On a GPU they are those between two of its events, gaps between launches included: a small network waits there for
+    the CPU that launches its work, and then both clocks tell the same.
+    """
 
     model: str
     method: str
@@ -109,7 +113,7 @@ def profile(recipe: Recipe, *, rounds: int = 7, with_data: bool = False) -> Prof
     The plain target is trained by a loop of its own: forward, cross entropy, backward and the same optimizer.
     OkdcError where the method cannot serve the network or the data cannot be read.
     """
-    with own_randomness():
+    with own_randomness(), fast_arithmetic(recipe.train):
         data = assemble.network_and_data(None, None, None, recipe)[1] if with_data else None
         if data:
             recipe = replace(recipe, network=replace(recipe.network, num_classes=len(data.classes)))
@@ -226,7 +230,7 @@ def _row(name: str, times: list[list[tuple[float, float]]], memory: list[int], f
 
 
 def _time(step: Step, count: int, device: torch.device) -> tuple[float, float]:
-    """ms a step: the CPU's or the GPU's own, and those of the clock on the wall."""
+    """ms a step: of CPU time, or between two events of the GPU; and those of the clock on the wall."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)

@@ -1,13 +1,17 @@
-"""Peer networks that learn from each other's predictions and, through critics, from the look of their feature maps.
+"""Trains whole networks side by side; each learns from the predictions and the feature maps of the one before it.
 
-Paper: I. Chung, S. Park, J. Kim, N. Kwak, Feature-map-level Online Adversarial Knowledge Distillation, ICML 2020,
-    PMLR 119, arXiv 2002.01775.
-Code: none was published; the layouts of critics and transfer layers are okdc's own.
-Differs: one backward pass and one optimizer give all three gradients, where the paper alternates SGD and Adam (2e-5):
-    critics see constant maps, networks see constant critics. Instead of Adam's small rate the adversarial loss has a
-    weight and the critics a rate of their own, critic_lr times the networks'. The predictions of a peer are constants.
-    Where critics win outright (critic losses near 0), spectral_norm=True or a lower critic_lr holds them back.
-Costs: one whole network per peer; per network a critic (a 3x3 convolution on the last map), which runs three times.
+Use it when you can afford a whole further network, and want its feature maps to teach as well as its predictions. Small
+networks, called critics, learn to tell the feature maps of two networks apart; each network learns to fool its critic.
+
+Paper: I. Chung, S. Park, J. Kim, N. Kwak, Feature-map-level Online Adversarial Knowledge Distillation, ICML 2020, PMLR
+    119, arXiv 2002.01775.
+Code: The authors published none. The layouts of critics and transfer layers are okdc's own.
+Differs: One backward pass and one optimizer give all three gradients; the paper alternates SGD and Adam (2e-5). Critics
+    see constant maps, and networks see constant critics. Instead of Adam's small rate, the adversarial loss has a
+    weight, and the critics learn at critic_lr times the networks' rate. The predictions of a peer are constants. If
+    critics win outright (their losses come near 0), spectral_norm=True or a lower critic_lr holds them back.
+Costs: Each peer is one whole network. Each network has a critic (a 3x3 convolution on the last map), which runs three
+    times.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
-"""Branches that grow deeper one by one; each is fused into the teaching assistant that teaches the one before.
+"""Adds branches, each deeper than the one before; the combined predictions of deeper ones teach the shallower ones.
 
-Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023,
-    doi 10.1609/aaai.v37i6.25937.
-Code: linruigong965/AHBF of 2023-11-29 and 2023-03-03 (read, not copied: no licence): the fusion classes, the loss
-    loop of train_ahbf.py, its ramp.
-Differs: lambda and the number of extra blocks are the README's (2, 4 and 4), the ramp is the first release's: it ends
-    with the run and peaks at 1. preset=head is today's code: kd_weight 0.75 and a ramp of 240 epochs; its default of
-    two extra blocks is --extra-blocks 2.
-    Every branch of a MobileNet gets its own blocks (the code reuses branch 0's). As in the code, gradients also flow
-    into the teaching side (detach_teacher changes that), and a third direction, assistant to its own branch, is used.
-Costs: the tail once more per branch, with up to (M - 1) x extra blocks, and one 1x1 convolution per fusion.
+Use it when training may take several times as long: it is among the most expensive methods here. It is what okdc takes
+if you name none. Branch by branch, predictions are combined into teaching assistants. Each assistant teaches its own
+branch and the assistant before it. The first assistant is your network itself.
+
+Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023, doi
+    10.1609/aaai.v37i6.25937.
+Code: linruigong965/AHBF of 2023-11-29 and 2023-03-03: the fusion classes, the loss loop of train_ahbf.py and its ramp
+    were read, and not copied, as there is no licence.
+Differs: Both lambdas and the number of extra blocks are those of the README (2, 4 and 4). The ramp is that of the first
+    release: it ends with the run and peaks at 1. preset=head is today's code: a kd_weight of 0.75 and a ramp of 240
+    epochs; for its two extra blocks, type --extra-blocks 2. Every branch of a MobileNet gets its own blocks (the code
+    reuses those of branch 0). As in the code, gradients also flow into the teaching side (detach_teacher changes that),
+    and an assistant also learns from the next branch.
+Costs: Each branch runs the tail once more, with up to (M - 1) x extra blocks. Each fusion is one 1x1 convolution.
 """
 
 from __future__ import annotations

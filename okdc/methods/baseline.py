@@ -1,9 +1,12 @@
-"""The target alone, trained with labels: the control that every gain in a report is measured against.
+"""Trains your network alone, with labels. It is the control that a gain is measured against.
 
-Paper: none.
-Code: none.
-Differs: it is trained exactly like a method: same data, schedule, seed and loop.
-Costs: one target.
+Use it when you want to know whether a method helps: train it with the same settings. A report shows the difference to a
+baseline that lies beside it, and `okdc compare` trains one by itself.
+
+Paper: There is none.
+Code: There is none.
+Differs: It is trained exactly like a method: same data, schedule, seed and loop.
+Costs: One network.
 """
 
 from __future__ import annotations

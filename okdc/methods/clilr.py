@@ -1,14 +1,18 @@
-"""Branches on one trunk, each taught by the mean of the others; the trunk learns from the mean of their gradients.
+"""Adds branches to a shared trunk. The mean prediction of the others teaches each one.
 
-Paper: G. Song, W. Chai, Collaborative Learning for Deep Neural Networks (CL), NeurIPS 2018, arXiv 1805.11761; with
+Use it when you want something simple and cheap: it adds nothing but the branches. The trunk learns from the mean of the
+members' gradients, so that its gradients do not grow with the number of members.
+
+Paper: G. Song, W. Chai, Collaborative Learning for Deep Neural Networks (CL), NeurIPS 2018, arXiv 1805.11761. With
     shared layers and rescaled back-propagation it is called CL-ILR.
-Code: none by the authors; the re-implementations in MCL-OKD, in OKDDip and for tensorpack (read, not copied).
-Differs: one flat split; --cut EARLY,LATE makes the binary tree (two ways from the early cut, two from each of the late
-    ones, with 4 members), gradients divided at every split. The variants weigh and measure the soft loss differently:
-    `paper` (tensorpack's: half cross entropy, no T^2), `paper_t2` (times T^2), `half_kl` (MCL-OKD's), `ramped_kl`
-    (OKDDip's: weight 1 and a ramp of 80 epochs; there gradients also flow into the teaching side,
-    detach_teacher=False).
-Costs: the tail once more per branch, nothing else.
+Code: The authors published none. The re-implementations in MCL-OKD, in OKDDip and for tensorpack were read, and not
+    copied.
+Differs: All branches part at one place. --cut EARLY,LATE makes the paper's binary tree, with 4 members: two ways from
+    the early cut, two from each of the late ones, and gradients are divided at every split. The variants weigh and
+    measure the soft loss differently: `paper` is tensorpack's (half of the cross entropy, no T^2), `paper_t2` is the
+    same times T^2, `half_kl` is MCL-OKD's, and `ramped_kl` is OKDDip's: weight 1 and a ramp of 80 epochs. In OKDDip
+    gradients also flow into the teaching side (detach_teacher=False).
+Costs: Each branch runs the tail once more. There is nothing else.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Peer networks that learn from labels and from each other's predictions.
+"""Trains whole networks side by side. Each learns from labels and from the predictions of the others.
+
+Use it when you want the simplest method, or networks of several architectures that teach each other (--peers). Nothing
+is shared, so it works for networks that cannot be cut.
 
 Paper: Y. Zhang, T. Xiang, T. Hospedales, H. Lu, Deep Mutual Learning, CVPR 2018, arXiv 1706.00384.
-Code: YingZhangDUT/Deep-Mutual-Learning (TensorFlow) and its PyTorch ports (read, not copied).
-Differs: all peers are updated at once from one forward pass, as every port does; the paper's algorithm alternates.
+Code: YingZhangDUT/Deep-Mutual-Learning (TensorFlow) and its PyTorch ports were read, and not copied.
+Differs: All peers are updated at once from one forward pass, as every port does; the paper's algorithm alternates.
     Targets are constants. OKDDip's port has one target per peer, the mean of the others' logits (target=mean; the paper
-    finds it weaker), lets the gradient into it (detach_teacher=False) and adds 1e-7 to its probabilities (eps).
-    The target network is what ships, always peer 0.
-Costs: one whole network per peer, in training only.
+    finds it weaker), lets the gradient into it (detach_teacher=False) and adds 1e-7 to its probabilities (eps). Your
+    network, always peer 0, is what ships.
+Costs: Each peer is one whole network, in training only.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""Sub-networks whose last feature maps are fused into one classifier, which teaches them and learns from their mean.
+"""Fuses the last feature maps of all members into one further classifier, which teaches them and learns from them.
 
-Paper: J. Kim, M. Hyun, I. Chung, N. Kwak, Feature Fusion for Online Mutual Knowledge Distillation, ICPR 2020,
-    doi 10.1109/ICPR48806.2021.9412615, arXiv 1904.09058.
-Code: Jangho-Kim/FFL-pytorch (read, not copied): the fusion module, the loss, its ramp; only CIFAR-100, equal networks.
-Differs: the divergence is exact (the code adds 1e-7 to every target probability: eps), the ramp is the code's share of
-    the run, 80 of 300 epochs (rampup_epochs fixes it), one optimizer trains everything, the fusion module at its own
-    weight decay. Maps of unequal networks are pooled to the smallest grid; the paper allows them, no code shows them.
-Costs: the tail (or a whole network) once more per branch, and one depthwise and one 1x1 convolution on the last maps.
-    The fused classifier, with all sub-networks, is a by-product.
+Use it when you want a cheap method whose combined classifier is worth having too: it is exported as a by-product.
+Members may be branches, or networks of several architectures (--peers).
+
+Paper: J. Kim, M. Hyun, I. Chung, N. Kwak, Feature Fusion for Online Mutual Knowledge Distillation, ICPR 2020, doi
+    10.1109/ICPR48806.2021.9412615, arXiv 1904.09058.
+Code: Jangho-Kim/FFL-pytorch was read, and not copied: the fusion module, the loss and its ramp. It has CIFAR-100 and
+    equal networks only.
+Differs: The divergence is exact (the code adds 1e-7 to every target probability: eps). The ramp is the code's share of
+    the run, 80 of 300 epochs (rampup_epochs fixes it). One optimizer trains everything, the fusion module with its own
+    weight decay. Maps of unequal networks are pooled to the smallest grid; the paper allows such networks, and no code
+    shows them.
+Costs: Each branch runs the tail (or a whole network) once more. The fusion is one depthwise and one 1x1 convolution on
+    the last maps. The fused classifier, with all members, is a by-product.
 """
 
 from __future__ import annotations

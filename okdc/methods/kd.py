@@ -1,10 +1,13 @@
-"""A trained teacher network that the target copies: the offline control for the methods that need none.
+"""Copies a trained teacher: your network learns from labels and from the predictions of the teacher.
+
+Use it when you have a good network for the same classes (--teacher runs/NAME). It is the usual, offline way, and the
+control for the methods that need no teacher.
 
 Paper: G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2014, arXiv 1503.02531.
-Code: megvii-research/mdistiller (read, not copied), whose CIFAR-100 weights are the defaults.
-Differs: nothing. The teacher sees the images as the target does (its size and normalisation), always in evaluation
+Code: megvii-research/mdistiller was read, and not copied. Its weights of the losses for CIFAR-100 are the defaults.
+Differs: Nothing. The teacher sees the images as your network does (its size and normalisation), always in evaluation
     mode. It is not part of the checkpoints: a run that is resumed loads it again by its name.
-Costs: one inference pass of the teacher per step; before that, the training of the teacher.
+Costs: The teacher runs once per step, without gradients. Before that, somebody has to train it.
 """
 
 from __future__ import annotations

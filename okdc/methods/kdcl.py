@@ -1,13 +1,18 @@
-"""Networks that see views of their own and are all taught one soft target, made anew from what all of them say.
+"""Gives each network its own view of an image; all learn one soft target that is made of all their predictions.
+
+Use it when you can afford a whole further network. Each network sees an augmentation of its own, and the networks may
+be of several architectures (--peers).
 
 Paper: Q. Guo, X. Wang, Y. Wu, Z. Yu, D. Liang, X. Hu, P. Luo, Online Knowledge Distillation via Collaborative Learning,
     CVPR 2020, pp. 11020-11029.
-Code: none by the authors.
-Differs: soft_target names the paper's four generators; minlogit is the default, as it needs neither solver nor images
-    set aside. The mixture of `linear` is found by damped Newton steps, whatever solver the paper used. `general` starts
-    with the mean, from the second epoch it weighs; a ridge of 1e-6 keeps its matrix invertible, and its error is that
-    of all probabilities or of the true class alone (error=true_class): the paper can be read both ways.
-Costs: one whole network and one augmentation more per peer; `general` looks once per epoch at images set aside.
+Code: The authors published none.
+Differs: soft_target names the paper's four ways to make the target. minlogit is the default, as it needs neither a
+    solver nor images set aside. The mixture of `linear` is found by damped Newton steps, whatever solver the paper
+    used. `general` starts with the mean, and weighs the members from the second epoch on; a ridge of 1e-6 keeps its
+    matrix invertible. Its error is that of all probabilities, or of the true class alone (error=true_class): the paper
+    can be read both ways.
+Costs: Each peer is one whole network, and one more augmentation of each image. `general` looks at images set aside once
+    per epoch.
 """
 
 from __future__ import annotations

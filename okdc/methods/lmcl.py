@@ -1,14 +1,17 @@
-"""Networks that contrast and imitate the embeddings of each other's stages, paired by weights that are learned.
+"""Trains whole networks whose stages learn from each other's embeddings; learned weights say which stage from which.
+
+Use it when you have time and memory, and care for good embeddings as well as for accuracy. It pulls embeddings of
+images of one class together, at every stage.
 
 Paper: C. Yang, Z. An, H. Zhou, F. Zhuang, Y. Xu, Q. Zhang, Online Knowledge Distillation via Mutual Contrastive
     Learning for Visual Recognition, TPAMI 2023 (document 10073628), arXiv 2207.11518.
-Code: winycg/L-MCL (read, not copied): its losses, aggregator, weight network and meta-optimizer.
-Differs: the hyper-gradient is exact, where the code's recursion has lost a factor (the weight decay), and batch norm's
-    running statistics do not see the look-ahead. With memory=true each network is contrasted with its own bank; the
-    code takes the first's for both. The target's own end is judged and ships, never a branch. A network of one stage
-    (a ViT) is tapped after each third of its blocks. Peers may differ in widths and in their number of stages.
-Costs: one whole network more, and for each a branch after every stage but the last: about twice its FLOPs on CIFAR.
-    Every 50th step takes the time of thirteen others and three times their memory (measured, ResNet-20).
+Code: winycg/L-MCL was read, and not copied: its losses, aggregator, weight network and meta-optimizer.
+Differs: The hyper-gradient is exact; the code's recursion has lost a factor (the weight decay). The running statistics
+    of batch norm do not see the look-ahead. With memory=true each network is contrasted with its own bank; the code
+    takes the first network's for both. Your network's own end is judged and ships, never a branch. A network of one
+    stage (a ViT) is tapped after each third of its blocks. Peers may differ in widths and in their number of stages.
+Costs: One whole network more. Each network has a branch after every stage but the last, which is about twice its FLOPs
+    on CIFAR. Every 50th step takes the time of thirteen others and three times their memory (measured with ResNet-20).
 """
 
 from __future__ import annotations
@@ -176,7 +179,7 @@ class Lmcl(Method):
             with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False), torch.enable_grad():
                 return hypergradient(
                     [contrast] * self.meta_steps + [labelled], labelled, list(moving.values()), list(asked.values()),
-                    parts, lr=float(self.lr), **self.meta_sgd,
+                    parts, lr=self.lr, **self.meta_sgd,
                 )  # fmt: skip
         finally:
             set_random_state(state)

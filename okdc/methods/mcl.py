@@ -1,13 +1,17 @@
-"""Networks that embed images of one class close together, and imitate each other's embeddings.
+"""Trains whole networks that embed images of one class close together, and imitate each other's embeddings.
 
-Paper: C. Yang, Z. An, L. Cai, Y. Xu, Mutual Contrastive Learning for Visual Representation Learning, AAAI 2022,
-    doi 10.1609/aaai.v36i3.20211, arXiv 2104.12565.
-Code: winycg/MCL (read, not copied): its loss, sampler, memory and commands.
-Differs: the target is member 0. With three members or more and logit_kd it is the one that learns from the mean logits
-    (the code's is the last). An image without another of its class in the batch is left out of the contrast, where the
-    code gives NaN. Negatives of the memory are drawn on the device, by the labels, not by the data set.
-Costs: one whole network more (or with members=3 and more, the last two stages each) and a head of two small layers.
-    memory=true keeps an embedding of every training image and network, and reads 8194 of them for each image.
+Use it when embeddings matter, such as for search, and lmcl is too expensive: this looks at the last embedding only.
+
+Paper: C. Yang, Z. An, L. Cai, Y. Xu, Mutual Contrastive Learning for Visual Representation Learning, AAAI 2022, doi
+    10.1609/aaai.v36i3.20211, arXiv 2104.12565.
+Code: winycg/MCL was read, and not copied: its loss, sampler, memory and commands.
+Differs: Your network is member 0. With three members or more and logit_kd, it is the one that learns from the mean
+    logits (in the code the last one does). An image without another of its class in the batch is left out of the
+    contrast, where the code gives NaN. Negatives of the memory are drawn on the device and by the labels, not by the
+    data set.
+Costs: One whole network more (or, with members=3 and more, the last two stages of each), and a head of two small layers
+    per member. memory=true keeps an embedding of every training image for each network, and reads 8194 of them for each
+    image.
 """
 
 from __future__ import annotations

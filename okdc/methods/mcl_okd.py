@@ -1,15 +1,19 @@
-"""Branches that learn to tell each image's embedding in one another's memory from those of other classes.
+"""Adds branches whose embeddings are compared with what the other branches remember of all training images.
+
+Use it when you have memory to spare and a data set that okdc reads image by image: it keeps an embedding of every
+training image for each member. It does not work with streams, nor with a loader of your own.
 
 Paper: C. Yang, Z. An, Y. Xu, Multi-view Contrastive Learning for Online Knowledge Distillation, arXiv 2006.04093, 2020.
-Code: winycg/MCL-OKD (read, not copied): embedding heads, memory banks, criterion, sampling, weights, both recipes.
-Differs: the one peer that learns from the mean of all, and ships, is the target, member 0 (the code's is the last).
-    Banks are saved, so that a run resumes exactly. Heads take each member's own width. negatives is 256, as the authors
-    set it for ResNet and DenseNet; their code's default, and what they set for larger networks, is 16384. As in their
-    CIFAR code an image is drawn once at most, unless the classes have too few others; replacement=true is their
-    ImageNet code, and the cheaper draw where there are very many images.
-Costs: the tail (last two stages) once more per branch, a linear head per member. Memory: members x N x width x 4 bytes
-    of banks (0.1 GB for CIFAR, 2.6 GB for ImageNet), and in checkpoints; members x B x (1 + negatives) x width x 4
-    bytes in a step; without replacement B x N random numbers.
+Code: winycg/MCL-OKD was read, and not copied: embedding heads, memory banks, criterion, sampling, weights and both
+    recipes.
+Differs: The one member that learns from the mean of all, and ships, is your network, member 0 (in the code it is the
+    last). Banks are saved, so that a run resumes exactly. Heads take each member's own width. negatives is 256, as the
+    authors set it for ResNet and DenseNet; their code's default, which they also set for larger networks, is 16384. As
+    in their CIFAR code, an image is drawn once at most, unless the classes have too few others. replacement=true is
+    their ImageNet code, and the cheaper draw where there are very many images.
+Costs: Each branch runs the tail (the last two stages) once more, and each member has a linear head. Memory: banks take
+    members x N x width x 4 bytes (0.1 GB for CIFAR, 2.6 GB for ImageNet), also in checkpoints. A step takes members x B
+    x (1 + negatives) x width x 4 bytes, and without replacement B x N random numbers.
 """
 
 from __future__ import annotations

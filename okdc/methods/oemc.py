@@ -1,16 +1,21 @@
-"""Students of falling width on a shared stem, taught by their mean logits and by the target's maps; each can ship.
+"""Trains your network together with ever narrower copies of it, and exports them all.
+
+Use it when you want networks of several sizes from one training. The mean of all predictions teaches all of them; the
+feature maps of the widest, your network, teach the narrower ones. It needs okdc[prune].
 
 Paper: D. Walawalkar, Z. Shen, M. Savvides, Online Ensemble Model Compression using Knowledge Distillation, ECCV 2020,
     doi 10.1007/978-3-030-58529-7_2, arXiv 2011.07449.
-Code: Devwalkar/BOC-KD (read, not copied): the combined loss, the student networks, the adaptation layers' optimizer.
-Differs: the students are part of the module, so that validation, saving and evaluation mode reach them (the code keeps
-    them in a list that they do not reach), and the adaptation layers are there, with half the learning rate, from the
-    first step (the code adds them, and forgets all momentum, after an epoch). Channels are truncated as in the code,
-    without EfficientNet's rounding to 8; as there, its last map is the one behind the head's convolution, maps differ
-    by their element mean, and the divergence is times T^2 (t_squared=false is the paper as printed). A residual
-    stream that comes out of the shared stem keeps its width unless its first block takes a projection, as ResNets do:
-    Vision Transformers and ConvNeXt's first stage are narrowed in their inner widths, attention by whole heads.
-Costs: for five students the stem once and the rest about 2.2 times, and one 1x1 convolution per student and stage.
+Code: Devwalkar/BOC-KD was read, and not copied: the combined loss, the student networks and the optimizer of the
+    adaptation layers.
+Differs: The students are part of the module, so that validation, saving and evaluation mode reach them (the code keeps
+    them in a list that none of these reach). The adaptation layers are there from the first step, with half the
+    learning rate (the code adds them after an epoch, and forgets all momentum then). Channels are truncated as in the
+    code, without EfficientNet's rounding to 8. As there, its last map is the one behind the head's convolution, maps
+    differ by their element mean, and the divergence is times T^2 (t_squared=false is the paper as printed). A residual
+    stream that comes out of the shared stem keeps its width unless its first block has a projection, as in ResNets:
+    Vision Transformers and ConvNeXt's first stage are narrowed in their inner widths, and attention by whole heads.
+Costs: For five students, the stem runs once and the rest takes about 2.2 times what it takes for one. Each student has
+    one 1x1 convolution per stage.
 """
 
 from __future__ import annotations

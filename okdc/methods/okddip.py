@@ -1,14 +1,17 @@
-"""Diverse peers, each taught by its own attention-weighted mixture of all, whose mean teaches the target (the leader).
+"""Adds branches; each learns from its own mixture of them all, and your network learns from their mean.
 
-Paper: D. Chen, J.-P. Mei, C. Wang, Y. Feng, C. Chen, Online Knowledge Distillation with Diverse Peers, AAAI 2020,
-    doi 10.1609/aaai.v34i04.5746, arXiv 1912.00350.
-Code: DefangChen/OKDDip-AAAI2020 (read, not copied): branch networks, attention, train_GL.py and its ramp.
-Differs: the leader is the target, member 0 (the code's is the last branch). The ramp is the code's share of the run, 80
-    of 300 epochs (rampup_epochs fixes it). As in the code, gradients also flow into what teaches; the attention learns
-    in no other way. detach=logits keeps them from the logits that are mixed, and leaves the attention its own. The code
-    mixes logits, the paper softened probabilities (mix=prob); loss=ce is the code's other loss, without the 1e-7.
-    Every DenseNet branch has a tail of its own.
-Costs: the tail (or a whole network) once more per peer; the attention is 2 x D x D / 8 parameters.
+Use it when you want branches that stay different from each other, which is the paper's aim, for little more than plain
+branches cost. An attention decides for each image how much each branch counts for each other one.
+
+Paper: D. Chen, J.-P. Mei, C. Wang, Y. Feng, C. Chen, Online Knowledge Distillation with Diverse Peers, AAAI 2020, doi
+    10.1609/aaai.v34i04.5746, arXiv 1912.00350.
+Code: DefangChen/OKDDip-AAAI2020 was read, and not copied: branch networks, attention, train_GL.py and its ramp.
+Differs: The leader, which learns from the mean of the others, is your network, member 0 (in the code it is the last
+    branch). The ramp is the code's share of the run, 80 of 300 epochs (rampup_epochs fixes it). As in the code,
+    gradients also flow into what teaches; the attention learns in no other way. detach=logits keeps them from the
+    logits that are mixed, and leaves the attention its own. The code mixes logits, the paper softened probabilities
+    (mix=prob). loss=ce is the code's other loss, without the 1e-7. Every DenseNet branch has a tail of its own.
+Costs: Each peer runs the tail (or a whole network) once more. The attention has 2 x D x D / 8 parameters.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Branches on one trunk, taught by their own ensemble, whose weights a gate reads off the trunk for every image.
+"""Adds branches to a shared trunk. Their predictions, combined by a small gate, teach each of them.
+
+Use it when you want to begin: it is one of the cheapest methods, and needs nothing but a network that can be cut. The
+gate decides for each image how much each member counts.
 
 Paper: X. Lan, X. Zhu, S. Gong, Knowledge Distillation by On-the-Fly Native Ensemble, NeurIPS 2018, arXiv 1806.04606.
-Code: the authors' CIFAR release (read, not copied): gate, loss loop, ramp; and the variant in OKDDip's repository.
-Differs: the ramp is the code's share of the run, 80 of 300 epochs (rampup_epochs fixes it); the paper is said to have
-    none (rampup_epochs=0). Otherwise nothing from the authors' code. OKDDip's variant lets the gradient of the
+Code: The authors' CIFAR release was read, and not copied: gate, loss loop and ramp; so was the variant in OKDDip's
+    repository.
+Differs: The ramp is the code's share of the run, 80 of 300 epochs (rampup_epochs fixes it); the paper is said to have
+    none (rampup_epochs=0). Nothing else differs from the authors' code. OKDDip's variant lets the gradient of the
     distillation into the ensemble as well (detach_teacher=False).
-Costs: the tail once more per branch, and a gate of a few hundred parameters.
+Costs: Each branch runs the tail once more. The gate has a few hundred parameters.
 """
 
 from __future__ import annotations

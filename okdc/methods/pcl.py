@@ -1,14 +1,18 @@
-"""Branches that see views of their own, taught by one classifier of all their embeddings and by each other's averages.
+"""Gives each branch its own view of an image; one classifier of all, and running means of the others, teach each one.
 
-Paper: G. Wu, S. Gong, Peer Collaborative Learning for Online Knowledge Distillation, AAAI 2021, pp. 10302-10310,
-    arXiv 2006.04147.
-Code: none by the authors; shaoeric's reimplementation (read, not copied).
-Differs: the averages start as a copy of the cohort, not as a network of their own. The reimplementation divides the
-    ramp by its height instead of its length, and starts all classifiers alike: both are mended. The ramp is a share of
-    the run, 80 of 300 epochs (rampup_epochs fixes it). The averaged target ships, with the batch-norm statistics that
-    it gathered itself; ship=own gives the trained one, ema_buffers=copy or average other statistics. PCL-E's classifier
-    is an average as well.
-Costs: per member a whole pass, as every view has its own, and one more without gradients; a second copy of everything.
+Use it when you can afford a pass of the whole network for each member. What ships is the running mean of your network.
+The mean of the combined classifier is exported too.
+
+Paper: G. Wu, S. Gong, Peer Collaborative Learning for Online Knowledge Distillation, AAAI 2021, pp. 10302-10310, arXiv
+    2006.04147.
+Code: The authors published none. shaoeric's reimplementation was read, and not copied.
+Differs: The running means start as a copy of the cohort, not as a network of their own. The reimplementation divides
+    the ramp by its height instead of its length, and starts all classifiers alike: both are mended. The ramp is a share
+    of the run, 80 of 300 epochs (rampup_epochs fixes it). The running mean of your network ships, with the batch-norm
+    statistics that it gathered itself; ship=own gives the trained one, and ema_buffers=copy or average other
+    statistics. The classifier of PCL-E is a running mean as well.
+Costs: Each member is a whole pass, as every view has its own, and one more without gradients. There is a second copy of
+    everything.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
-"""A bridge, the re-grown tail of a frozen teacher, learns from the teacher and together with the target.
+"""Lets the end of a frozen teacher grow anew, as a bridge that learns from the teacher and together with your network.
+
+Use it when you have a trained, larger network for the same classes (--teacher runs/NAME), and want what teaches to
+adapt while your network learns. The bridge stands between the two, and is exported too.
 
 Paper: Z. Liu, Y. Liu, C. Huang, Semi-Online Knowledge Distillation, 2021, arXiv 2111.11747.
-Code: swlzq/Semi-Online-KD (read, not copied), which has the logits only and Wide ResNets for CIFAR-100.
-Differs: the teacher's batch norm is at rest (teacher_mode=train is the code's: batch statistics, which overwrite the
-    teacher's own). The bridge is cut off any teacher and starts as a new network would. `distance` of feature maps is
-    what the paper announces and the code lacks: maps are pooled to the smaller grid and take the place of the logits;
-    fitnet's adapter is a 1x1 convolution with batch norm. The teacher is part of the checkpoints, frozen.
-Costs: per step one inference pass of the teacher, its tail once more with gradients, and the target; before that, the
-    training of the teacher. The bridge on the teacher's trunk is a by-product, of the teacher's own architecture.
+Code: swlzq/Semi-Online-KD was read, and not copied. It has logits only, and Wide ResNets for CIFAR-100.
+Differs: The teacher's batch norm is at rest (teacher_mode=train is the code's way: batch statistics, which overwrite
+    the teacher's own). The bridge can be cut off any teacher, and starts as a new network would. The paper announces
+    distances of feature maps, and the code lacks them; here `distance` names them: maps are pooled to the smaller grid
+    and take the place of the logits, and fitnet's adapter is a 1x1 convolution with batch norm. The teacher is part of
+    the checkpoints, frozen.
+Costs: In each step the teacher runs once without gradients, its tail once more with them, and your network. Before
+    that, somebody has to train the teacher. The bridge on the teacher's trunk is a by-product, of the teacher's own
+    architecture.
 """
 
 from __future__ import annotations

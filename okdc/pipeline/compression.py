@@ -45,6 +45,7 @@ def compress(
     model: a name (timm, torchvision/NAME, package.module:function) or any module that returns logits (B, classes).
     loader, validation: any re-iterable of (images (B, C, H, W), labels (B,)); without them `data` names the images.
     settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
+
     A module that is given is trained in place and is the student that comes back; say pretrained=True if its weights
     are worth keeping, then branches start near them instead of anew. OkdcError says what to mend.
     """
@@ -79,6 +80,7 @@ def compress(
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further, task)
         if leads:
             _deliver(result, trained, state, lost, logs)
+    data.leave_device()
     return result
 
 

@@ -34,10 +34,12 @@ def export(
 ) -> Verification:
     """Write a bundle of a run's student, a saved student or a named network, and verify it; returns the verification.
 
-    output: the bundle's folder, by default `source`/export. model: the package.module:function that a run trained,
-    which runs only if it is named here. push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the
-    bundle if it is fit to ship. settings: those of the recipe's export section, and `data`, the images to verify on (a
-    run's own when not given), and mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
+    source: a run folder, a saved student, the name of a network, or a module.
+    output: the bundle's folder, by default `source`/export.
+    model: the package.module:function that a run trained, which runs only if it is named here.
+    push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the bundle if it is fit to ship.
+    settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given),
+    and mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
     """
     refuse_address(output, "--output")
     if push_to_hub:

@@ -53,7 +53,8 @@ class CohortSettings:
     )
     private_stages: int | None = _setting(None, "number of last stages that each branch has for itself", at_least=1)
     cut: str | None = _setting(
-        None, "module after which branches part (okdc inspect lists them); EARLY,LATE: in a tree, two ways at each"
+        None,
+        "module after which branches part (okdc inspect lists them); EARLY,LATE makes a tree that parts in two at each",
     )
     share: str | None = _setting(
         None, "trunk: branches share the layers before the cut; none: whole peer networks", choices=("trunk", "none")
@@ -85,7 +86,9 @@ class DataSettings:
     class_map: str = _setting("", "file that maps class names to indices")
     workers: int = _setting(2, "data loading processes", "-j", at_least=0)
     resident: str = _setting(
-        "auto", "keep images decoded, on the GPU if any; auto: small ones, if they fit", choices=("auto", "on", "off")
+        "auto",
+        "keep images decoded, on the GPU if there is one; auto does so for small ones that fit",
+        choices=("auto", "on", "off"),
     )
     crop_padding: int | None = _setting(
         None, "pad by this many pixels and crop at random (CIFAR) instead of a random resized crop", at_least=0
@@ -129,18 +132,18 @@ class TrainSettings:
     validation_batch_size: int | None = _setting(None, "images per validation step on each device", "-vb", at_least=1)
     opt: str = _setting("sgd", "optimizer, any of timm's")
     lr: float | None = _setting(
-        None, "learning rate; lr-base times images per step of all devices / 256 if not given", above=0
+        None, "learning rate; when not given, --lr-base times the images per step of all devices / 256", above=0
     )
     lr_base: float = _setting(0.1, "learning rate per 256 images", above=0)
     momentum: float = _setting(0.9, "momentum", at_least=0, at_most=1)
     weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
     opt_kwargs: dict[str, Any] = _setting({}, "further arguments of the optimizer, key=value")
     layer_decay: float | None = _setting(
-        None, "learning rate of each layer of the target, as a share of the next one's (timm's networks)",
+        None, "each layer of the target learns at this share of the next layer's rate (timm's networks)",
         above=0, at_most=1,
     )  # fmt: skip
     branch_lr_scale: float = _setting(
-        1.0, "learning rate of what branches and peers have for themselves, as a multiple of the target's", above=0
+        1.0, "learning rate of the branches' and peers' own layers, as a multiple of the target's", above=0
     )
     freeze: list[str] = _setting(
         [], "modules of the target that learn nothing, their norms kept in evaluation mode (comma separated names)"
@@ -167,13 +170,21 @@ class TrainSettings:
     torchcompile: bool = _setting(False, "compile the training step")
     torchcompile_mode: str | None = _setting(
         None,
-        "how: reduce-overhead uses CUDA graphs, max-autotune compiles for long",
+        "how to compile: reduce-overhead uses CUDA graphs, max-autotune takes long to begin",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    matmul_precision: str | None = _setting(
+        None, "of float32 products of matrices, torch's own when not given: high is TF32 on CUDA, faster and three "
+        "digits less; convolutions have TF32 there anyway", choices=("highest", "high", "medium"),
+    )  # fmt: skip
+    cudnn_benchmark: bool = _setting(
+        False,
+        "let cuDNN try which of its convolutions is the fastest; then no two runs on CUDA are the same to the bit",
     )
     model_ema: bool = _setting(False, "keep a moving average of the target and ship that (by-products ship without)")
     model_ema_decay: float = _setting(0.9998, "decay of that average", at_least=0, at_most=1)
     seed: int = _setting(42, "seed of weights, order and augmentation", at_least=0)
-    device: str = _setting("auto", "auto, cpu, cuda, cuda:1 …")
+    device: str = _setting("auto", "where to train: auto, cpu, cuda, cuda:1 …")
     devices: int = _setting(1, "devices to train on, per node; each takes --batch-size images per step", at_least=1)
     nodes: int = _setting(1, "machines to train on, that many devices each; start the command on every one", at_least=1)
     sync_bn: bool = _setting(False, "batch norm over the images of all devices")
@@ -181,7 +192,7 @@ class TrainSettings:
         600.0, "seconds without data, or without progress of a device, after which a run ends; 0: for ever", at_least=0
     )
     recovery_interval: int = _setting(
-        0, "save every this many steps as well as every epoch; 0 is epochs only", at_least=0
+        0, "save after this many steps too, and not after each epoch alone; 0: after epochs only", at_least=0
     )
     checkpoint_hist: int = _setting(2, "last.pth.tar files kept", at_least=1)
     class_weights: str | None = _setting(
@@ -193,11 +204,11 @@ class TrainSettings:
         "without outnumber those with it), or a FILE of lines CLASS WEIGHT",
     )  # fmt: skip
     eval_metric: str | None = _setting(
-        None, "what of the student picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
-        "recalls), map of several labels; the task's first when not given",
+        None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
+        "recalls); map of several labels; the task's first when not given",
     )  # fmt: skip
     patience: int | None = _setting(
-        None, "stop early when that has not got better for so many epochs; schedule and ramps keep to --epochs",
+        None, "stop when --eval-metric has not got better for this many epochs; the schedule still counts on --epochs",
         at_least=1,
     )  # fmt: skip
     log: list[str] | None = _setting(
@@ -224,6 +235,9 @@ class ExportSettings:
     onnx: bool = _setting(True, "write model.onnx")
     fp16: bool = _setting(False, "write model.fp16.onnx: half the size, fast on GPUs")
     int8: bool = _setting(False, "write model.int8.onnx for CPUs and model.int8.trt.onnx for TensorRT")
+    int8_finetune: bool = _setting(
+        False, "also write model.int8.finetuned.onnx for CPUs: every layer in int8, trained to give what float32 gives"
+    )
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
@@ -244,11 +258,11 @@ class ExportSettings:
         256, "training images that int8 is calibrated and tried on, half of them each", at_least=2
     )
     max_drop: float | None = _setting(
-        None, "largest loss of top-1 (of the task's own metric) that ships, percentage points; 0.5, and 1.0 for int8, "
-        "when not given", at_least=0,
+        None, "how much top-1 (or the task's own metric) a file may lose and still ship, points; 0.5, and 1.0 for "
+        "int8, when not given", at_least=0,
     )  # fmt: skip
     min_agreement: float | None = _setting(
-        None, "smallest agreement with torch that ships, per cent; 99.9, 99.5 for fp16, 97 for int8 when not given",
+        None, "how often a file must agree with torch to ship, %; 99.9, 99.5 for fp16, 97 for int8 when not given",
         at_least=0, at_most=100,
     )  # fmt: skip
     license: str | None = _setting(None, "licence of the weights for the model card, such as apache-2.0 or mit")

@@ -23,7 +23,7 @@ from okdc.training import checkpoint
 from okdc.training.evaluation import evaluate
 from okdc.training.loggers import Loggers
 from okdc.training.lost_data import data_that_stops
-from okdc.training.machine import Machine
+from okdc.training.machine import Machine, fast_arithmetic
 from okdc.training.parallel import synchronised
 from okdc.training.progress import Display, Row, faster_data, write_summary
 from okdc.training.state import Run, TrainState, build, restore, save
@@ -33,6 +33,8 @@ from okdc.training.watch import Watch
 if TYPE_CHECKING:
     from okdc.data import Data
     from okdc.methods import Method
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay them
 
 
 def fit(
@@ -58,27 +60,14 @@ def fit(
     TrainingError also when no data comes for `settings.timeout` seconds, saved too, or when a data worker dies.
     """
     folder, settings = Path(folder), replace(settings, eval_metric=settings.eval_metric or method.task.metric)
-    if not len(data.train):
-        raise DataError(
-            "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
-        )
-    if settings.patience and data.validation is None:
-        raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
-    if settings.sync_bn and method.second_order:
-        raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
-    if method.second_order and any(getattr(module, "grad_checkpointing", False) for module in method.modules()):
-        raise RecipeError(
-            f"{type(method).__name__} tries out other weights within a step, and gradient checkpointing computes again "
-            "with those of its end: leave out --grad-checkpointing, or network.set_grad_checkpointing(False)."
-        )
-    if settings.branch_lr_scale != 1 and len(method.cohort) == 1:
-        raise RecipeError("--branch-lr-scale is of other members, and there are none: leave it out, or give --lr.")
+    _refuse(method, data, settings)
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     loggers = loggers or Loggers((), folder, recipe)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
     advice = faster_data(recipe, getattr(data.train, "resident", False))
     show = Display(settings.epochs, steps, settings.log_interval, advice, rank() > 0, method.task)
-    with own_randomness(), StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
+    in_float32 = fast_arithmetic(settings)
+    with own_randomness(), in_float32, StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)
         if resume is not None:
             changed = restore(state, checkpoint.load_run(resume), Path(resume), run)
@@ -100,6 +89,31 @@ def fit(
         barrier()  # what the first rank has written is there for all
     method.eval()
     return state
+
+
+def _refuse(method: Method, data: Data, settings: TrainSettings) -> None:
+    """DataError or RecipeError for settings that cannot be with this method, this data or one another."""
+    if not len(data.train):
+        raise DataError(
+            "there are no training batches; expected one at least. Give more images or a smaller --batch-size."
+        )
+    if settings.patience and data.validation is None:
+        raise RecipeError("--patience waits for a better validation, and there are no validation images: give some.")
+    if settings.torchcompile and settings.grad_accum_steps > 1 and settings.torchcompile_mode in CUDA_GRAPHS:
+        raise RecipeError(
+            f"--torchcompile-mode {settings.torchcompile_mode} replays CUDA graphs, which keep gradients in memory of "
+            f"their own, so that none can be added up over --grad-accum-steps {settings.grad_accum_steps}: leave out "
+            "one of the two, or take --torchcompile-mode max-autotune-no-cudagraphs."
+        )
+    if settings.sync_bn and method.second_order:
+        raise RecipeError(f"{type(method).__name__} needs second derivatives, and --sync-bn has none: leave it out.")
+    if method.second_order and any(getattr(module, "grad_checkpointing", False) for module in method.modules()):
+        raise RecipeError(
+            f"{type(method).__name__} tries out other weights within a step, and gradient checkpointing computes again "
+            "with those of its end: leave out --grad-checkpointing, or network.set_grad_checkpointing(False)."
+        )
+    if settings.branch_lr_scale != 1 and len(method.cohort) == 1:
+        raise RecipeError("--branch-lr-scale is of other members, and there are none: leave it out, or give --lr.")
 
 
 def _train(

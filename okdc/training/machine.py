@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,22 @@ def choose_device(name: str) -> torch.device:
             "okdc doctor says what is missing."
         )
     return device
+
+
+@contextlib.contextmanager
+def fast_arithmetic(settings: TrainSettings) -> Iterator[None]:
+    """What the settings allow for speed holds for as long as a run trains; files are verified without it."""
+    benchmark, precision = torch.backends.cudnn.benchmark, None
+    if settings.matmul_precision:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(settings.matmul_precision)
+    torch.backends.cudnn.benchmark = benchmark or settings.cudnn_benchmark
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if precision:
+            torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True)

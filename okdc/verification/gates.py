@@ -11,7 +11,8 @@
 - A bundle that is verified again is held to all of its files, variants too, by the same rule for providers; and to what
   its float32 files do in float32 in the runtimes that were asked for, as it was asked whether they can run it.
 - Recommended is the fastest file that is worth shipping, in the fastest runtime of those that were asked for; float32
-  ONNX in onnxruntime unless another one saves a twentieth of its time.
+  ONNX in onnxruntime unless another one saves a twentieth of its time. Of several that are as fast, up to a twentieth,
+  it is the one that agrees most with torch.
 """
 
 from __future__ import annotations
@@ -164,10 +165,15 @@ def for_cpu(rows: Sequence[Row], runnable: Collection[str]) -> str | None:
 
 
 def _fastest(fit: Sequence[Row]) -> Row | None:
-    """The row that took least time; float32 ONNX unless another saves a twentieth of its time, or nothing was timed."""
+    """The row that took least time, up to a twentieth of it that which agrees most with torch; float32 ONNX unless
+    another saves a twentieth of its time, or nothing was timed."""
     plain = next((row for row in fit if row["name"] == _PLAIN), None)
     timed = [row for row in fit if milliseconds(row)]
     best = min(timed, key=lambda row: milliseconds(row) or 0.0, default=plain or next(iter(fit), None))
+    spent = milliseconds(best) if best else None
+    if spent:
+        close = [row for row in timed if _PAYS * (milliseconds(row) or 0.0) <= spent]
+        best = max(close, key=lambda row: (row["agreement"] or 0.0, -(milliseconds(row) or 0.0)))
     limit = milliseconds(plain) if plain else None
     return plain if best and limit and (milliseconds(best) or 0.0) > _PAYS * limit else best
 

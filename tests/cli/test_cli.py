@@ -242,8 +242,31 @@ def test_methods_are_listed_and_shown() -> None:
     row = next(line for line in listed if line.startswith("kd "))
     assert row[place[0] :].startswith("1 network") and row[place[1] :].strip() == "trained teacher"
     shown = okdc("methods", "ahbf").output
-    assert shown.startswith(methods.card("ahbf").strip()) and "temperature = 3.0  (float)" in shown
+    assert " ".join(shown.split()).startswith(" ".join(methods.card("ahbf").split()))
+    assert "temperature = 3.0  (float)" in shown
+    assert "okdc[prune]" in "".join(okdc("methods").output.split()), "brackets are no markup"
     assert "Did you mean ahbf" in " ".join(okdc("methods", "ahbff").stderr.split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_card_is_as_wide_as_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from okdc import methods
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in methods.names():
+        shown = okdc("methods", name).output.partition("\nSettings (")[0]
+        assert max(map(len, shown.splitlines())) <= width
+        assert [line[:5] for line in shown.splitlines() if line.startswith(("Paper", "Code:", "Diffe", "Costs"))] == [
+            "Paper", "Code:", "Diffe", "Costs"
+        ]  # fmt: skip
+
+
+def test_what_is_no_paragraph_of_a_card_stays_as_it_is() -> None:
+    from okdc.cli.list_commands import wrapped
+
+    code = "    x = " + "1 + " * 30 + "1"
+    assert wrapped(f"Short.\n\n{code}\n\n- one\n- two", 80) == f"Short.\n\n{code}\n\n- one\n- two"
+    assert wrapped("word " * 9, 20).splitlines() == ["word word word word"] * 2 + ["word"]
 
 
 def test_inspect_shows_stages_and_cuts() -> None:

@@ -15,11 +15,13 @@ import torchvision.transforms.functional as VF
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torchvision.transforms import InterpolationMode
 
+import okdc
 from okdc.data import Data, load, open_source, resident
 from okdc.data.batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
-from okdc.data.resident import ResidentTraining
+from okdc.data.resident import Decoded, ResidentTraining
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
@@ -96,6 +98,27 @@ def test_views_are_drawn_one_by_one_and_the_first_is_what_one_view_would_be() ->
     views, _ = next(data(Needs(views=True), 3, crop_padding=4).train.batches(0))
     assert views.shape == (3, 40, 3, 16, 16) and torch.equal(views[0], once)
     assert ((views[0] - views[1]).abs().amax((1, 2, 3)) > 0).float().mean() > 0.9
+
+
+def test_decoded_images_leave_the_gpu_when_training_is_over_and_batches_still_come_there() -> None:
+    given = data(Needs(held_out=True), holdout=0.2)
+    kept = [each.kept for each in (given.train, given.validation, given.held_out, given.test)]
+    assert len(set(map(id, kept))) == 4
+    with FakeTensorMode() as mode:
+        for each in kept:
+            each.images = mode.from_tensor(each.images).to("cuda")
+        given.leave_device()
+        assert [each.images.device.type for each in kept] == ["cpu"] * 4
+        for each in kept:
+            assert each.batch(torch.zeros(5, dtype=torch.long), torch.device("cuda")).device.type == "cuda"
+
+
+def test_a_run_gives_its_gpu_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Decoded] = []
+    monkeypatch.setattr(Decoded, "leave_device", lambda kept: left.append(kept))
+    settings = {"data": "digits", "img_size": 32, "method": "baseline", "epochs": 1, "batch_size": 512, "workers": 0}
+    result = okdc.compress("test_resnet", output=tmp_path, onnx=False, device="cpu", **settings)
+    assert left == [result.data.train.kept, result.data.validation.kept]
 
 
 # --- the same law ---------------------------------------------------------------------------------------------------

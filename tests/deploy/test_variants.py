@@ -16,13 +16,14 @@ import onnx
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from onnx import numpy_helper
 
 import okdc
 from okdc import deploy, pipeline
-from okdc.cli import run_commands
+from okdc.cli import main, run_commands
 from okdc.data import Data, wrap
-from okdc.deploy import calibration
+from okdc.deploy import calibration, targets
 from okdc.deploy.bundle import recommend, write_json, write_sums
 from okdc.errors import ExportError, GateError
 from okdc.pipeline import Result
@@ -292,6 +293,40 @@ def test_a_variant_that_fails_is_left_out_unless_it_is_all_there_is(result: Resu
     with pytest.raises(GateError, match="onnx_int8: it agrees"):
         deploy.export_bundle(untrained, result.data, alone, tmp_path / "b", **kwargs)
     assert not (tmp_path / "b").exists() and (tmp_path / "b-failed" / "model.int8.onnx").exists()
+
+
+def test_without_a_gain_int8_stays_as_it_was_before_finetuning(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets.find("onnx_int8_finetuned").module, "_STEPS", 0)
+    words = "--no-fp16 --no-int8 --int8-finetune --calibration-images 64 --batch-sizes ,"
+    done = CliRunner().invoke(main, ["export", str(result.path), "--output", str(tmp_path / "x"), *words.split()])
+    assert done.exit_code == 0, done.output
+    found = rows(json.loads((tmp_path / "x" / "verification.json").read_text()))
+    assert list(found) == ["torch", "onnx", "onnx_int8", "onnx_int8_finetuned", "predict.py"]
+    assert found["onnx_int8"]["pass"] and (tmp_path / "x" / "model.int8.onnx").exists()
+    assert "finetuning did not help" in found["onnx_int8_finetuned"]["reason"]
+    assert not (tmp_path / "x" / "model.int8.finetuned.onnx").exists()
+    assert "finetuning did not help" in " ".join((tmp_path / "x" / "README.md").read_text().split())
+
+
+def test_int8_finetuned_is_judged_by_its_gate(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = []
+
+    def write(
+        student: Any, example: Any, path: Path, *, onnx: Path, onnx_int8: Path, finetuning: np.ndarray
+    ) -> dict[str, Any]:
+        shutil.copyfile(onnx, path)
+        images.append(len(finetuning))
+        return {}
+
+    monkeypatch.setattr(targets.find("onnx_int8_finetuned").module, "write", write)
+    settings = ExportSettings(int8_finetune=True, calibration_images=16, batch_sizes=[])
+    verification = deploy.export_bundle(result.student, result.data, settings, tmp_path / "x", arch="test_resnet")
+    assert "sold as int8" in rows(verification)["onnx_int8_finetuned"]["reason"]
+    assert not (tmp_path / "x" / "model.int8.finetuned.onnx").exists()
+    assert verification["verdict"] == "pass" and (tmp_path / "x" / "model.int8.onnx").exists()
+    assert images == [1024] and (verification["calibration"] or {})["images"] == 16
 
 
 def test_labels_of_the_data_shifted_by_one_fail_the_student_itself(bundle: Path, result: Result) -> None:

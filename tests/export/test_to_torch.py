@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,14 @@ to_torch = targets.find("torch").module
 def exported(tmp_path_factory):
     network, path = tiny(), tmp_path_factory.mktemp("torch") / to_torch.FILE
     return network, path, to_torch.write(network, EXAMPLE, path, metadata={"okdc.labels": "[]"})
+
+
+def test_float32_is_computed_as_float32(exported, monkeypatch):
+    run, seen = to_torch.runner(exported[1]), []
+    monkeypatch.setattr(run, "_network", lambda images: seen.append(torch.backends.cudnn.allow_tf32) or images)
+    before = torch.backends.cudnn.allow_tf32
+    run(np.zeros((1, 3, 32, 32), dtype=np.float32))
+    assert before and seen == [False] and torch.backends.cudnn.allow_tf32 is before
 
 
 def rewritten(path: Path, place: Path, **files: bytes) -> Path:

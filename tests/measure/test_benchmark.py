@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
+import torch
 from click.testing import CliRunner, Result
 
 from okdc import deploy
 from okdc.cli import main
-from okdc.deploy import targets
+from okdc.deploy import targets, torch_runner
 from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 
@@ -89,6 +91,20 @@ def test_the_compiled_network_has_a_row(compiler: str, tmp_path: Path, monkeypat
     else:
         assert compiled["status"].startswith("unavailable: ") and str(tmp_path) not in compiled["status"]
         assert not compiled["latency"] and eager["latency"]
+
+
+@pytest.mark.parametrize(("device", "mode"), [("cpu", None), ("cuda:1", "reduce-overhead")])
+def test_the_compiled_network_is_timed_as_engines_are(
+    device: str, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = SimpleNamespace(to=lambda device: "moved")
+    monkeypatch.setattr("okdc.deploy.bundle.load_student", lambda path: network)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # to be put back
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: asked.append((network, options)))
+    torch_runner.runner("bundle", device, compiled=True)
+    assert asked == [("moved", {"dynamic": False, "mode": mode})]
+    assert targets.find("tensorrt").module.LATENCY == {"cuda_graph": True}
 
 
 def test_wrong_use_is_said_before_anything_is_measured(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_the_card_is_complete(name: str) -> None:
     assert card.splitlines()[0].endswith(".") and len(card.splitlines()[0]) <= 120
     for section in ("Paper:", "Code:", "Differs:", "Costs:"):
         assert f"\n{section} " in card, section
+    assert card.split("\n\n")[1].startswith("Use it when ")
 
 
 def test_a_method_of_ones_own_need_not_have_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,33 @@ def test_a_compiled_run_learns_what_an_eager_one_does_in_one_graph(tmp_path, mon
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_gradients_in_the_memory_of_cuda_graphs_cannot_be_added_up(tmp_path, mode):
+    graphs = replace(SETTINGS, torchcompile=True, torchcompile_mode=mode, grad_accum_steps=2)
+    with pytest.raises(RecipeError, match=f"--torchcompile-mode {mode} .*--grad-accum-steps 2.*no-cudagraphs"):
+        run(tmp_path, graphs)
+    assert not list(tmp_path.iterdir())
+
+
+class Watched(Tiny):
+    def losses(self, out, labels):
+        self.seen = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+        return super().losses(out, labels)
+
+
+def test_what_is_allowed_for_speed_holds_while_a_run_trains(tmp_path):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    for settings, expected in (
+        ({}, before),
+        ({"matmul_precision": "high"}, ("high", before[1])),
+        ({"cudnn_benchmark": True}, (before[0], True)),
+    ):
+        method = Watched()
+        run(tmp_path / str(expected), replace(SETTINGS, epochs=1, **settings), method=method)
+        assert method.seen == expected
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before
+
+
 def test_the_learning_rate_follows_the_batch_size(tmp_path):
     settings = replace(SETTINGS, epochs=1, lr=None, lr_base=0.1, batch_size=64, grad_accum_steps=2)
     assert run(tmp_path, settings).history[0]["lr"] == pytest.approx(0.05)

@@ -102,6 +102,8 @@ def test_the_fastest_file_that_passed_is_recommended_and_slow_variants_are_marke
     rows[2]["worth_shipping"] = False
     assert (weigh(rows) or {})["file"] == "onnx.onnx"
     assert (weigh([row("onnx", ms=18), row("int8", "int8", ms=17.5)]) or {})["file"] == "onnx.onnx"  # noise
+    alike = [row("int8", "int8", ms=6, agreement=97.5), row("finetuned", "int8", ms=6.2, agreement=99.0)]
+    assert (weigh([row("onnx", ms=18), *alike]) or {})["file"] == "finetuned.onnx"  # as fast, and closer to torch
     elsewhere = row("int8", "int8", ms=1) | {"worth_shipping": None}
     assert (weigh([row("onnx", ms=18), elsewhere]) or {})["file"] == "onnx.onnx"
     assert (weigh([row("int8", "int8"), row("onnx")]) or {})["file"] == "onnx.onnx"  # nothing was timed

@@ -25,7 +25,7 @@ def hypergradient(
     phi: list[Tensor],
     parts: Sequence[tuple[Any, ...]] = ((),),
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     weight_decay: float,
 ) -> list[Tensor]:
@@ -89,12 +89,11 @@ def descend(
     parameters: list[Tensor], gradient: list[Tensor], velocity: Tensor, lr: Tensor, *, momentum: float,
     weight_decay: float,
 ) -> None:  # fmt: skip
-    """One step of SGD with Nesterov's momentum, in place; none where the gradient is not finite.
+    """One step of SGD with Nesterov's momentum, in place; none where the gradient is not finite: the device knows.
 
     `velocity` (P,) is that of all parameters in a row: a buffer of the method, so that it is saved and put back.
     """
     here, slope = parameters_to_vector(parameters), parameters_to_vector(gradient)
-    if slope.isfinite().all():
-        slope = slope + weight_decay * here
-        velocity.mul_(momentum).add_(slope)
-        vector_to_parameters(here - lr * (slope + momentum * velocity), parameters)
+    finite, slope = slope.isfinite().all(), slope + weight_decay * here
+    velocity.copy_(torch.where(finite, momentum * velocity + slope, velocity))
+    vector_to_parameters(torch.where(finite, here - lr * (slope + momentum * velocity), here), parameters)

@@ -1,0 +1,147 @@
+"""The site builds without a warning, its commands exist, its quotes are what the code says, its loop trains."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+from okdc import methods
+from okdc.cli import main
+from okdc.recipe import flat_settings
+from tests.helpers.networks import Tiny
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", *ROOT.glob("*/README.md")])
+WITHOUT_COMMAND = {"--version", "--help"}
+
+
+def test_the_site_builds_without_a_warning_or_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sphinx", reason="the site is not built: pip install 'okdc[docs]'")
+    from sphinx.application import Sphinx
+
+    monkeypatch.setattr(sys, "path", list(sys.path))  # conf.py adds to it
+    monkeypatch.delenv("OKDC_DOCS_ONLINE", raising=False)
+    source, site, said = ROOT / "docs", tmp_path / "site", StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of Python in Sphinx and its extensions are not ours
+        builder = Sphinx(source, source, site, tmp_path / "trees", "html", status=None, warning=said)
+        builder.build()  # here and not in a process of its own, which would import torch again
+    assert builder.statuscode == 0 and said.getvalue() == ""
+    settings = (site / "settings.html").read_text(encoding="utf-8")
+    assert all(f"--{name.replace('_', '-')}<" in settings for name in flat_settings())
+    cards = (site / "cards.html").read_text(encoding="utf-8")
+    assert all(f"<h2>{name}<" in cards for name in methods.names())
+    assert {"quickstart.html", "commands.html", "changelog.html"} <= {file.name for file in site.iterdir()}
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every `okdc …` in the page's bash blocks, without comments; lines that end in \\ go on."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?:^|bin/|-m |\d )okdc ((?!;).*)", line)
+            if found:
+                yield shlex.split(found[1], comments=True)
+
+
+def options(command: click.Command) -> set[str]:
+    parameters = command.get_params(click.Context(command))
+    return {
+        name for each in parameters if isinstance(each, click.Option) for name in (*each.opts, *each.secondary_opts)
+    }
+
+
+def refused(words: list[str]) -> list[str]:
+    """What of an `okdc` command line does not exist: the command, or options."""
+    command = main.commands.get(words[0])
+    if command is None:
+        return [] if words[0] in WITHOUT_COMMAND else words[:1]
+    typed = [word.partition("=")[0] for word in words[1:] if re.match(r"-[a-z]|--[a-z]", word)]
+    return [word for word in typed if word not in options(command)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_exist(page: Path) -> None:
+    wrong = {" ".join(words): found for words in commands(page) if (found := refused(words))}
+    assert not wrong, f"{page}: no such command or option"
+
+
+def test_commands_are_found_and_parsed() -> None:
+    found = [words for page in PAGES for words in commands(page)]
+    assert len(found) > 60 and {words[0] for words in found} >= {"compress", "export", "compare", "inspect", "profile"}
+    assert refused(["compress", "--epoch", "3"]) == ["--epoch"] and refused(["comprss"]) == ["comprss"]
+
+
+def test_links_between_files_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / ".github" / "CONTRIBUTING.md", *PAGES]:
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+
+def test_every_method_has_its_cost_on_the_page_to_choose_from() -> None:
+    rows = re.findall(r"(?m)^\| `(\w+)` \| \d", (ROOT / "docs" / "choose.md").read_text(encoding="utf-8"))
+    assert sorted(rows) == methods.names()
+
+
+TABLE = re.findall(r"(?m)^\| `(--[\w-]+)` \| (same|default|form|no) \|(.*)\|$", (ROOT / "docs" / "timm.md").read_text())
+
+
+def test_the_table_of_timms_flags_is_true() -> None:
+    ours = options(main.commands["compress"])
+    assert len(TABLE) > 130
+    assert [flag for flag, here, _ in TABLE if (here == "no") == (flag in ours)] == []
+    named = {
+        word
+        for *_, note in TABLE
+        for word in re.findall(r"`(--?[\w-]+)", note)
+        if not re.match("--(kd|naflex|dr)", word)
+    }
+    assert named <= ours
+
+
+# What timm's train.py has at these flags, where okdc's default is the same.
+TIMM = {
+    "hflip": 0.5, "vflip": 0.0, "lr_base": 0.1, "momentum": 0.9, "warmup_lr": 1e-5, "min_lr": 0.0, "decay_epochs": 90.0,
+    "decay_rate": 0.1, "batch_size": 128, "seed": 42, "log_interval": 50, "recovery_interval": 0, "mixup": 0.0,
+    "cutmix": 0.0, "reprob": 0.0, "opt": "sgd", "model_ema_decay": 0.9998, "grad_accum_steps": 1,
+}  # fmt: skip
+
+
+def test_defaults_called_the_same_are_timms() -> None:
+    same = {flag[2:].replace("-", "_") for flag, here, _ in TABLE if here == "same"}
+    assert same >= TIMM.keys()
+    assert {name: flat_settings()[name][1].default for name in TIMM} == TIMM
+
+
+def test_errors_that_the_page_on_trouble_quotes_are_the_codes() -> None:
+    code = "".join(
+        file.read_text(encoding="utf-8") for folder in ("okdc", "export") for file in (ROOT / folder).rglob("*.py")
+    )
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # sentences that go on in the next line
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [quote for first in re.findall(r"(?m)^\| (.*?) \|", page) for quote in re.findall("`(.+?)`", first)]
+    pieces = [piece.strip(" .") for quote in quoted for piece in re.split("…|'", quote) if len(piece.strip(" .")) > 7]
+    assert len(pieces) > 30
+    assert [piece for piece in pieces if piece not in code and piece != "No such option"] == []
+
+
+def test_a_method_trains_in_the_loop_that_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
+    block = page.partition("## In a loop of your own")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    torch.manual_seed(0)
+    network, images, labels = Tiny(), torch.randn(64, 3, 32, 32), torch.arange(64) % 4
+    before = network.state_dict().copy() | {key: value.clone() for key, value in network.state_dict().items()}
+    space = {"network": network, "images": images, "labels": labels}
+    exec(block, space)
+    assert space["student"] is network and not any(module._forward_hooks for module in network.modules())
+    assert all(not torch.equal(before[name], p) for name, p in network.named_parameters() if not name.endswith("bias"))
+    assert torch.isfinite(network(images)).all()
