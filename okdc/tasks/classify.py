@@ -27,6 +27,7 @@ class Classify(Task):
     }
     scores = ("top1", "top5")
     unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
+    same = "the same class"
     use = "Classify an image"
 
     def are_probabilities(self, out: Tensor) -> bool:
