@@ -14,7 +14,7 @@ _PUBLIC = {
     "Comparison": "okdc.comparing",
     "export": "okdc.pipeline",
     "Result": "okdc.pipeline",
-    "inspect": "okdc.anatomy",
+    "inspect": "okdc.pipeline",
     "Anatomy": "okdc.anatomy",
     "Cohort": "okdc.cohort",
     "CohortOutput": "okdc.cohort",

@@ -62,7 +62,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names most like `name`, as the end of an error: ` Did you mean a, b?`, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 image, 2 images, 1,234 images."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3, alike: float = 0.5) -> str:
+    """The known names most like `name` (`alike`, 0 to 1), as the end of an error: ` Did you mean a, b?`, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=alike)
     return f" Did you mean {', '.join(matches)}?" if matches else ""

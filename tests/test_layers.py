@@ -23,7 +23,7 @@ ALLOWED = {
     "tasks": "errors losses ranks",
     "anatomy": "errors system tasks",
     "data": "errors needs ranks recipe system tasks",
-    "report": "recipe system tasks",
+    "report": "errors recipe system tasks",
     "settings": "recipe",
     "training": "errors ranks recipe system tasks",
     "verification": "errors system tasks",

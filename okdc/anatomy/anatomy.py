@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from okdc import tasks
 from okdc.anatomy.calls import Call, called_once, watch
 from okdc.anatomy.classifier import classifiers, states_none
+from okdc.anatomy.page import page
 from okdc.anatomy.shapes import layout, positions
 from okdc.anatomy.stages import Stage, find_stages, widest
 from okdc.errors import NetworkError, nearest
@@ -32,7 +33,7 @@ class Cut:
     params_after: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     """What `inspect` found out about a network; of one that only its logits are needed of, perhaps no parts."""
 
@@ -49,6 +50,20 @@ class Anatomy:
     layout: str = ""  # nchw, nhwc or tokens
     stages: tuple[Stage, ...] = ()
     cuts: tuple[Cut, ...] = ()
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.input_size))
+        return (
+            f"<Anatomy: {self.name} for {size}, {self.num_classes} classes, {self.params:,} parameters, "
+            f"{self.flops / 1e9:.3g} GFLOPs, {len(self.stages)} stages, {len(self.cuts)} cuts>"
+        )
+
+    def _repr_html_(self) -> str:
+        try:
+            choices, default = self.choices() if self.stages else [], self.cut() if self.stages else ""
+        except NetworkError:  # nothing follows any cut that is worth training
+            choices, default = [], ""
+        return page(self, choices, default)
 
     def cut(self, private_stages: int = 1) -> str:
         """The cut that gives the last `private_stages` stages to every branch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable
 from dataclasses import Field
@@ -10,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
+from okdc.cli import timm_flags
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
@@ -60,7 +62,19 @@ class Setting(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help lists its own options first, then the settings section by section."""
+    """A command whose --help lists its own options first, then the settings section by section.
+
+    Lists may be typed as timm takes them, too: `--scale 0.5 1.0` beside `--scale 0.5,1.0`. `timm`: its other flags are
+    known, those with nothing to do here and those that are refused.
+    """
+
+    def __init__(self, *args: Any, timm: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.timm = timm
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = timm_flags.taken(args) if self.timm else args
+        return super().parse_args(ctx, _joined(args, self.get_params(ctx)))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -73,6 +87,35 @@ class GroupedCommand(click.Command):
             if title in groups:
                 with formatter.section(title):
                     formatter.write_dl(groups[title], col_max=32)
+
+
+def _joined(words: list[str], params: list[click.Parameter]) -> list[str]:
+    """Words in which numbers after a flag that takes a list are one word, with commas, and pairs have a flag each."""
+    by_flag = {flag: param for param in params for flag in param.opts}
+    joined: list[str] = []
+    flag, further = "", None
+    for word in words:
+        if word in by_flag:
+            flag, further = word, _further(by_flag[word])
+        elif further and joined[-1] != flag and re.fullmatch(further, word):
+            if further == _NUMBER:
+                joined[-1] += f",{word}"
+                continue
+            joined.append(flag)
+        elif joined and joined[-1] != flag:
+            further = None
+        joined.append(word)
+    return joined
+
+
+_NUMBER, _PAIR = r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?,?", r"\w+=.*"
+
+
+def _further(param: click.Parameter) -> str | None:
+    """What the values of a list look like after its first; None for what has one value."""
+    if isinstance(param.type, KeyValue):
+        return _PAIR
+    return _NUMBER if isinstance(param.type, CommaList) and param.type.element is not click.STRING else None
 
 
 def settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

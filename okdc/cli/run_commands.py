@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from okdc.verification.schema import Verification
 
 
-@main.command(cls=flags.GroupedCommand, short_help="Train your network with helper branches, remove them, export it.")
+@main.command(
+    cls=flags.GroupedCommand, timm=True, short_help="Train your network with helper branches, remove them, export it."
+)
+@click.argument("folder", metavar="[DATA]", required=False)
 @click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
 @flags.settings("network", "cohort", "data", "train", "export")
 def compress(
+    folder: str | None,
     recipe_name: str | Path | None,
     sets: tuple[str, ...],
     method: str | None,
@@ -50,11 +54,13 @@ def compress(
 
     \b
     okdc compress
-    okdc compress --model resnet18 --method ahbf --data /imagenet
+    okdc compress /imagenet --model resnet18 --method ahbf
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --set train.epochs=60
     okdc compress --recipe cifar100/resnet32-ahbf --data ./cifar100 --experiment mine --resume auto
     """
     typed = {**flags.given(), "method": method, "method_kwargs": dict(method_kwargs)}
+    if folder is not None:
+        typed["data"] = _one_place(folder, typed.get("data"))
     if log_wandb:
         typed["log"] = [*typed.get("log", []), "wandb"]
 
@@ -77,6 +83,13 @@ def compress(
 
     tables.show_result(result)
     require_asked(result.verification, vars(resolved.export))
+
+
+def _one_place(folder: str, named: str | None) -> str:
+    """The data that stand alone on the command line, as timm's do; UsageError beside --data."""
+    if named is not None:
+        raise click.UsageError(f"the data are given twice: {folder} and --data {named}. Give one of them.")
+    return folder
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Write the files that you deploy, and verify each.")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from okdc import methods, tasks
 from okdc.deploy import UNKNOWN
+from okdc.errors import OkdcError, counted
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
@@ -93,10 +94,10 @@ def show_verification(verification: Verification, next_command: str | None = Non
     console.print(table)
     for reason in reasons:
         console.print(f"  {escape(reason)}", soft_wrap=True)
-    images = f"{verification['images']:,} images" if verification.get("images") else "no images"
+    images = counted(verification["images"], "image") if verification.get("images") else "no images"
     images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
-    threads = f" with {count} thread{'s' if count > 1 else ''}" if count else ""
+    threads = f" with {counted(count, 'thread')}" if count else ""
     console.print(f"Verified on {images}, {verification.get('device')}{threads}. To agree is to predict {task.same}.")
     recommended = verification.get("recommended")
     if recommended:
@@ -205,15 +206,32 @@ def show_anatomy(model: str, anatomy: Anatomy, cut: str | None, refused: Callabl
     console.print(stages)
     console.print()
     chosen = anatomy.find_cut(cut).name if cut else anatomy.cut()
-    cuts = _table("cut after", "shape", "FLOPs after", "params after", "")
-    for each in sorted({*anatomy.choices(), anatomy.find_cut(chosen)}, key=lambda each: -each.flops_after):
-        mark = "asked for" if cut == each.name else "default" * (each.name == anatomy.cut())
+    cuts = _table("cut after", "shape", "FLOPs after", "params after", "used by")
+    used = _cuts_of_methods(anatomy)
+    for each in sorted(
+        {*anatomy.choices(), *map(anatomy.find_cut, {chosen, *used})}, key=lambda each: -each.flops_after
+    ):
+        mark = "asked for" if cut == each.name else "default"
+        mark = mark if each.name in (cut, anatomy.cut()) else ", ".join(used.get(each.name, ()))
         cuts.add_row(each.name, _shape(each.shape), f"{each.flops_after:.0%}", f"{each.params_after:.0%}", mark)
     console.print(cuts)
     if refusal := refused(chosen):
         console.print(f"\nNo branch can part after {chosen}: {refusal}", markup=False)
         return
-    _next(f"okdc compress --model {model} --cut {chosen} --data DIR")
+    _next(f"okdc compress --model {model} {f'--cut {cut} ' if cut else ''}--data DIR")
+
+
+def _cuts_of_methods(anatomy: Anatomy) -> dict[str, list[str]]:
+    """The methods by the cut that each of them takes if none is asked for."""
+    used: dict[str, list[str]] = {}
+    for name in methods.names():
+        try:
+            cuts = dict.fromkeys(branch.cut for branch in methods.get(name).plan(anatomy) if branch.cut)
+        except OkdcError:  # a method that this network is not for says so where it is asked for
+            continue
+        for cut in cuts:
+            used.setdefault(cut, []).append(name)
+    return used
 
 
 def show_estimate(recipe: Recipe, found: Estimate) -> None:
@@ -221,7 +239,7 @@ def show_estimate(recipe: Recipe, found: Estimate) -> None:
     console, name, model = _console(), recipe.method["name"], recipe.network.model
     console.print(
         f"[bold]{name}[/] around [bold]{model}[/], {_shape(found.input_size)}, {found.classes} classes: "
-        f"{len(found.networks)} network{'s' * (len(found.networks) > 1)}\n"
+        f"{counted(len(found.networks), 'network')}\n"
     )
     table = _table("", "what it is", "parts after", "parameters", "its own", "MFLOPs/image")
     table.columns[1].no_wrap = False

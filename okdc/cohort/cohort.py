@@ -64,6 +64,7 @@ class Cohort(nn.Module):
         self.tape = Tape()
         self._hooks: list[Any] = []
         self._resting: list[nn.Module] = []
+        self.names = ("target", *(member_name(i, b.cut is not None) for i, b in enumerate(branches, 1)))
         self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
         trunks = _trunks(target, self.anatomy, branches)
         proofs = {cut: _copy(target) for cut in trunks}  # copies are made before any hook stands on the target
@@ -85,10 +86,6 @@ class Cohort(nn.Module):
         except BaseException:
             self.strip()
             raise
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(map(member_name, range(len(self))))
 
     @property
     def members(self) -> tuple[nn.Module, ...]:

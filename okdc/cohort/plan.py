@@ -55,8 +55,9 @@ class Cost:
     frozen: bool = False  # run, not trained
 
 
-def member_name(member: int) -> str:
-    return f"branch{member}" if member else "target"
+def member_name(member: int, shares: bool = True) -> str:
+    """What a member is called: the target, a branch, or a peer where it shares nothing."""
+    return f"{'branch' if shares else 'peer'}{member}" if member else "target"
 
 
 def lineage(branches: Sequence[Branch], member: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+import webbrowser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,7 +32,7 @@ Score = Callable[[dict[str, Any], str], float | None]
 NOTHING = ExportSettings(onnx=False, byproducts=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` gives back: the lines, best first, what to use in a sentence, and where everything is."""
 
@@ -40,7 +41,18 @@ class Comparison:
     lines: list[Line]
     verdict: str
     images: int | None = None  # that the figures are of
-    recipe: dict[str, Any] = field(default_factory=dict, repr=False)  # of plain training
+    recipe: dict[str, Any] = field(default_factory=dict)  # of plain training
+
+    def __repr__(self) -> str:
+        means = (f"{line.name} {line.spread.mean:.2f} %" for line in self.lines if line.spread)
+        return f"<Comparison: {', '.join(means) or 'no figures'}; {self.verdict} In {self.path}>"
+
+    def _repr_html_(self) -> str:
+        return report.of_comparison(facts_of(self))
+
+    def show(self) -> None:
+        """Open the page of the comparison in a browser."""
+        webbrowser.open((self.path / "compare.html").absolute().as_uri())
 
 
 def compare(
@@ -132,7 +144,7 @@ def _recipe(
         flat["model"] = model if isinstance(model, str) else type(model).__name__
     if loader is not None:
         flat |= {"data": LOADER, "batch_size": settings.get("batch_size") or getattr(loader, "batch_size", None)}
-    resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc compare")
+    resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc.compare")
     train = replace(resolved.train, eval_metric=tasks.metric(resolved))
     return replace(resolved, export=NOTHING, train=train)
 

@@ -17,7 +17,7 @@ from okdc.data.samples import Order, Part, TrainImages, ValidationImages
 from okdc.data.streams import Stream, load_stream
 from okdc.data.transforms import BatchAugmentation, image_transform, preprocessing
 from okdc.data.values import Batch, Data, Source, log
-from okdc.errors import DataError
+from okdc.errors import DataError, counted
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
 
@@ -148,8 +148,8 @@ def _check_fills(part: Part, images: int, name: str) -> None:
     if images < part.whole:
         devices = f" on each of {part.world} devices" if part.world > 1 else ""
         raise DataError(
-            f"{name} has {images} training images, fewer than one batch of {part.size}{devices}; expected a batch that "
-            f"they fill: -b {max(1, min(images // part.world, 32))}"
+            f"{name} has {counted(images, 'training image')}, fewer than one batch of {part.size}{devices}; expected a "
+            f"batch that they fill: -b {max(1, min(images // part.world, 32))}"
         )
 
 

@@ -11,7 +11,7 @@ from okdc.data.images import Images
 from okdc.data.names import listed
 from okdc.data.transforms import read
 from okdc.data.values import BadImage, log
-from okdc.errors import DataError
+from okdc.errors import DataError, counted
 from okdc.system.waiting import limited
 
 
@@ -37,8 +37,8 @@ class BadImages:
         if len(self.reasons) > self.limit:
             some = "; ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:5])
             raise DataError(
-                f"{len(self.reasons)} images cannot be read, and at most {self.limit} may be skipped. Some of them: "
-                f"{some}. Mend or delete them, or allow more with --max-bad-images N."
+                f"{counted(len(self.reasons), 'image')} cannot be read, and at most {self.limit} may be skipped. "
+                f"Some of them: {some}. Mend or delete them, or allow more with --max-bad-images N."
             )
         cls = self.classes[label]
         self.counts[cls]["unreadable"] += 1

@@ -23,7 +23,7 @@ from okdc.data.batchwise import FILTERS, Law, mix
 from okdc.data.images import Images
 from okdc.data.readable import BadImages
 from okdc.data.samples import as_loaded
-from okdc.data.transforms import image_transform, read
+from okdc.data.transforms import image_transform, read, training_interpolation
 from okdc.data.values import BadImage, Batch, log
 from okdc.errors import DataError
 from okdc.ranks import rank
@@ -91,7 +91,9 @@ def law(settings: DataSettings, config: dict[str, Any]) -> Law:
     if settings.crop_padding is not None:
         return replace(flipped, padding=settings.crop_padding)
     (least, most), (tall, wide) = settings.scale, settings.ratio
-    return replace(flipped, scale=(least, most), ratio=(tall, wide), interpolation=config["interpolation"])
+    return replace(
+        flipped, scale=(least, most), ratio=(tall, wide), interpolation=training_interpolation(settings, config)
+    )
 
 
 def _obstacle(settings: DataSettings, config: dict[str, Any], training: bool) -> str | None:
@@ -100,8 +102,10 @@ def _obstacle(settings: DataSettings, config: dict[str, Any], training: bool) ->
         return None
     if settings.aa or settings.color_jitter:
         return f"{'--aa' if settings.aa else '--color-jitter'} changes one image at a time"
-    if settings.crop_padding is None and config["interpolation"] not in FILTERS:
-        return f"a resized crop with --interpolation {config['interpolation']} is done to one image at a time"
+    interpolation = training_interpolation(settings, config)
+    if settings.crop_padding is None and interpolation not in FILTERS:
+        flag = "--train-interpolation" if settings.train_interpolation else "--interpolation"
+        return f"a resized crop with {flag} {interpolation} is done to one image at a time"
     return None
 
 
@@ -111,7 +115,8 @@ def _before_augmentation(settings: DataSettings, config: dict[str, Any], trainin
         return image_transform(settings, config, training)
     if settings.crop_padding is None:
         return transforms.PILToTensor()
-    side, interpolation = max(config["input_size"][-2:]), str_to_interp_mode(config["interpolation"])
+    side = max(config["input_size"][-2:])
+    interpolation = str_to_interp_mode(training_interpolation(settings, config))
     return transforms.Compose([transforms.Resize(side, interpolation=interpolation), transforms.PILToTensor()])
 
 

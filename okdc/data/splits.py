@@ -40,7 +40,7 @@ def check_path(root: Path, given: str) -> None:
     """Raise DataError for what is no folder, and for one that is a level too high or too low."""
     if not root.exists():
         found = next(parent for parent in root.absolute().parents if parent.is_dir())
-        hint = nearest(root.name, folders(found)) or nearest(given, ["digits"])
+        hint = nearest(root.name, folders(found), alike=0.7) or nearest(given, ["digits"], alike=0.7)
         if _splits(found, "training"):
             hint = f" '{found}' has a train/ folder: --data {found}"
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +58,12 @@ def image_transform(settings: DataSettings, config: dict[str, Any], training: bo
     if training:
         options |= {key: getattr(settings, key) for key in ("no_aug", "scale", "ratio", "hflip", "vflip")}
         options |= {"auto_augment": settings.aa, "color_jitter": settings.color_jitter or None}
+        options["interpolation"] = training_interpolation(settings, config)
     try:
         transform = create_transform(config["input_size"], is_training=training, use_prefetcher=True, **options)
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(
-            f"no image transform can be made of --aa {settings.aa} and --interpolation {config['interpolation']} "
+            f"no image transform can be made of --aa {settings.aa} and --interpolation {options['interpolation']} "
             f"({type(error).__name__}: {error}); expected a policy such as rand-m9-mstd0.5 or augmix-m3-w2, and "
             "nearest, bilinear, bicubic or lanczos."
         ) from error
@@ -69,10 +71,20 @@ def image_transform(settings: DataSettings, config: dict[str, Any], training: bo
         size = tuple(config["input_size"][-2:])
         # CIFAR's way takes the place of timm's first step, the random resized crop.
         transform.transforms[:1] = [
-            transforms.Resize(max(size), interpolation=str_to_interp_mode(config["interpolation"])),
+            transforms.Resize(max(size), interpolation=str_to_interp_mode(options["interpolation"])),
             transforms.RandomCrop(size, padding=settings.crop_padding),
         ]
     return transform
+
+
+def training_interpolation(settings: DataSettings, config: dict[str, Any]) -> str:
+    """How training images are resized; DataError for a random way where there is no resized crop to draw it for."""
+    if settings.train_interpolation == "random" and settings.crop_padding is not None:
+        raise DataError(
+            "--train-interpolation random draws one way for each resized crop, and with --crop-padding there is none: "
+            "choose bilinear or bicubic, or leave it out."
+        )
+    return settings.train_interpolation or config["interpolation"]
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -116,12 +128,17 @@ class BatchAugmentation:
     def __init__(self, settings: DataSettings, num_classes: int, seed: int, device: torch.device):
         self.num_classes, self.seed, self.smoothing = num_classes, seed, settings.smoothing
         active = not settings.no_aug
-        self.erase = RandomErasing(settings.reprob, device=device) if settings.reprob and active else None
-        self.mixup = None
+        self.erase = None
+        if settings.reprob and active:
+            # Random colours come from the CPU's generator, which is seeded here: a GPU's belongs to the network.
+            where = device if settings.remode == "const" else "cpu"
+            self.erase = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount, device=where)
+        self.mixup, self.mixes_until = None, settings.mixup_off_epoch or math.inf
         if settings.mixup or settings.cutmix:
             self.mixup = Mixup(
-                settings.mixup, settings.cutmix, label_smoothing=settings.smoothing, num_classes=num_classes
-            )
+                settings.mixup, settings.cutmix, prob=settings.mixup_prob, switch_prob=settings.mixup_switch_prob,
+                label_smoothing=settings.smoothing, num_classes=num_classes,
+            )  # fmt: skip
 
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: int, step: int, places: Sequence[int] | None = None
@@ -144,6 +161,7 @@ class BatchAugmentation:
 
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
         if self.mixup:
+            self.mixup.mixup_enabled = epoch < self.mixes_until  # labels stay soft, as timm's do
             with borrowed_generators(self.seed, epoch, step, 3):
                 return self._mix(self.mixup, images, labels)
         if self.smoothing:

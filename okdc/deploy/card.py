@@ -11,6 +11,7 @@ import yaml
 from okdc.deploy import runtimes, targets, triton
 from okdc.deploy.bundle import WEIGHTS, is_known
 from okdc.deploy.statement import UNKNOWN
+from okdc.errors import counted
 from okdc.networks import stem
 from okdc.networks.saved import CONFIG
 from okdc.system.wording import portable
@@ -41,7 +42,8 @@ def write_card(
 ) -> None:
     """Write README.md; info may have title, licence (an id such as mit), command, recipe and metrics."""
     info = portable(dict(info))
-    parts = [_head(arch, config, info, task), _results(verification, task), _run(folder, arch, config), _files(folder)]
+    results = _results(verification, task, config["num_classes"])
+    parts = [_head(arch, config, info, task), results, _run(folder, arch, config), _files(folder)]
     (folder / "README.md").write_text("\n\n".join([*parts, _origin(config, info)]) + "\n", encoding="utf-8")
 
 
@@ -59,33 +61,35 @@ def _head(arch: str, config: dict, info: Mapping[str, Any], task: Task) -> str:
     )
 
 
-def _results(verification: Verification, task: Task) -> str:
+def _results(verification: Verification, task: Task, outputs: int) -> str:
     rows = verification["rows"]
+    scores = [name for name in task.scores if name in task.shown(outputs)]
     batches = sorted({entry["batch"] for row in rows for entry in row["latency"]})
     head = [
         "runner",
         "file",
         "MB",
-        *(f"{task.metrics[name].word} %" for name in task.scores),
+        *(f"{task.metrics[name].word} %" for name in scores),
         "agrees with torch %",
         "rel. difference",
     ]
     head += [f"ms at batch {batch} (p50)" for batch in batches] + ["verdict"]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        shares = (_number(score(row, name), "{:.2f}") for name in (*task.scores, "agreement"))
+        shares = (_number(score(row, name), "{:.2f}") for name in (*scores, "agreement"))
         times = {entry["batch"]: entry["p50_ms"] for entry in row["latency"]}
         latency = [_number(times.get(batch), "{:.2f}") for batch in batches]
         verdict = _verdict(row, verification["verdict"] != "fail")
         cells = [row["name"], row["file"] or "", _number(row["mb"], "{:.1f}"), *shares, _number(row["rel"], "{:.0e}")]
         lines.append(_line([*cells, *latency, verdict]))
-    kind = "random inputs (there were no validation images)" if verification["verdict"] == "parity_only" else "images"
     machine = verification["environment"].get("cpu" if verification["device"] == "cpu" else "gpu") or ""
     sample = verification["sample"]
-    images = sample["told"] if sample else f"{verification['images']} {kind}"
+    kind = "random input" if verification["verdict"] == "parity_only" else "image"
+    images = sample["told"] if sample else counted(verification["images"], kind)
+    images += " (there were no validation images)" * (verification["verdict"] == "parity_only")
     text = f"Measured on {images}, device {verification['device']}"
     skipped = [f"- {entry['target']} was skipped: {entry['reason']}" for entry in verification["skipped"]]
-    text += f" ({machine}); latency on {verification['threads']} thread(s)."
+    text += f" ({machine}); latency on {counted(verification['threads'], 'thread')}."
     return "\n".join(["## Results", "", *lines, "", text, *_remarks(verification), *skipped])
 
 

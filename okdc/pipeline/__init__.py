@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from okdc.pipeline.compression import compress
 from okdc.pipeline.exporting import export, verify
+from okdc.pipeline.inspecting import inspect
 from okdc.pipeline.result import Result
 
-__all__ = ["Result", "compress", "export", "verify"]
+__all__ = ["Result", "compress", "export", "inspect", "verify"]

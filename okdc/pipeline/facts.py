@@ -33,7 +33,7 @@ def metrics_of(
     return {
         **{name: _number(best.get(f"eval_{name}")) for name in task.metrics},
         f"ensemble_{task.metric}": _number(best.get(f"{task.metric}/ensemble")) if members > 1 else None,
-        "best_epoch": best["epoch"],
+        "best_epoch": best["epoch"] + 1,  # as people count
         "epochs": len(history),
         "train_loss": _number(history[-1].get("train_loss")),
         "seconds": sum(row.get("seconds") or 0 for row in history),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from okdc import deploy, networks, tasks
+from okdc import deploy, networks, report, tasks
 from okdc.data import Data, state
 from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from okdc.verification.schema import Verification
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What a run gives back: the trained student, its figures (per cent), the run folder, what was verified."""
 
@@ -32,6 +33,20 @@ class Result:
     arch: str
     byproducts: dict[str, nn.Module] = field(default_factory=dict)  # further networks of the same training, by name
     task: Task = field(default_factory=tasks.get)
+
+    def __repr__(self) -> str:
+        verdict = self.verification["verdict"].replace("_", " ") if self.verification else "nothing exported"
+        reached = self.metrics.get(self.task.metric)
+        figure = "" if reached is None else f"{self.task.word} {reached:.2f} %, "
+        name = self.recipe.method["name"]
+        return f"<Result: {self.arch} by {name} on {self.data.name}, {figure}{verdict}, in {self.path}>"
+
+    def _repr_html_(self) -> str | None:
+        return report.of_run(self.path)
+
+    def show(self) -> None:
+        """Open the report in a browser."""
+        webbrowser.open((self.path / "report.html").absolute().as_uri())
 
     def export(self, **settings: Any) -> Verification:
         """Write and verify the bundle in `path`/export; keywords are those of the recipe's export section.

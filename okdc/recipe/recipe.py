@@ -225,6 +225,14 @@ def _code_names(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(flag, name) for flag, name in named if isinstance(name, str) and runs_code(name)]
 
 
+def _refuse_unknown(method: str, method_settings: MethodSettings, source: str) -> None:
+    """RecipeError for a method that does not exist, by where it was named."""
+    try:
+        method_settings(method)
+    except OkdcError as error:
+        raise RecipeError(f"{source}: method: {error}") from error
+
+
 def override(
     recipe: Recipe,
     flat: Mapping[str, Any],
@@ -293,6 +301,8 @@ def resolve(
         name_or_path = DEFAULT
     raw = read(name_or_path) if name_or_path is not None else {}
     method = flat.get("method")
+    if method and method_settings:
+        _refuse_unknown(method, method_settings, source)
     if method and method != (raw.get("method") or {}).get("name"):
         raw["method"] = {"name": method}  # before --set, so that method.key means a setting of this method
         raw.pop("cohort", None)  # which was built for the other one

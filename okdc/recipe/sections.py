@@ -101,15 +101,29 @@ class DataSettings:
     color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
     aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
     reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
+    remode: str = _setting(
+        "const", "what erasing leaves: const (the mean), rand (one random colour) or pixel (a random colour each)",
+        choices=("const", "rand", "pixel"),
+    )  # fmt: skip
+    recount: int = _setting(1, "erased boxes of an image, at most", at_least=1)
     balanced_sampling: bool = _setting(
         False, "draw every class equally often: images of rare classes repeat, those of frequent ones take turns"
     )
     mixup: float = _setting(0.0, "mixup alpha; 0 is off", at_least=0)
     cutmix: float = _setting(0.0, "cutmix alpha; 0 is off", at_least=0)
+    mixup_prob: float = _setting(1.0, "probability that a batch is mixed at all", at_least=0, at_most=1)
+    mixup_switch_prob: float = _setting(
+        0.5, "with mixup and cutmix: probability that a batch gets cutmix", at_least=0, at_most=1
+    )
+    mixup_off_epoch: int = _setting(0, "no mixup and cutmix from this epoch on, counted from 0; 0: always", at_least=0)
     smoothing: float = _setting(0.0, "label smoothing", at_least=0, at_most=1)
     mean: list[float] | None = _setting(None, "channel means; the network's own when not given")
     std: list[float] | None = _setting(None, "channel standard deviations; the network's own when not given", above=0)
     interpolation: str | None = _setting(None, "bilinear, bicubic, …; the network's own when not given")
+    train_interpolation: str | None = _setting(
+        None, "how training crops are resized: random draws bilinear or bicubic for each; as the rest when not given",
+        choices=("random", "bilinear", "bicubic"),
+    )  # fmt: skip
     crop_pct: float | None = _setting(None, "share of the image kept by the evaluation crop", above=0)
     pixel_bits: int | None = _setting(
         None,
@@ -137,6 +151,10 @@ class TrainSettings:
     lr_base: float = _setting(0.1, "learning rate per 256 images", above=0)
     momentum: float = _setting(0.9, "momentum", at_least=0, at_most=1)
     weight_decay: float = _setting(5e-4, "weight decay", at_least=0)
+    opt_betas: list[float] | None = _setting(
+        None, "betas of Adam and its kin; the optimizer's own when not given", at_least=0, at_most=1
+    )
+    opt_eps: float | None = _setting(None, "epsilon of the optimizer; its own when not given", above=0)
     opt_kwargs: dict[str, Any] = _setting({}, "further arguments of the optimizer, key=value")
     layer_decay: float | None = _setting(
         None, "each layer of the target learns at this share of the next layer's rate (timm's networks)",
@@ -160,7 +178,7 @@ class TrainSettings:
     min_lr: float = _setting(0.0, "learning rate at the end", at_least=0)
     decay_milestones: list[int] = _setting([150, 225], "multistep: epochs at which the rate drops", at_least=1)
     decay_epochs: float = _setting(90.0, "step: epochs between drops", above=0)
-    decay_rate: float = _setting(0.1, "step and multistep: factor of a drop", above=0)
+    decay_rate: float = _setting(0.1, "step and multistep: factor of a drop", "--dr", above=0)
     sched_on_updates: bool = _setting(False, "move the schedule at every step rather than every epoch")
     amp: bool | None = _setting(None, "mixed precision; on by default on CUDA")
     amp_dtype: str | None = _setting(
@@ -205,7 +223,7 @@ class TrainSettings:
     )  # fmt: skip
     eval_metric: str | None = _setting(
         None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
-        "recalls); map of several labels; the task's first when not given",
+        "recalls), map of several labels; the task's first when not given",
     )  # fmt: skip
     patience: int | None = _setting(
         None, "stop when --eval-metric has not got better for this many epochs; the schedule still counts on --epochs",

@@ -22,7 +22,7 @@ INTERVAL = ("mean", "low", "high")
 def write_comparison(folder: Path, facts: dict[str, Any]) -> Path:
     """Write compare.json (the facts), compare.csv, compare.md and compare.html into `folder`; returns the html."""
     folder, facts = Path(folder), plain(facts)
-    page = write_all(folder, NAME, facts, _view(facts))
+    page = write_all(folder, NAME, facts, view(facts))
     files.atomically(folder / f"{NAME}.csv", partial(Path.write_text, data=_csv(facts["lines"]), encoding="utf-8"))
     return page
 
@@ -42,7 +42,8 @@ def _csv(lines: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _view(facts: dict[str, Any]) -> dict[str, Any]:
+def view(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the templates show of the facts."""
     lines = [line | {"hue": _hue(at, line["name"])} for at, line in enumerate(facts["lines"])]
     done = [line for line in lines if line["spread"]]
     return facts | {

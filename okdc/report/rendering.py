@@ -15,11 +15,11 @@ from okdc.system import files
 HUES = 6  # muted colours of style.css.j2: .hue0 to .hue5
 
 
-def write_all(folder: Path, name: str, facts: dict[str, Any], view: dict[str, Any]) -> Path:
-    """Write NAME.json (the facts), NAME.md and NAME.html into `folder`, each atomically; returns the html."""
+def environment() -> Any:
+    """The templates beside this file, which show a dash for what is not there."""
     from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
-    environment = Environment(
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),
         undefined=ChainableUndefined,
@@ -27,12 +27,18 @@ def write_all(folder: Path, name: str, facts: dict[str, Any], view: dict[str, An
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= FILTERS
+    found.filters |= FILTERS
+    return found
+
+
+def write_all(folder: Path, name: str, facts: dict[str, Any], view: dict[str, Any]) -> Path:
+    """Write NAME.json (the facts), NAME.md and NAME.html into `folder`, each atomically; returns the html."""
+    templates = environment()
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
         f"{name}.json": json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n",
-        f"{name}.md": environment.get_template(f"{name}.md.j2").render(view),
-        f"{name}.html": environment.get_template(f"{name}.html.j2").render(view),
+        f"{name}.md": templates.get_template(f"{name}.md.j2").render(view),
+        f"{name}.html": templates.get_template(f"{name}.html.j2").render(view),
     }
     for file, text in texts.items():  # all three are rendered before the first is written
         files.atomically(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))

@@ -23,7 +23,7 @@ PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # t
 def write(folder: Path, facts: dict[str, Any]) -> Path:
     """Write report.json (the facts), report.md and report.html into `folder`, each atomically; returns the html."""
     facts = plain(facts)
-    return write_all(Path(folder), "report", facts, _view(Path(folder), facts))
+    return write_all(Path(folder), "report", facts, view(Path(folder), facts))
 
 
 def _gain(now: Any, before: Any) -> str | None:
@@ -32,15 +32,17 @@ def _gain(now: Any, before: Any) -> str | None:
     return None if new is None or old is None else f"{signed(new - old, 1)} points"
 
 
-def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What the templates show of the facts."""
     import yaml
 
     facts = facts | {key: facts.get(key) or {} for key in PARTS}
     facts |= {key: facts.get(key) or [] for key in ("members", "history", "byproducts")}
     history, members, metrics = facts["history"], facts["members"], facts["metrics"]
-    task = tasks.get(facts.get("task") or tasks.DEFAULT)
+    task, classes_of = tasks.get(facts.get("task") or tasks.DEFAULT), number(facts["data"].get("classes"))
+    shown = task.shown(None if classes_of is None else int(classes_of))
     control = facts["baseline"].get("metrics") or {}
-    best: dict[str, Any] = next((row for row in history if row.get("epoch") == metrics.get("best_epoch")), {})
+    best: dict[str, Any] = next((row for row in history if epoch(row.get("epoch")) == metrics.get("best_epoch")), {})
     return facts | {
         "task": task,
         "headline": _headline(facts, control, task),
@@ -55,6 +57,9 @@ def _view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "losses": _losses(facts),
         "by_class": classes.view(facts.get("confusion")),
         "best": best,
+        "shown": shown,
+        "scores": [name for name in task.scores if name in shown],
+        "further": [(name, each) for name, each in task.further() if name in shown],
         "milestones": [history[at] for at in spaced(len(history), 10)],
         "latency": _latency(facts.get("verification")),
         "uses": _uses(folder, facts, task),

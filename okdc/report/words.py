@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from okdc.errors import counted
+
 DASH = "–"  # what is not known
 
 
@@ -65,10 +67,17 @@ def epoch(index: Any) -> int | None:
     return None if number(index) is None else int(index) + 1
 
 
+def whole(value: Any) -> str:
+    """A count: 12."""
+    return DASH if number(value) is None else str(int(value))
+
+
 def cell(value: Any) -> str:
     """Text that can neither leave its cell of a markdown table nor be read as markdown or html."""
     text = " ".join(str(value).split()) if value else ""
     return "".join(f"\\{char}" if char in "\\|`*_<[" else char for char in text) or DASH
 
 
-FILTERS = {f.__name__: f for f in (cell, digits, duration, epoch, percent, si, signed, tiny)}
+FILTERS = {"counted": counted} | {
+    f.__name__: f for f in (cell, digits, duration, epoch, percent, si, signed, tiny, whole)
+}

@@ -30,6 +30,11 @@ class Classify(Task):
     same = "the same class"
     use = "Classify an image"
 
+    def shown(self, outputs: int | None) -> dict[str, Metric]:
+        """Of five classes or fewer the top five are all."""
+        few = outputs is not None and outputs <= 5
+        return {name: each for name, each in self.metrics.items() if not (few and name == "top5")}
+
     def are_probabilities(self, out: Tensor) -> bool:
         near = torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-4)
         return out.shape[1] > 1 and bool((out >= 0).all()) and near

@@ -61,6 +61,10 @@ class Task:
         """The other metrics, those that are looked at most last."""
         return [(name, each) for name, each in reversed(self.metrics.items()) if name != self.metric]
 
+    def shown(self, outputs: int | None) -> dict[str, Metric]:
+        """The metrics that say something about networks of so many outputs; None: it is not known how many."""
+        return self.metrics
+
     def better(self, metric: str, value: float, than: float) -> bool:
         """Whether a value of a metric is better than another."""
         return value > than if self.metrics[metric].best == "max" else value < than

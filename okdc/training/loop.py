@@ -64,8 +64,9 @@ def fit(
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     loggers = loggers or Loggers((), folder, recipe)
     run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
+    outputs = method.cohort.anatomy.num_classes
     advice = faster_data(recipe, getattr(data.train, "resident", False))
-    show = Display(settings.epochs, steps, settings.log_interval, advice, rank() > 0, method.task)
+    show = Display(settings.epochs, steps, settings.log_interval, advice, rank() > 0, method.task, outputs)
     in_float32 = fast_arithmetic(settings)
     with own_randomness(), in_float32, StopSignal() as stop, show as display, synchronised(method, settings.sync_bn):
         state = build(method, run)

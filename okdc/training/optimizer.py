@@ -25,7 +25,7 @@ def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optim
     known = [str(name) for name in timm.optim.list_optimizers() if name != "adahessian"]
     if settings.opt.lower().removeprefix("lookahead_") not in known:
         raise RecipeError(f"timm has no optimizer {settings.opt!r}.{nearest(settings.opt, known)}")
-    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **extra}
+    options = {"weight_decay": settings.weight_decay, "momentum": settings.momentum, **_own(settings), **extra}
     if not {"fused", "foreach", "differentiable"} & extra.keys():
         parameters = [parameter for group in groups for parameter in group["params"]]
         options |= _fused(settings.opt, options) if all(map(_is_dense, parameters)) else {}
@@ -37,6 +37,17 @@ def make_optimizer(method: Method, settings: TrainSettings) -> torch.optim.Optim
     if isinstance(inner, torch.optim.SGD):
         inner.register_step_pre_hook(_start_momentum)
     return optimizer
+
+
+def _own(settings: TrainSettings) -> dict[str, Any]:
+    """Betas and epsilon where they are given; RecipeError for an optimizer without, for which timm leaves them out."""
+    info = timm.optim.get_optimizer_info(settings.opt.lower().removeprefix("lookahead_"))
+    given = {"betas": settings.opt_betas and tuple(settings.opt_betas), "eps": settings.opt_eps}
+    own = {name: value for name, value in given.items() if value}
+    for name in own:
+        if not getattr(info, f"has_{name}"):
+            raise RecipeError(f"--opt {settings.opt} has no {name}: leave out --opt-{name}.")
+    return own
 
 
 def _fused(name: str, options: dict[str, Any]) -> dict[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 import sys
@@ -39,8 +40,10 @@ class Display:
         advice: str = "",
         quiet: bool = False,
         task: Task | None = None,
+        outputs: int | None = None,
     ) -> None:
         self.goal = task or tasks.get()
+        self.shown = self.goal.shown(outputs)
         self.advice = advice  # for whoever waits for data for long; given once
         self.quiet = quiet
         self.epochs, self.steps, self.log_interval = epochs, steps, max(1, log_interval)
@@ -49,7 +52,9 @@ class Display:
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
         self.drawn = 0.0
-        bar = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
+        bar = not quiet and (
+            _in_notebook(self.console) or (self.console.is_terminal and not self.console.is_dumb_terminal)
+        )
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
         self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
 
@@ -90,11 +95,16 @@ class Display:
         """An epoch is over; `row` is its line of the history."""
         metric, of = self.goal.metric, f"{self.goal.metric}/"
         members = {name.removeprefix(of): value for name, value in row.items() if name.startswith(of)}
-        self.accuracies = " ".join(f"{name} {value:.2f}" for name, value in members.items() if value is not None)
+        if len(members) == 2:  # the target's is the ensemble's
+            del members["ensemble"]
+        self.accuracies = _told(members)
         line = f"epoch {row['epoch'] + 1}/{self.epochs}: loss {row['train_loss']:.4f}"
         if row[f"eval_{metric}"] is not None:
-            each = [f"{each.short or each.word} {row[f'eval_{name}']:.3f}" for name, each in self.goal.metrics.items()]
-            line += f" · {' '.join(each)} · {self.goal.word} of {self.accuracies}"
+            each = [f"{each.short or each.word} {row[f'eval_{name}']:.3f}" for name, each in self.shown.items()]
+            others = {
+                name: value for name, value in members.items() if (name, value) != ("target", row[f"eval_{metric}"])
+            }
+            line += f" · {' '.join(each)}" + (f" · {self.goal.word} of {_told(others)}" if others else "")
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
         self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")
@@ -105,6 +115,15 @@ class Display:
     def _render(self) -> Group:
         accuracies = f"{self.goal.word}: {self.accuracies}" if self.accuracies else ""
         return Group(self.bar, Text(self.status, overflow="ellipsis", no_wrap=True), Text(accuracies))
+
+
+def _in_notebook(console: Console) -> bool:
+    """Whether this is a notebook that can draw anew in its place."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+
+
+def _told(figures: Mapping[str, float | None]) -> str:
+    return " ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
 
 
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:

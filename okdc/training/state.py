@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,14 +234,28 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
         state.ema.module.load_state_dict(payload["state_dict_ema"])
     for name, value in saved["run"].items():
         setattr(state, name, value)
+    _rename_peers(state)
+
+
+def _rename_peers(state: TrainState) -> None:
+    """Let the columns of a checkpoint that is older than the names of peers, then branches too, have their names."""
+    now = {f"branch{i}": name for i, name in enumerate(state.method.cohort.names) if name == f"peer{i}"}
+    if not any(f"top1/{old}" in row for row in state.history for old in now):
+        return
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {re.sub(r"\bbranch\d+", lambda old: now.get(old[0], old[0]), key): v for key, v in values.items()}
+
+    state.sums, state.history = renamed(state.sums), [renamed(row) for row in state.history]
 
 
 def _take_up(
     optimizer: torch.optim.Optimizer, made: list[dict[str, Any]], before: dict[str, Any], now: TrainSettings, anew: bool
 ) -> None:
     """Let an optimizer that was put back have what it was `made` with where a setting is another than `before`."""
-    named = {"weight_decay": now.weight_decay, "momentum": now.momentum}
-    names = [name for name, value in named.items() if before.get(name, value) != value]
+    settings = {"weight_decay": "weight_decay", "momentum": "momentum", "betas": "opt_betas", "eps": "opt_eps"}
+    values = {name: getattr(now, setting) for name, setting in settings.items()}
+    names = [name for name, value in values.items() if before.get(settings[name], value) != value]
     if before.get("opt_kwargs", now.opt_kwargs) != now.opt_kwargs:
         names += now.opt_kwargs
     for group, new in zip(optimizer.param_groups, made, strict=True):

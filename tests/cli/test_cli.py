@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from okdc import recipe
-from okdc.cli import flags, main
+from okdc.cli import flags, main, timm_flags
 from okdc.errors import GateError, OkdcError, TrainingError
 from okdc.recipe import Recipe, flat_settings
 
@@ -139,6 +139,45 @@ def test_values_are_read_by_their_type() -> None:
     assert changed.data.scale == [0.5, 1.0] and changed.network.model_kwargs == {"depth": 2, "act": "relu"}
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--scale 0.5 1.0 /images", {"scale": [0.5, 1.0]}),
+        ("/images --mean .5 .5 .5 --std 0.5,0.5,0.5", {"mean": [0.5] * 3, "std": [0.5] * 3}),
+        ("--decay-milestones 3 4 -j 0 --opt-betas 0.9 1e-1 /images",
+         {"decay_milestones": [3, 4], "workers": 0, "opt_betas": [0.9, 0.1]}),
+        ("--model-kwargs depth=2 act=relu /images --opt-kwargs a=1", {"model_kwargs": {"depth": 2, "act": "relu"},
+         "opt_kwargs": {"a": 1}}),
+        ("--peers resnet18 /images", {"peers": ["resnet18"]}),
+        ("--no-prefetcher /images --fuser nvfuser --pin-mem --dist-bn=reduce --dr 0.2", {"decay_rate": 0.2}),
+    ],
+)  # fmt: skip
+def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any]) -> None:
+    found: dict[str, Any] = {}
+
+    @click.command(cls=flags.GroupedCommand, timm=True)
+    @click.argument("folder")
+    @flags.settings("network", "cohort", "data", "train")
+    def command(folder: str, **_: Any) -> None:
+        found.update(flags.given(), folder=folder)
+
+    result = CliRunner().invoke(command, words.split(), catch_exceptions=False)
+    assert result.exit_code == 0 and found == {**said, "folder": "/images"}, result.output
+    notes = [line.split()[0] for line in result.stderr.splitlines()]
+    assert notes == [flag for flag in ("--no-prefetcher", "--fuser", "--pin-mem", "--dist-bn") if flag in words]
+
+
+def test_what_of_timms_is_not_there_says_what_to_type() -> None:
+    for flag, advice in timm_flags.REFUSED.items():
+        refused = okdc("compress", flag, "1")
+        assert refused.exit_code == 2 and f"{flag} is a flag of timm" in refused.stderr and advice in refused.stderr
+    twice = okdc("compress", "/images", "--data", "/other")
+    assert twice.exit_code == 2 and "given twice: /images and --data /other" in twice.stderr
+    missing = okdc("compress", "/nope")
+    assert missing.exit_code == 2 and "--data '/nope' does not exist" in missing.stderr
+    assert "Did you mean" not in missing.stderr
+
+
 @pytest.mark.parametrize("name", list(flat_settings()))
 def test_every_default_can_be_typed(name: str) -> None:
     """Each default, typed as a flag, comes back as the same value: no option has the wrong type."""
@@ -165,7 +204,7 @@ def test_every_default_can_be_typed(name: str) -> None:
         (["--set", "train.epochs"], "write section.key=value"),
         (["--set", "train.epohcs=3"], "Did you mean epochs"),
         (["--recipe", "cifar100/resnet32-abhf"], "Did you mean cifar100/resnet32-ahbf"),
-        (["--method", "ahbff"], "Did you mean ahbf"),
+        (["--method", "ahbff"], "command line: method: there is no method 'ahbff'. Did you mean ahbf"),
         (["--method-kwargs", "temprature=3"], "Did you mean temperature"),
         (["--epochs", "0"], "expected at least 1"),
     ],

@@ -289,7 +289,20 @@ def test_augmentation_that_timm_does_not_know(folder: Path, changes: dict[str, A
 AUGMENTED = {"color_jitter": 0.3, "aa": "rand-m9-mstd0.5", "reprob": 0.5, "mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1}
 
 
-@pytest.mark.parametrize("changes", [{}, AUGMENTED, {"crop_padding": 2}], ids=["plain", "augmented", "padded"])
+def test_a_random_way_to_resize_needs_a_resized_crop(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"--train-interpolation random .*leave it out"):
+        loaded(settings(folder, train_interpolation="random", crop_padding=2))
+
+
+RANDOM = {
+    "reprob": 0.7, "remode": "pixel", "recount": 3, "train_interpolation": "random", "mixup": 0.5, "cutmix": 1.0,
+    "mixup_prob": 0.6, "mixup_switch_prob": 0.3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, AUGMENTED, {"crop_padding": 2}, RANDOM], ids=["plain", "augmented", "padded", "random"]
+)
 def test_batches_do_not_depend_on_the_number_of_workers(folder: Path, changes: dict[str, Any]) -> None:
     alone, pair = (loaded(settings(folder, workers=workers, **changes)) for workers in (0, 2))
     for epoch in (0, 1):
@@ -378,6 +391,27 @@ def test_mixup_and_smoothing_give_soft_labels_for_odd_batches_too(folder: Path) 
             torch.testing.assert_close(labels.sum(1), torch.ones(batch_size))
     _, smooth = next(loaded(settings(folder, smoothing=0.2)).train.batches(0))
     torch.testing.assert_close(smooth.max(1).values, torch.full((5,), 0.85))
+
+
+def test_mixup_ends_at_its_epoch_and_may_leave_batches_alone(folder: Path) -> None:
+    def mixed(epoch: int, **changes: Any) -> bool:
+        (_, labels), *_ = loaded(settings(folder, mixup=1.0, no_aug=True, **changes)).train.batches(epoch)
+        return bool((labels.max(1).values < 0.999).any())
+
+    assert mixed(0) and mixed(2) and mixed(1, mixup_off_epoch=2)
+    assert not mixed(2, mixup_off_epoch=2) and not mixed(0, mixup_prob=0.0)
+
+
+def test_what_is_erased_is_filled_as_asked(folder: Path) -> None:
+    def colors(**changes: Any) -> int:
+        """Different values that erasing has put into the first channel of an image, in the image that has most."""
+        clean, erased = (
+            next(loaded(settings(folder, reprob=reprob, **changes)).train.batches(0))[0][:, 0] for reprob in (0.0, 1.0)
+        )
+        return max(len(new[new != old].unique()) for old, new in zip(clean, erased, strict=True))
+
+    assert colors() == colors(remode="rand") == 1
+    assert 1 < colors(remode="rand", recount=4) <= 4 < colors(remode="pixel")
 
 
 def test_settings_override_the_networks_preprocessing(folder: Path) -> None:

@@ -185,6 +185,7 @@ def test_random_numbers_are_even_and_independent() -> None:
         ({"aa": "rand-m9-mstd0.5"}, "--aa changes one image at a time"),
         ({"color_jitter": 0.4}, "--color-jitter changes one image at a time"),
         ({"interpolation": "lanczos"}, "--interpolation lanczos"),
+        ({"train_interpolation": "random"}, "--train-interpolation random"),
     ],
 )
 def test_what_cannot_be_kept_is_left_to_the_loader_or_refused(changes: dict[str, Any], words: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from okdc import methods
-from okdc.cli import main
+from okdc.cli import main, timm_flags
 from okdc.recipe import flat_settings
 from tests.helpers.networks import Tiny
 
@@ -91,13 +91,18 @@ def test_every_method_has_its_cost_on_the_page_to_choose_from() -> None:
     assert sorted(rows) == methods.names()
 
 
-TABLE = re.findall(r"(?m)^\| `(--[\w-]+)` \| (same|default|form|no) \|(.*)\|$", (ROOT / "docs" / "timm.md").read_text())
+TABLE = re.findall(
+    r"(?m)^\| `(--[\w-]+)` \| (same|default|form|noted|no) \|(.*)\|$", (ROOT / "docs" / "timm.md").read_text()
+)
 
 
 def test_the_table_of_timms_flags_is_true() -> None:
     ours = options(main.commands["compress"])
     assert len(TABLE) > 130
-    assert [flag for flag, here, _ in TABLE if (here == "no") == (flag in ours)] == []
+    assert [flag for flag, here, _ in TABLE if (here in ("no", "noted")) == (flag in ours)] == []
+    assert {flag for flag, here, _ in TABLE if here == "noted"} == timm_flags.NOTED.keys() - {"--local-rank"}
+    explained = {flag for flag, here, note in TABLE if here == "no" and note.strip()}
+    assert explained <= timm_flags.REFUSED.keys() <= {flag for flag, here, _ in TABLE if here == "no"}
     named = {
         word
         for *_, note in TABLE

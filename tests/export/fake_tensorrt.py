@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
 from okdc.deploy import targets
 
+onnxruntime = pytest.importorskip("onnxruntime", reason="engines are compared with onnxruntime")
 NAMES = json.loads(Path(__file__).with_name("tensorrt_names.json").read_text())
 _KINDS = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT8: "INT8"}
 _FORMATS = {"FLOAT": "Row major linear FP32", "HALF": "Row major linear FP16", "INT8": "Row major Int8 format"}

@@ -19,6 +19,8 @@ from torch import nn
 from okdc.deploy import targets
 from tests.helpers.exported import EXAMPLE, assert_same, tiny
 
+pytest.importorskip("onnxruntime", reason="ONNX is compared with torch by onnxruntime")
+
 to_onnx = targets.find("onnx").module
 
 
@@ -259,6 +261,7 @@ def test_no_silent_fallback_to_the_cpu(exported):
         to_onnx.runner(exported[1], device="cuda")
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_student_on_cuda(tmp_path):
     network = Small().cuda()
@@ -267,6 +270,7 @@ def test_student_on_cuda(tmp_path):
     assert_same(to_onnx.runner(tmp_path / "m.onnx"), network.cpu())
 
 
+@pytest.mark.cuda
 @pytest.mark.parametrize(("device", "provider"), [("cuda", "CUDA"), ("cuda:0", "CUDA"), ("tensorrt", "Tensorrt")])
 def test_a_gpu_provider_is_in_use_or_refused(exported, device, provider):
     """onnxruntime itself would go on on the CPU without a word, and be measured as if it were the GPU."""

@@ -407,6 +407,7 @@ def built(tmp_path_factory):
     return network, folder, facts
 
 
+@pytest.mark.cuda
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize(
@@ -424,6 +425,7 @@ def test_engine_equals_torch(built, cuda_graph, name, precision, limit):
     assert np.allclose(run.infer(images).cpu().numpy(), run(images.cpu().numpy()), atol=1e-6)
 
 
+@pytest.mark.cuda
 @pytest.mark.tensorrt
 def test_second_build_uses_the_timing_cache(built):
     _, folder, _ = built
@@ -433,6 +435,7 @@ def test_second_build_uses_the_timing_cache(built):
     assert again["onnx"] == "model.onnx"
 
 
+@pytest.mark.cuda
 @pytest.mark.tensorrt
 def test_image_of_another_size_is_refused(built):
     run = to_tensorrt.runner(built[1] / to_tensorrt.FILE, device="cuda")
@@ -440,6 +443,7 @@ def test_image_of_another_size_is_refused(built):
         run(np.zeros((1, 3, 48, 48), dtype=np.float32))
 
 
+@pytest.mark.cuda
 @pytest.mark.tensorrt
 def test_bad_onnx_is_a_sentence(built, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not onnx")

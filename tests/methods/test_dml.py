@@ -68,5 +68,5 @@ def test_peers_of_another_architecture() -> None:
     dml = Dml(Cohort(Tiny(), images, Dml.plan(None, peers=[Tokens()])))  # type: ignore[arg-type]
     parts = dml(images, labels)
     sum(parts.values()).backward()
-    assert set(parts) == {"ce/target", "kl/target", "ce/branch1", "kl/branch1"}
+    assert set(parts) == {"ce/target", "kl/target", "ce/peer1", "kl/peer1"}
     assert parts["kl/target"] > 0 and all(p.grad is not None for p in dml.parameters())

@@ -142,7 +142,7 @@ def test_total_loss_and_gradients() -> None:
         assert_same(lmcl.aggregators[i](taps[i].logits, taps[i].features), t["aggregated"][i])
         assert_same(parts[f"ce/{name}"], sum(expected["ce_stage"][i]))
         assert_same(parts[f"ce/{name}_mixed"], expected["ce_aggregated"][i])
-    assert_same(parts["kd/target"] + parts["kd/branch1"], expected["logit_kd"])
+    assert_same(parts["kd/target"] + parts["kd/peer1"], expected["logit_kd"])
     for term, weight in lmcl.weights.items():
         assert_same(parts[term] / weight, expected[term])
     total = sum(parts.values())
@@ -502,8 +502,8 @@ def test_branches_are_as_large_as_the_spec_counts_them() -> None:
     small = timm.create_model("resnet32_cifar", num_classes=100)
     lmcl = method(small, (timm.create_model("resnet32_cifar", num_classes=100),))
     assert round(sum(c.own_params for c in lmcl.costs()) / 1e6, 2) == 2.56
-    taps = [f"{name}_tap{k}" for name in ("target", "branch1") for k in (1, 2)]
-    assert [c.name for c in lmcl.costs()] == ["target", "branch1", *taps]
+    taps = [f"{name}_tap{k}" for name in ("target", "peer1") for k in (1, 2)]
+    assert [c.name for c in lmcl.costs()] == ["target", "peer1", *taps]
     towers = Towers(Cohort(timm.create_model("resnet18"), torch.randn(2, 3, 32, 32)), 128, short=True)
     assert round(sum(c.own_params for c in towers.cohorts[0].costs[1:]) / 1e6, 1) == 14.6
     towers.strip()

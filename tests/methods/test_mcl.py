@@ -52,7 +52,7 @@ def test_batch_losses_and_gradients() -> None:
         assert_same(parts[f"ce/{name}"], ce)
     for term, weight in mcl.weights.items():
         assert_same(parts[term] / weight, expected[term])
-    assert_same(parts["kd/target"] + parts["kd/branch1"], expected["logit_kd"])
+    assert_same(parts["kd/target"] + parts["kd/peer1"], expected["logit_kd"])
     total = sum(parts.values())
     assert_same(total, expected["loss"])
     total.backward()
@@ -162,6 +162,6 @@ def test_networks_of_another_architecture() -> None:
     plan = Mcl.plan(inspect(Tiny(), IMAGES), peers=[Tokens()])
     mcl = Mcl(Cohort(Tiny(), IMAGES, plan, taps=Mcl.taps))
     parts = mcl(IMAGES, LABELS)
-    assert set(parts) == {"ce/target", "ce/branch1", "vcl", "soft_vcl", "icl", "soft_icl"}
+    assert set(parts) == {"ce/target", "ce/peer1", "vcl", "soft_vcl", "icl", "soft_icl"}
     sum(parts.values()).backward()
     assert all(p.grad is not None for p in mcl.parameters())

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -243,6 +243,16 @@ def test_weight_decay_reaches_biases_unless_they_are_spared(tmp_path):
     assert all(p.ndim <= 1 for p in groups[1]["params"]) and len(groups[1]["params"]) == 9
 
 
+def test_betas_and_epsilon_reach_the_optimizer_and_a_run_that_goes_on(tmp_path):
+    settings = replace(SETTINGS, epochs=1, opt="adamw", opt_betas=[0.8, 0.9], opt_eps=1e-6)
+    (group,) = run(tmp_path, settings, recipe={"train": asdict(settings)}).optimizer.param_groups
+    assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+    longer = replace(settings, epochs=2, opt_betas=[0.7, 0.9])
+    resumed = run(tmp_path, longer, resume=tmp_path / "last.pth.tar", recipe={"train": asdict(longer)})
+    (group,) = resumed.optimizer.param_groups
+    assert (tuple(group["betas"]), group["eps"]) == ((0.7, 0.9), 1e-6)
+
+
 def test_the_callers_random_numbers_are_given_back(tmp_path):
     def draw(train: bool) -> tuple:
         method = Tiny()
@@ -259,6 +269,7 @@ def test_the_callers_random_numbers_are_given_back(tmp_path):
     [
         ({"opt": "adamww"}, "no optimizer 'adamww'. Did you mean adamw"),
         ({"opt_kwargs": {"beta": 1}}, "beta"),
+        ({"opt_betas": [0.9, 0.99]}, "--opt sgd has no betas: leave out --opt-betas"),
         ({"sched": "plateau"}, "expected one of cosine"),
         ({"device": "toaster"}, "expected auto, cpu"),
         ({"device": "cuda:99"}, "CUDA devices"),
@@ -286,7 +297,7 @@ def test_summary_has_timms_columns_first_and_one_line_per_epoch(tmp_path):
         state = run(tmp_path, loggers=loggers)
     lines = (tmp_path / "summary.csv").read_text().splitlines()
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_balanced,lr,loss/ce,loss/kl,"
-    header += "top1/target,top1/branch1,top1/branch2,"
+    header += "top1/target,top1/branch1,top1/peer2,"
     assert lines[0] == header + "top1/ensemble,seconds,images_per_second,data_wait,skipped_steps"
     assert len(lines) == 1 + SETTINGS.epochs
     row = state.history[-1]
@@ -302,7 +313,7 @@ def test_the_student_is_judged_on_every_validation_image(tmp_path):
         out = state.method.cohort(images)
     row = state.history[-1]
     top1 = [100 * (z.argmax(1) == labels).double().mean().item() for z in (*out.logits, state.method.ensemble(out))]
-    assert [row[f"top1/{name}"] for name in ("target", "branch1", "branch2", "ensemble")] == pytest.approx(top1)
+    assert [row[f"top1/{name}"] for name in ("target", "branch1", "peer2", "ensemble")] == pytest.approx(top1)
     assert row["eval_loss"] == pytest.approx(F.cross_entropy(out.logits[0], labels).item(), rel=1e-5)
     assert state.best == max(row["eval_top1"] for row in state.history)
     assert state.history[state.best_epoch]["eval_top1"] == state.best
@@ -482,6 +493,16 @@ def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
     assert told == ["epoch 1/1 step 4/6", "epoch 1/1:"]
     assert "ce" in lines[0] and "images/s" in lines[0] and "left" in lines[0]
     assert "Acc@1" in lines[1] and "branch1" in lines[1] and "ensemble" in lines[1]
+    assert "Acc@5" not in lines[1] and "target" not in lines[1]  # of three classes; and Acc@1 is the target's
+
+
+def test_a_network_alone_is_no_ensemble(capsys):
+    display = Display(2, 4, 50)
+    row = {"epoch": 0, "train_loss": 1.0, "skipped_steps": 0, "seconds": 1.0, "data_wait": 0.0}
+    row |= {"eval_top1": 50.0, "eval_top5": 90.0, "eval_balanced": 50.0, "top1/target": 50.0, "top1/ensemble": 50.0}
+    display.epoch(row)
+    said = capsys.readouterr().err
+    assert "Acc@1 50.000 Acc@5 90.000" in said and "ensemble" not in said and "target" not in said
 
 
 def test_a_bar_is_drawn_on_a_terminal(tmp_path, capsys, monkeypatch):

@@ -280,3 +280,17 @@ def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):
 
 if __name__ == "__main__":
     run_and_be_killed(*sys.argv[1:])
+
+
+def test_a_checkpoint_of_before_peers_had_a_name_goes_on(tmp_path):
+    with pytest.raises(Crash):
+        run(tmp_path, data=tiny_data(crash_at(1, 2)))
+    last = tmp_path / "last.pth.tar"
+    payload = torch.load(last, weights_only=True)
+    saved = payload["okdc"]["run"]
+    old = [{key.replace("peer2", "branch2"): value for key, value in row.items()} for row in saved["history"]]
+    assert "top1/branch2" in old[0]
+    saved["history"] = old
+    torch.save(payload, last)
+    rows = run(tmp_path, resume=last).history
+    assert all(row.keys() == rows[0].keys() for row in rows) and "top1/peer2" in rows[0]
