@@ -86,7 +86,7 @@ def write(
         source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
         if onnx is None:
             to_onnx.write(student, example, source, opset=opset, metadata=metadata)
-        bench = _Bench(source, calibration, _PRESETS[preset], Path(folder), same or _same_class)
+        bench = _Bench(source, calibration, _PRESETS[preset], Path(folder), same)
         proto, facts = _search(bench, enough)
     to_onnx._write_bytes(Path(path), proto.SerializeToString())
     seconds = round(time.perf_counter() - started, 1)
@@ -188,13 +188,13 @@ class _Bench:
         images: np.ndarray,
         preset: _Preset,
         folder: Path,
-        same: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        same: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         import onnx
         from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        self.folder, self.preset, self.source, self.same = folder, preset, folder / "float.onnx", same
+        self.folder, self.preset, self.source, self.same = folder, preset, folder / "float.onnx", same or _same_class
         self.original = onnx.load(source)
         quant_pre_process(str(source), str(self.source), skip_symbolic_shape=True)
         self.model = onnx.load(self.source)

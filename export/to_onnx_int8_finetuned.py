@@ -52,13 +52,14 @@ def write(
     calibration: np.ndarray | None = None,
     finetuning: np.ndarray | None = None,
     device: str = "cpu",
+    same: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Quantise the float32 ONNX file `onnx` (else `student`, exported first), finetune that, and say what it changed.
 
     calibration: (N, C, H, W) float32, training images as for to_onnx_int8.py, whose second half tries the result and is
     not trained on; finetuning: further ones to train on. onnx_int8: the file before, only tried, too. device: where it
-    is trained. Raises RuntimeError where there are no images, for a network that torch cannot compute operator by
-    operator, and when there is no less noise in the logits than before.
+    is trained. same: as for to_onnx_int8.py. Raises RuntimeError where there are no images, for a network that torch
+    cannot compute operator by operator, and when there is no less noise in the logits than before.
     """
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
@@ -69,7 +70,7 @@ def write(
             source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
             if onnx is None:
                 to_onnx.write(student, example, source, opset=opset, metadata=metadata)
-            bench = to_int8._Bench(source, calibration, to_int8._PRESETS["cpu"], Path(folder))
+            bench = to_int8._Bench(source, calibration, to_int8._PRESETS["cpu"], Path(folder), same)
             trials = [_Trial(bench, bench.attempt(method).proto) for method in ("minmax", "percentile")]
             start = min(trials, key=lambda trial: trial.noise)
             before = start if onnx_int8 is None else _Trial(bench, _load(onnx_int8))
@@ -124,7 +125,7 @@ class _Trial:
 
         self.proto, out = proto, bench.logits(proto, bench.probe)
         self.noise = float(_beside("finetune_int8").noise(*map(torch.from_numpy, (out, bench.expected))))
-        self.agreement = 100 * float((out.argmax(1) == bench.expected.argmax(1)).mean())
+        self.agreement = 100 * float(bench.same(out, bench.expected).mean())
 
     @property
     def facts(self) -> dict[str, float]:

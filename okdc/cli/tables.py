@@ -121,9 +121,7 @@ def show_verification(verification: Verification, next_command: str | None = Non
     images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
     threads = f" with {counted(count, 'thread')}" if count else ""
-    console.print(
-        f"Verified on {images}, {verification.get('device')}{threads}. To agree is to predict the same class."
-    )
+    console.print(f"Verified on {images}, {verification.get('device')}{threads}. To agree is to predict {task.same}.")
     recommended = verification.get("recommended")
     if recommended:
         console.print(f"Recommended here: [bold]{escape(recommended['file'])}[/], {escape(recommended['why'])}.")

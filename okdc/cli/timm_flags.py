@@ -37,7 +37,7 @@ REFUSED = {
     "--start-epoch": "--resume knows the epoch",
     "--patience-epochs": "--patience stops a run early",
     "--train-crop-mode": "--crop-padding 4 pads and crops",
-    "--bce-loss": "methods teach through softmax, and a network that learns by sigmoid has none: leave it out; "
+    "--bce-loss": "it is the loss of --task multilabel; where an image has one class, leave it out: "
     "--smoothing and --mixup work with cross-entropy",
     "--bce-sum": "there is no --bce-loss here: leave it out",
     "--bce-target-thresh": "there is no --bce-loss here: leave it out",

@@ -8,7 +8,7 @@ Imports: `errors`, `networks`, `okdc`, `recipe`, `system`, `tasks`, `verificatio
 from __future__ import annotations
 
 from okdc.deploy.bundle import check_sums, is_known
-from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, verify_bundle
+from okdc.deploy.export import UnfitError, export_bundle, failed_folder, failures, read, task_of, verify_bundle
 from okdc.deploy.rehearsal import refuse_unexportable
 from okdc.deploy.runtimes import not_installed, not_run
 from okdc.deploy.statement import UNKNOWN
@@ -28,6 +28,7 @@ __all__ = [
     "not_written",
     "read",
     "refuse_unexportable",
+    "task_of",
     "unavailable",
     "verify_bundle",
 ]

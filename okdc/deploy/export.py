@@ -138,8 +138,7 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
     problems = bundle.check_sums(folder)
     if problems:
         raise GateError(f"{folder} is not as it was exported: {', '.join(problems)}. Export it again: okdc export RUN")
-    facts = read(folder)
-    task: Task = facts["task"]
+    facts, task = read(folder), task_of(folder)
     recorded: Verification = bundle.read_json(folder / "verification.json")
     student = bundle.load_student(folder)
     exported, skipped = existing(folder, device)
@@ -191,13 +190,15 @@ def verify_bundle(folder: Path, data: Any | None, settings: ExportSettings, *, d
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a bundle says of itself: architecture, classes (tuple), preprocess, task; ExportError if it is none."""
+    """What a bundle says about itself: architecture, classes (tuple), preprocess; raises ExportError if it is none."""
     config = bundle.read_config(folder)
     preprocess = statement.read_preprocess(folder)
-    return {
-        "architecture": config["architecture"], "classes": statement.read_labels(folder), "preprocess": preprocess,
-        "task": tasks.of(config.get("okdc", {})),
-    }  # fmt: skip
+    return {"architecture": config["architecture"], "classes": statement.read_labels(folder), "preprocess": preprocess}
+
+
+def task_of(folder: Path) -> Task:
+    """What a bundle's network is for, with what was settled after its training; raises ExportError if it is none."""
+    return tasks.of(bundle.read_config(folder).get("okdc", {}))
 
 
 def failed_folder(folder: Path) -> Path:

@@ -79,7 +79,7 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     if asked and "data" not in settings and (not has_recipe or recipe.data.data == LOADER):
         flags = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(asked))
         raise ExportError(f"{flags} of which data? {folder} does not say it: --data DIR")
-    data = _images(recipe, facts["preprocess"], facts["task"]) if has_recipe or "data" in settings else None
+    data = _images(recipe, facts["preprocess"], deploy.task_of(folder)) if has_recipe or "data" in settings else None
     return deploy.verify_bundle(folder, data, recipe.export, device=device)
 
 
@@ -142,7 +142,9 @@ def _of_name(name: str, settings: dict[str, Any]) -> _Source:
         in_chans=facts["preprocess"]["input_size"][0],
         model_kwargs={k: v for k, v in made_with.items() if k not in ("num_classes", "in_chans")},
     )
-    return _Source(name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"], task=facts["task"])
+    return _Source(
+        name, Path(folder.name), recipe, network, facts["classes"], facts["preprocess"], task=deploy.task_of(folder)
+    )
 
 
 def _preprocessing(found: _Source, student: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Result:
 
     def __repr__(self) -> str:
         verdict = self.verification["verdict"].replace("_", " ") if self.verification else "nothing exported"
-        top1 = self.metrics.get("top1")
-        figure = "" if top1 is None else f"top-1 {top1:.2f} %, "
+        reached = self.metrics.get(self.task.metric)
+        figure = "" if reached is None else f"{self.task.word} {reached:.2f} %, "
         name = self.recipe.method["name"]
         return f"<Result: {self.arch} by {name} on {self.data.name}, {figure}{verdict}, in {self.path}>"
 

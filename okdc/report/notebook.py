@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from okdc import tasks
 from okdc.report import comparison, report
 from okdc.report.rendering import environment, plain
 from okdc.report.words import percent, signed
@@ -22,10 +23,11 @@ def of_run(folder: Path) -> str | None:
         return None
     facts = json.loads(file.read_text(encoding="utf-8"))
     metrics, verification = facts["metrics"], facts.get("verification")
+    metric = tasks.get(facts.get("task") or tasks.DEFAULT).metric
     rows = [
         ("method", facts["method"]["name"]),
-        ("student", percent(metrics.get("top1"))),
-        ("ensemble", percent(metrics.get("ensemble_top1"))),
+        ("student", percent(metrics.get(metric))),
+        ("ensemble", percent(metrics.get(f"ensemble_{metric}"))),
         ("epoch that ships", metrics.get("best_epoch")),
         ("verification", verification["verdict"].replace("_", " ") if verification else "nothing was exported"),
         ("report", str(folder / "report.html")),

@@ -28,6 +28,7 @@ class Classify(Task):
     scores = ("top1", "top5")
     is_share = True
     unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
+    same = "the same class"
     use = "Classify an image"
 
     def shown(self, outputs: int | None) -> dict[str, Metric]:

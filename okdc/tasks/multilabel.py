@@ -34,6 +34,7 @@ class Multilabel(Task):
     activation = "Sigmoid"
     several = True
     settles = True
+    same = "the same labels, all of them"
     use = "Label an image"
 
     def __init__(self, noted: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ class Task:
     hub: ClassVar[str] = "image-classification"  # what the Hugging Face hub calls it
     activation: ClassVar[str] = "Softmax"  # the operator of ONNX that makes probabilities of outputs
     settles: ClassVar[bool] = False  # whether there is something to `settle` after training
+    same: ClassVar[str]  # what two files that agree predict alike, in words
     use: ClassVar[str]  # what predict.py does, in words
 
     def __init__(self, noted: Mapping[str, Any]) -> None:

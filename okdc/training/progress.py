@@ -122,8 +122,8 @@ def _in_notebook(console: Console) -> bool:
     return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
-def _told(top1: Mapping[str, float | None]) -> str:
-    return " ".join(f"{name} {value:.2f}" for name, value in top1.items() if value is not None)
+def _told(figures: Mapping[str, float | None]) -> str:
+    return " ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
 
 
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:
