@@ -36,7 +36,7 @@ ALLOWED = {
     "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system training "
     "verification",
     "comparing": "data errors measure methods networks pipeline recipe report system",
-    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report training",
+    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report system training",
     "__main__": "cli",
 }
 

@@ -7,16 +7,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
-
 from okdc import __version__, recipe
 from okdc.errors import DataError, RecipeError
+from okdc.system import saying
 
 
 def announce(what: object) -> None:
     """The first line of a command that takes long; the processes of a distributed run leave it to their parent."""
     if "RANK" not in os.environ:
-        click.echo(f"okdc {__version__} · reading {what}", err=True)
+        saying.say(f"okdc {__version__} · reading {what}")
 
 
 def refuse_missing(data: str) -> None:
@@ -53,9 +52,8 @@ def choose_preset(
     preset, named = recipe.default_preset(flat, sets)
     if named and not {"method", "pretrained", "checkpoint"} & set(named) and "RANK" not in os.environ:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in named)
-        click.echo(
+        saying.say(
             f"You gave {flags}, so nothing else is preset: the rest is at its default.\n"
-            f"--preset {recipe.FINETUNE} begins from pre-trained weights, and keeps what you gave.",
-            err=True,
+            f"--preset {recipe.FINETUNE} begins from pre-trained weights, and keeps what you gave."
         )
     return preset

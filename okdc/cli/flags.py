@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable
 from dataclasses import Field
@@ -14,6 +15,9 @@ from okdc.cli import early
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
+from okdc.system import saying
+
+VERBOSE = "okdc.verbose"  # where a command's context has whether -v was typed
 
 _TITLES = {
     "network": "Network",
@@ -66,6 +70,10 @@ class GroupedCommand(click.Command):
     It refuses data that are not there at once, before anything heavy is imported.
     """
 
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.params += loudness()
+
     def invoke(self, ctx: click.Context) -> Any:
         if data := ctx.params.get("data"):
             early.refuse_missing(data)
@@ -82,6 +90,29 @@ class GroupedCommand(click.Command):
             if title in groups:
                 with formatter.section(title):
                     formatter.write_dl(groups[title], col_max=32)
+
+
+def loudness() -> list[click.Parameter]:
+    """The options -q and -v, which act before the command begins."""
+
+    def quiet(_: click.Context, __: click.Parameter, wish: bool) -> None:
+        saying.be_quiet(wish)
+
+    def verbose(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
+        ctx.find_root().meta[VERBOSE] = wish
+        if wish:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+    return [
+        click.Option(
+            ["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=quiet,
+            help="No progress: only results, warnings and errors.",
+        ),
+        click.Option(
+            ["-v", "--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=verbose,
+            help="Also what libraries report, and where in the code an error arose.",
+        ),
+    ]  # fmt: skip
 
 
 def settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -76,6 +76,7 @@ def compress(
 
     from okdc import methods, pipeline
     from okdc.pipeline import control, presets, run_folder
+    from okdc.system.saying import logged
     from okdc.training import launch
 
     make = partial(recipe.resolve, sets=sets, flat=typed, method_settings=methods.settings)
@@ -98,7 +99,8 @@ def compress(
 
     from okdc.cli import tables
 
-    tables.show_result(result)
+    with logged(result.path / run_folder.LOG):
+        tables.show_result(result)
     require_asked(result.verification, vars(resolved.export))
 
 

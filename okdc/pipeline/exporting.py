@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, STATED, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
+from okdc.system.saying import say
 
 if TYPE_CHECKING:
     from okdc.verification.schema import Verification
@@ -58,7 +58,7 @@ def export(
             preprocess=config, classes=found.classes or (data.classes if data else _numbered(student, config)),
         )  # fmt: skip
     if push_to_hub:
-        print(f"Pushed to {hub.push(folder, push_to_hub)}", file=sys.stderr)
+        say(f"Pushed to {hub.push(folder, push_to_hub)}")
     return verification
 
 
