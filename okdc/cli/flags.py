@@ -92,6 +92,11 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(groups[title], col_max=32)
 
 
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command with --json, its argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
+
+
 def loudness() -> list[click.Parameter]:
     """The options -q and -v, which act before the command begins."""
 
