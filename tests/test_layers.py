@@ -36,7 +36,7 @@ ALLOWED = {
     "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system tasks training "
     "verification",
     "comparing": "data errors measure methods networks pipeline recipe report system tasks",
-    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report tasks training",
+    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report system tasks training",
     "__main__": "cli",
 }
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-
-import click
 
 from okdc import __version__, recipe
 from okdc.errors import DataError, RecipeError
+from okdc.system import saying
 
 
 def announce(what: object) -> None:
     """The first line of a command that takes long; the processes of a distributed run leave it to their parent."""
     if "RANK" not in os.environ:
-        click.echo(f"okdc {__version__} · reading {what}", err=True)
+        saying.say(f"okdc {__version__} · reading {what}")
 
 
 def refuse_missing(data: str) -> None:
@@ -33,6 +33,17 @@ def refuse_missing(data: str) -> None:
         f"--data '{data}' does not exist ('{found}' does); expected a folder of images, a file of labels, or the name "
         f"of a data set (okdc compress --help lists the forms).{hint}"
     )
+
+
+def complete_method(_: object, __: object, begun: str) -> list[str]:
+    """The methods that begin so, for the Tab key: by their files, because importing them takes seconds."""
+    files = (Path(__file__).parents[1] / "methods").glob("[a-z]*.py")
+    return sorted(file.stem for file in files if file.stem.startswith(begun))
+
+
+def complete_recipe(_: object, __: object, begun: str) -> list[str]:
+    """The recipes that begin so."""
+    return [name for name in recipe.names() if name.startswith(begun)]
 
 
 def choose_preset(
@@ -53,9 +64,8 @@ def choose_preset(
     preset, named = recipe.default_preset(flat, sets)
     if named and not {"method", "pretrained", "checkpoint"} & set(named) and "RANK" not in os.environ:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in named)
-        click.echo(
+        saying.say(
             f"You gave {flags}, so nothing else is preset: the rest is at its default.\n"
-            f"--preset {recipe.FINETUNE} begins from pre-trained weights, and keeps what you gave.",
-            err=True,
+            f"--preset {recipe.FINETUNE} begins from pre-trained weights, and keeps what you gave."
         )
     return preset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import types
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from okdc.cli import early, timm_flags
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
+from okdc.system import saying
+
+VERBOSE = "okdc.verbose"  # where a command's context has whether -v was typed
 
 _TITLES = {
     "network": "Network",
@@ -72,6 +76,7 @@ class GroupedCommand(click.Command):
     def __init__(self, *args: Any, timm: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
         self.timm = timm
+        self.params += loudness()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = timm_flags.taken(args) if self.timm else args
@@ -122,6 +127,34 @@ def _further(param: click.Parameter) -> str | None:
     if isinstance(param.type, KeyValue):
         return _PAIR
     return _NUMBER if isinstance(param.type, CommaList) and param.type.element is not click.STRING else None
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command with --json, its argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
+
+
+def loudness() -> list[click.Parameter]:
+    """The options -q and -v, which act before the command begins."""
+
+    def quiet(_: click.Context, __: click.Parameter, wish: bool) -> None:
+        saying.be_quiet(wish)
+
+    def verbose(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
+        ctx.find_root().meta[VERBOSE] = wish
+        if wish:
+            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+
+    return [
+        click.Option(
+            ["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=quiet,
+            help="No progress: only results, warnings and errors.",
+        ),
+        click.Option(
+            ["-v", "--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=verbose,
+            help="Also what libraries report, and where in the code an error arose.",
+        ),
+    ]  # fmt: skip
 
 
 def settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
+import traceback
 from typing import Any
 
 import click
@@ -36,6 +37,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OkdcError as error:
+            if ctx.find_root().meta.get("okdc.verbose"):
+                traceback.print_exc()
             if getattr(error, "verification", None):
                 from okdc.cli import tables
 

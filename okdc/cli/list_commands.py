@@ -11,12 +11,13 @@ from pathlib import Path
 import click
 
 from okdc import recipe
+from okdc.cli import early
 from okdc.cli.group import main
 from okdc.errors import RecipeError
 
 
 @main.command(short_help="List the methods, or show the card of one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=early.complete_method)
 def methods(name: str | None) -> None:
     """List the methods, or show the card of one.
 
@@ -35,7 +36,7 @@ def methods(name: str | None) -> None:
 
 
 @main.command()
-@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]")
+@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]", shell_complete=early.complete_recipe)
 def recipes(words: tuple[str, ...]) -> None:
     """List the recipes, print one, or copy one to change it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from okdc import recipe
-from okdc.cli import flags
+from okdc.cli import early, flags
 from okdc.cli.group import main
 from okdc.errors import RecipeError
 
@@ -22,7 +23,8 @@ from okdc.errors import RecipeError
 @click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
 @flags.settings("export.batch_sizes", "export.threads", "export.images", "export.runtimes", "data.data", "train.device")
 @flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
-def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
+@flags.json_option
+def benchmark(source: str, output: tuple[str, ...], compiled: bool, as_json: bool, **_: Any) -> None:
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
 
     A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
@@ -41,12 +43,20 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     report = benchmarks.benchmark(source, compiled=compiled, **flags.given())
     for path in paths:
         benchmarks.write(report, path)
-    tables.show_benchmark(report)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        tables.show_benchmark(report)
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Show the parts of a network, and what a method would build.")
 @click.argument("model", metavar="MODEL", required=False)
-@click.option("--method", metavar="NAME", help="Show what this method would build around it, and what that takes.")
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="Show what this method would build around it, and what that takes.",
+    shell_complete=early.complete_method,
+)
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @flags.settings("network.img_size", "network.in_chans", "network.small_input")
 @flags.settings("network.num_classes", "network.model_kwargs", "cohort")
@@ -170,8 +180,21 @@ def _examine_all(
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs, beside plain training.")
-@click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
-@click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
+@click.option(
+    "--recipe",
+    "-c",
+    "--config",
+    "recipe_name",
+    metavar="NAME|FILE",
+    help="Start from this recipe.",
+    shell_complete=early.complete_recipe,
+)
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="How the members teach each other (okdc methods lists them).",
+    shell_complete=early.complete_method,
+)
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often each is measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")

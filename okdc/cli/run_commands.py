@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
     cls=flags.GroupedCommand, timm=True, short_help="Train your network with helper branches, remove them, export it."
 )
 @click.argument("folder", metavar="[DATA]", required=False)
-@click.option("--recipe", "-c", "--config", "recipe_name", metavar="NAME|FILE", help="Start from this recipe.")
+@click.option(
+    "--recipe",
+    "-c",
+    "--config",
+    "recipe_name",
+    metavar="NAME|FILE",
+    help="Start from this recipe.",
+    shell_complete=early.complete_recipe,
+)
 @click.option(
     "--preset", type=click.Choice(recipe.PRESETS),
     help="finetune: from pre-trained weights, 20 epochs; scratch: timm's 100. finetune, for your own images, if you "
@@ -36,7 +45,12 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )
-@click.option("--method", metavar="NAME", help="How the members teach each other (okdc methods lists them).")
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="How the members teach each other (okdc methods lists them).",
+    shell_complete=early.complete_method,
+)
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
@@ -82,6 +96,7 @@ def compress(
 
     from okdc import methods, pipeline
     from okdc.pipeline import control, presets, run_folder
+    from okdc.system.saying import logged
     from okdc.training import launch
 
     make = partial(recipe.resolve, sets=sets, flat=typed, method_settings=methods.settings)
@@ -104,7 +119,8 @@ def compress(
 
     from okdc.cli import tables
 
-    tables.show_result(result)
+    with logged(result.path / run_folder.LOG):
+        tables.show_result(result)
     require_asked(result.verification, vars(resolved.export))
 
 
@@ -150,7 +166,8 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     *("data.data", "data.val_split", "data.path_column", "data.label_column", "export.batch_sizes", "export.threads"),
     *("export.images", "export.max_drop", "export.min_agreement", "export.runtimes"),
 )
-def verify(bundle: str, **_: Any) -> None:
+@flags.json_option
+def verify(bundle: str, as_json: bool, **_: Any) -> None:
     """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
 
     The command ends with exit code 3 if a file is not good enough to ship.
@@ -164,7 +181,10 @@ def verify(bundle: str, **_: Any) -> None:
     from okdc.cli import tables
 
     verification = pipeline.verify(bundle, **flags.given())
-    tables.show_verification(verification)
+    if as_json:
+        click.echo(json.dumps(verification, indent=2))
+    else:
+        tables.show_verification(verification)
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))
     require_asked(verification, flags.given())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from okdc.deploy import UNKNOWN
 from okdc.errors import OkdcError, counted
 from okdc.pipeline import facts, run_folder
 from okdc.report import words
+from okdc.system import saying
 
 if TYPE_CHECKING:
     from okdc.anatomy import Anatomy
@@ -383,8 +385,20 @@ def show_findings(findings: list[Finding]) -> None:
     console.print(f"\n{wrong} to mend." if wrong else "\nNothing to mend.")
 
 
+class _Recorded(Console):
+    """A console whose tables are also in the run's log, without colours, while there is one."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print and record."""
+        super().print(*objects, **options)
+        if saying.is_logged():
+            plain = Console(file=io.StringIO(), width=self.width, highlight=False)
+            plain.print(*objects, **options)
+            saying.record(plain.file.getvalue().strip("\n"))  # type: ignore[attr-defined]
+
+
 def _console() -> Console:
-    return Console(highlight=False)
+    return _Recorded(highlight=False)
 
 
 def _table(*columns: str) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 import webbrowser
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from okdc.measure import estimate
 from okdc.measure.estimate import Estimate
 from okdc.pipeline import assemble_cohort, facts, run_folder
 from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
+from okdc.system.saying import say
 
 METHODS = ("one", "dml", "ahbf")
 Score = Callable[[dict[str, Any], str], float | None]
@@ -214,14 +214,14 @@ def _run_and_tell(
     started, work, ended = time.monotonic(), 0.0, 0
     total = sum(_work(job) for job in todo)
     if todo:
-        _say(f"{len(todo)} runs, {total:,.0f} epochs' worth of plain training, into {todo[0].folder.parent}")
+        say(f"{len(todo)} runs, {total:,.0f} epochs' worth of plain training, into {todo[0].folder.parent}")
 
     def done(job: Job, reason: str | None) -> None:
         nonlocal work, ended
         work, ended = work + _work(job), ended + 1
         left = (time.monotonic() - started) / work * (total - work)
         told = f"failed: {reason}" if reason else _figure(job, score)
-        _say(f"{ended} of {len(todo)}  {job.folder.name}  {told}, {report.duration(left)} left")
+        say(f"{ended} of {len(todo)}  {job.folder.name}  {told}, {report.duration(left)} left")
 
     return run_all(jobs, at_once, done, in_process)
 
@@ -234,7 +234,3 @@ def _figure(job: Job, score: Score) -> str:
 
 def _work(job: Job) -> float:
     return job.cost * job.recipe.train.epochs
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

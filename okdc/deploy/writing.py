@@ -15,7 +15,7 @@ from torch import nn
 from okdc.deploy import bundle, requirements, targets, triton
 from okdc.deploy.targets import Target
 from okdc.recipe import ExportSettings
-from okdc.system import shipped
+from okdc.system import saying, shipped
 from okdc.system.wording import all_lines, one_line, without_paths
 from okdc.tasks.task import Task
 from okdc.verification import Exported, Gates
@@ -51,7 +51,8 @@ def write(
     reasons: dict[str, str] = {}
     notes: dict[str, Any] = {}
     wanted = targets.asked(settings)
-    for target in wanted:
+    for number, target in enumerate(wanted, 1):
+        saying.say(f"writing {number} of {len(wanted)}: {target.file}")
         reason = without if target.calibrated and calibration is None else _unavailable(target, reasons)
         if reason is not None:
             reasons[target.name] = without_paths(reason)

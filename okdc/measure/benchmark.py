@@ -23,6 +23,7 @@ from okdc.deploy import bundle, runtimes, targets, torch_runner
 from okdc.errors import ExportError, RecipeError
 from okdc.networks.saved import config_of
 from okdc.recipe import ExportSettings, Recipe, override
+from okdc.system.saying import say
 from okdc.system.wording import without_paths
 from okdc.training.machine import choose_device
 from okdc.verification.alone import measure_alone
@@ -152,6 +153,7 @@ def _torch(folder: Path, verification: Verification, settings: ExportSettings, c
     sizes, threads = settings.batch_sizes, verification["threads"]
     shape = max(sizes, default=1), *deploy.read(folder)["preprocess"]["input_size"]
     images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    say("timing torch, compiled; this takes a minute")
     try:
         timed = measure_alone(
             torch_runner.__name__, folder, verification["device"], images, sizes, threads, {"compiled": True}

@@ -18,7 +18,7 @@ from okdc.anatomy.modes import keep_modes
 from okdc.data import Data, load, open_source, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
-from okdc.pipeline import saved_classes
+from okdc.pipeline import opening, saved_classes
 from okdc.pipeline.assemble_cohort import needs
 from okdc.ranks import first, rank, world
 from okdc.recipe import STATED, NetworkSettings, Recipe, TrainSettings, runs_code
@@ -100,6 +100,13 @@ def _named_data(model: Any, validation: Any, recipe: Recipe, task: Task) -> Prep
         target, recipe.network, mean=recipe.data.mean, std=recipe.data.std,
         interpolation=recipe.data.interpolation, crop_pct=recipe.data.crop_pct,
     )  # fmt: skip
+    hint = (
+        None
+        if recipe.network.img_size
+        else opening.small_images(source.train, config["input_size"], recipe.network.model)
+    )
+    if hint:
+        log.warning("%s: %s", recipe.data.data, hint)
     asked, views = needs(recipe)
     return target, config["input_size"], lambda: load(
         source, recipe.data, config, batch_size=recipe.train.batch_size,

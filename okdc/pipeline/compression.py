@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +16,17 @@ from okdc import deploy, losses, methods, report, tasks, training
 from okdc.data import Data
 from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
-from okdc.pipeline import assemble, assemble_cohort, byproducts, class_weights, presets, run_folder, settling, teachers
+from okdc.pipeline import (
+    assemble,
+    assemble_cohort,
+    byproducts,
+    class_weights,
+    opening,
+    presets,
+    run_folder,
+    settling,
+    teachers,
+)
 from okdc.pipeline.facts import choice, facts_of, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
@@ -35,10 +44,11 @@ from okdc.recipe import (
     resolve,
 )
 from okdc.system.randomness import own_randomness, seed_everything
+from okdc.system.saying import forget, logged, say
 from okdc.tasks.task import Task
 from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
-from okdc.training.machine import Machine, choose_device
+from okdc.training.machine import Machine
 
 
 def compress(
@@ -68,6 +78,7 @@ def compress(
     refuse_address(resume, "--resume")
     resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), preset, method, settings)
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
+        held.callback(forget)
         with launch.joined(resolved.train), own_randomness():
             leads = rank() == 0  # of several processes the first writes, and exports alone
             folder, last = first(lambda: run_folder.choose(Path(output), resolved, experiment, resume))
@@ -165,9 +176,9 @@ def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, give
 def _tell_unavailable(recipe: Recipe) -> None:
     """Say before training, not after it, which files and runtimes that were asked for are not to be had here."""
     for each in deploy.not_installed(recipe.export):
-        print(f"The run's files will not be verified in {each['target']}: {each['reason']}", file=sys.stderr)
+        say(f"The run's files will not be verified in {each['target']}: {each['reason']}")
     for name, reason in deploy.unavailable(recipe.export).items():
-        print(f"The run will ship without a {name} file, which cannot be written here: {reason}", file=sys.stderr)
+        say(f"The run will ship without a {name} file, which cannot be written here: {reason}")
 
 
 def _refuse_data_settings(given: dict[str, Any]) -> None:
@@ -204,15 +215,20 @@ def _train(
         )
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
         if rank() == 0:
-            print(_opening(method, data, recipe, folder), file=sys.stderr, flush=True)
+            say(opening.opening(method, data, recipe, folder))
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
-                begin=lambda: run_folder.begin(folder, recipe, student, held), loggers=logs,
+                begin=lambda: _begin(folder, recipe, student, held), loggers=logs,
             )  # fmt: skip
             return method, state, *byproducts.take(method, folder, settle)
         finally:
             method.strip()
+
+
+def _begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack) -> None:
+    run_folder.begin(folder, recipe, student, held)
+    held.enter_context(logged(folder / run_folder.LOG))
 
 
 def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainState) -> dict[str, Any]:
@@ -240,24 +256,7 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         report.write(folder, facts_of(result, method, state) | {"byproducts": further})
         logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
     if result.verification and not deploy.is_known(data.preprocess):
-        print(f"{folder / 'export'}: {deploy.UNKNOWN}", file=sys.stderr)
-
-
-def _opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
-    """What is about to be trained, on what, and where it goes."""
-    members = len(method.cohort)
-    others = f" with {members - 1} other{'s' * (members > 2)}" if members > 1 else ""
-    return (
-        f"{recipe.network.model}{others} by {recipe.method['name']} on {data.name}, {data.sizes[0]:,} training and "
-        f"{data.sizes[1]:,} validation images, {len(data.classes)} classes, {_device(recipe)}, into {folder}"
-    )
-
-
-def _device(recipe: Recipe) -> str:
-    device, settings = choose_device(recipe.train.device), recipe.train
-    if (count := settings.devices * settings.nodes) == 1:
-        return str(device)
-    return f"{count} processes on {device.type}, {settings.images_per_step:,} images per step"
+        say(f"{folder / 'export'}: {deploy.UNKNOWN}")
 
 
 def _student_facts(arch: str, rebuildable: bool, data: Data, task: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from okdc.errors import RecipeError
 from okdc.pipeline import run_folder
 from okdc.pipeline.compression import compress
 from okdc.recipe import ExportSettings, Recipe, override
+from okdc.system.saying import say
 
 PLAIN = "baseline"
 
@@ -25,13 +25,13 @@ def train_control(recipe: Recipe, output: str | Path, experiment: str | None, re
     if run_folder.find_baseline(folder, recipe) is not None:
         return
     alone = replace(override(recipe, {"method": PLAIN}), export=ExportSettings(onnx=False, byproducts=False))
-    _say("First the control: the same network trained alone, to see what the other members add.")
+    say("First the control: the same network trained alone, to see what the other members add.")
     try:
         compress(recipe=alone, output=folder.parent, experiment=f"{folder.name}-{PLAIN}", resume="auto")
     except SystemExit:
-        _say("This was the control. To go on with it and then with the run: the same command with --resume auto.")
+        say("This was the control. To go on with it and then with the run: the same command with --resume auto.")
         raise
-    _say(f"The control is done. Now the run, with {recipe.method['name']}.")
+    say(f"The control is done. Now the run, with {recipe.method['name']}.")
 
 
 def refuse_processes() -> None:
@@ -40,7 +40,3 @@ def refuse_processes() -> None:
         "--with-baseline trains its control in one process, and these are several. Leave it out, and train the control "
         "by a command of its own; the report of the run has it."
     )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

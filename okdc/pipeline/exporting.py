@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from okdc.pipeline import run_folder
 from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, STATED, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
+from okdc.system.saying import say
 from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def export(
             task=found.task,
         )  # fmt: skip
     if push_to_hub:
-        print(f"Pushed to {hub.push(folder, push_to_hub)}", file=sys.stderr)
+        say(f"Pushed to {hub.push(folder, push_to_hub)}")
     return verification
 
 

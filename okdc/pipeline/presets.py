@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from okdc import networks
 from okdc.recipe import SCRATCH, Recipe, preset_recipe
+from okdc.system.saying import say
 
 
 def settle(preset: str, make: Callable[[str], Recipe], typed: Mapping[str, Any]) -> tuple[str, Recipe]:
@@ -20,15 +20,11 @@ def settle(preset: str, make: Callable[[str], Recipe], typed: Mapping[str, Any])
     asked = typed.get("pretrained") is not None or found.network.checkpoint
     if asked or not found.network.pretrained:
         return preset, found
-    print(f"Looking for pre-trained weights of {found.network.model}", file=sys.stderr, flush=True)
+    say(f"Looking for pre-trained weights of {found.network.model}")
     reason = networks.lacks_weights(found.network)
     if reason is None:
         return preset, found
     batch, found = found.train.batch_size, make(preset_recipe(SCRATCH))
     found = replace(found, train=replace(found.train, batch_size=batch))  # small enough for a folder of photos
-    print(
-        f"{reason}. So it learns from your images alone, as with --preset {SCRATCH}, for {found.train.epochs} epochs.",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{reason}.\nSo it learns from your images alone, for {found.train.epochs} epochs, as with --preset {SCRATCH}.")
     return SCRATCH, found

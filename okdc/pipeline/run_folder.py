@@ -25,6 +25,7 @@ RECIPE = "recipe.yaml"
 STUDENT = "student.json"
 REPORT = "report.json"
 LOCK = ".lock"
+LOG = "run.log"
 
 
 def choose(output: Path, recipe: Recipe, experiment: str | None, resume: str | None) -> tuple[Path, Path | None]:
@@ -114,7 +115,7 @@ def _in_use(folder: Path) -> bool:
     """Whether there is anything that must not be lost; what `begin` alone wrote is not."""
     if not folder.is_dir():
         return folder.exists()
-    return any(path.name not in (RECIPE, STUDENT) and path.name[0] != "." for path in folder.iterdir())
+    return any(path.name not in (RECIPE, STUDENT, LOG) and path.name[0] != "." for path in folder.iterdir())
 
 
 def begin(folder: Path, recipe: Recipe, student: dict[str, Any], held: ExitStack) -> None:

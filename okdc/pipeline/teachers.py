@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from okdc.networks import weights
 from okdc.pipeline import class_names, saved_classes
 from okdc.recipe import CohortSettings, NetworkSettings, runs_code
 from okdc.system.randomness import own_randomness
+from okdc.system.saying import say
 from okdc.system.waiting import limited
 from okdc.tasks.task import Task
 
@@ -88,7 +88,7 @@ def align(teacher: nn.Module, name: str, classes: Sequence[str], input_size: tup
 
 
 def _say(name: str, told: str) -> None:
-    print(f"Teacher {name}: {told}", file=sys.stderr, flush=True)
+    say(f"Teacher {name}: {told}")
 
 
 def check_accuracy(

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -20,12 +21,15 @@ from rich.text import Text
 
 from okdc import tasks
 from okdc.recipe import LOADER
+from okdc.system import saying
 from okdc.system.files import atomically
+from okdc.system.saying import record, say
 from okdc.tasks.task import Task
 
 Row = dict[str, Any]
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
+ENOUGH_STEPS, LONG_RUN = 20, 60.0  # steps after which a run that takes more seconds says how long, and its memory
 LONG_WAIT = 10  # per cent of a step, spent waiting for data
 
 
@@ -51,10 +55,9 @@ class Display:
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), auto_refresh=False)
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
-        self.drawn = 0.0
-        bar = not quiet and (
-            _in_notebook(self.console) or (self.console.is_terminal and not self.console.is_dumb_terminal)
-        )
+        self.drawn, self.seen = 0.0, 0
+        drawable = self.console.is_terminal and not self.console.is_dumb_terminal
+        bar = not quiet and not saying.quiet and (_in_notebook(self.console) or drawable)
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
         self.live = Live(console=self.console, auto_refresh=False, get_renderable=self._render) if bar else None
 
@@ -71,12 +74,16 @@ class Display:
         """Say something once, above the bar."""
         if self.live:
             self.console.print(Text(text), soft_wrap=True)  # a command in it can be copied
+            record(text)
         elif not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float, left: float) -> None:
         """Step `step` of epoch `epoch` is done, at `speed` images per second, with `left` seconds to the end of the
         run; no `losses` when it was skipped."""
+        self.seen += 1
+        if self.seen == ENOUGH_STEPS and left > LONG_RUN:
+            self.note(f"About {timedelta(seconds=round(left))} to go, by the first {self.seen} steps{_memory()}")
         now = time.perf_counter()
         if now < self.drawn + SECONDS_BETWEEN_DRAWINGS if self.live else step % self.log_interval:
             return
@@ -124,6 +131,18 @@ def _in_notebook(console: Console) -> bool:
 
 def _told(figures: Mapping[str, float | None]) -> str:
     return " ".join(f"{name} {value:.2f}" for name, value in figures.items() if value is not None)
+
+
+def _memory() -> str:
+    """What training takes so far: of the GPU where it has begun on one, else of the process; nothing on Windows."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory so far"
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return f"; {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory so far"
 
 
 def faster_data(recipe: dict[str, Any], resident: bool = False) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 from okdc import tasks
 from okdc.errors import DataError
+from okdc.system.saying import say
 from okdc.system.wording import one_line, without_paths
 from okdc.tasks.shared.tally import Tally
 from okdc.tasks.task import Task
@@ -33,6 +35,7 @@ TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export t
 ROUNDING = 1e-5  # the same, of one sum added up in another order
 PIPELINE_TOLERANCE = 1e-2  # the same for a whole pipeline, whose decoding and resizing of images may round differently
 RANDOM_IMAGES = 64  # how many stand in for validation images that are not there
+_BETWEEN_LINES = 10.0  # seconds between two lines that say how far a long comparison is
 PROBED_BATCHES = (1, 3, 32)  # run besides the batches of the data: proves that the batch size is free
 
 Batch = tuple[np.ndarray, np.ndarray | None, list[Any] | None]  # images (B, C, H, W), labels (B, ...), B raw PIL images
@@ -136,7 +139,13 @@ class _Session:
     def stream(self, batches: Iterator[Batch]) -> np.ndarray:
         """Give every batch to every runner; returns the images of the first batch."""
         first: np.ndarray | None = None
+        files = ", ".join([*self.runners, *self.pipelines]) or "torch"
+        say(f"comparing with torch, image by image: {files}")
+        told = time.monotonic()
         for images, labels, raw in batches:
+            if time.monotonic() - told > _BETWEEN_LINES:
+                told = time.monotonic()
+                say(f"comparing: {self.count:,} images are done")
             first = images if first is None else first
             self.count += len(images)
             self.labels += labels.tolist() if labels is not None else []
@@ -247,8 +256,9 @@ class _Session:
         """Fill in the latency of torch and of every file that runs: one process each, and nothing beside it."""
         self.runners.clear()  # no idle thread pool disturbs the clock
         images = _repeat(images, max(batch_sizes))
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             name = row["name"]
+            say(f"timing {number} of {len(rows)}: {name}")
             try:
                 if name in self.targets and name not in self.problems and row["worth_shipping"] is not None:
                     exported = self.targets[name]

@@ -393,3 +393,16 @@ def test_an_address_is_shown_as_it_was_typed(words: list[str], tmp_path: Path, m
     done = CliRunner().invoke(main, [address if word == "ADDRESS" else word for word in words])
     assert done.exit_code == 2 and f"{address} is an address" in " ".join(done.output.split()), done.output
     assert not (tmp_path / "https:").exists()
+
+
+def test_names_are_completed_without_torch() -> None:
+    from okdc import methods
+    from okdc.cli import early
+
+    assert early.complete_method(None, None, "") == methods.names()
+    assert early.complete_method(None, None, "ah") == ["ahbf"]
+    assert early.complete_recipe(None, None, "presets/") == ["presets/finetune-one", "presets/scratch-one"]
+    for command in ("compress", "profile"):
+        options = {each.name: each for each in main.commands[command].params}
+        found = options["method"].shell_complete(click.Context(main.commands[command]), "ah")
+        assert [each.value for each in found] == ["ahbf"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from okdc import networks, recipe
 from okdc.cli import main
+from okdc.data.images import Images
 from okdc.errors import NetworkError, RecipeError
 from okdc.pipeline import compress, control, presets
+from okdc.pipeline.opening import small_images
 from okdc.recipe import FINETUNE, SCRATCH, NetworkSettings, Recipe, default_preset
 
 
@@ -174,3 +178,42 @@ def test_the_commands_of_a_report_are_whole(photos: Path, tmp_path: Path) -> Non
         assert mine == first or folder
     told = json.loads((made / "report.json").read_text())
     assert told["baseline"]["name"] == "first one-baseline" and told["metrics"]["top1"] == facts["metrics"]["top1"]
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+
+
+def test_a_screen_says_what_is_done_and_the_log_keeps_it(photos: Path, tmp_path: Path) -> None:
+    words = ("compress", "--data", photos, *SMALL, "--method", "one", "--epochs", "2", "-b", 16, "--output", tmp_path)
+    result = okdc(*words, "--experiment", "a", "--onnx")
+    assert result.exit_code == 0, result.output
+    told, _, rest = result.stderr.partition("epoch 1/2")
+    assert max(map(len, told.replace(str(tmp_path), "").splitlines())) <= 80
+    for line in (
+        "272,019 parameters, images of 16 x 16 pixels", "54 training images and 6 validation images, 3 classes",
+        "one, 3 members. Adds branches to a shared trunk.", "2 epochs of 3 steps, 16 images per step, learning rate",
+        "times the FLOPs of the network alone",
+    ):  # fmt: skip
+        assert line in " ".join(told.split())
+    assert rest.index("writing 1 of 1: model.onnx") < rest.index("timing 2 of 3: onnx")
+    log = (tmp_path / "a" / "run.log").read_text()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(  |$)", line) for line in log.splitlines())
+    kept = " ".join(re.sub(r"(?m)^.{19}", "", log).split())
+    assert " ".join(result.stderr.split()) in kept and "Student, top-1, ships" in kept, "tables, too"
+
+
+def test_quiet_says_results_alone_and_verbose_where_an_error_arose(photos: Path, tmp_path: Path) -> None:
+    words = ("compress", "--data", photos, *SMALL, "--method", "baseline", "--epochs", "1", "-b", 16)
+    result = okdc(*words, "--output", tmp_path, "--experiment", "a", "-q")
+    assert result.exit_code == 0 and result.stderr == "" and "Student, top-1" in result.output
+    assert "epoch 1/1" in (tmp_path / "a" / "run.log").read_text()
+    again = okdc(*words, "--output", tmp_path, "--experiment", "a", "-v")
+    assert "Traceback" in again.stderr and "never written over" in said(again)
+    assert "Traceback" not in okdc(*words, "--output", tmp_path, "--experiment", "a").stderr
+
+
+def test_images_much_smaller_than_the_input_are_told() -> None:
+    images = Images([(Image.new("L", (40, 28)), 0)] * 3, torch.zeros(3, dtype=torch.int64), "x")
+    assert "--small-input --img-size 64" in str(small_images(images, (3, 224, 224), "resnet18"))
+    assert small_images(images, (3, 64, 64), "resnet18") is None
+    assert small_images(iter(()), (3, 224, 224), "resnet18") is None, "a stream cannot be looked at"

@@ -1,0 +1,92 @@
+"""What a run says before its first epoch: what is trained, on what, how long, what it costs, and where it goes."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from okdc import methods
+from okdc.data import Data
+from okdc.methods import Method
+from okdc.recipe import Recipe
+from okdc.training.machine import choose_device
+
+_WIDTH, _INDENT = 79, 10
+_LOOKED_AT = 8  # images, for their size
+_SMALL = 2.5  # how many times larger the input is than images of which that is said
+
+
+def opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
+    """The screen before the first epoch, at most 79 columns wide."""
+    costs, settings, (height, width) = method.cohort.costs, recipe.train, data.preprocess["input_size"][1:]
+    steps = math.ceil(len(data.train) / settings.grad_accum_steps)
+    rows = {
+        "network": f"{recipe.network.model}, {costs[0].params:,} parameters, images of {width} x {height} pixels",
+        "data": f"{data.name}: {_count(data.sizes[0], 'training image')} and "
+        f"{_count(data.sizes[1], 'validation image')}, {_count(len(data.classes), 'class', 'es')}",
+        "method": f"{recipe.method['name']}, {_count(len(costs), 'member')}. {_first_line(recipe.method['name'])}",
+        "training": f"{_count(settings.epochs, 'epoch')} of {_count(steps, 'step')}, {settings.images_per_step:,} "
+        f"images per step, learning rate {settings.peak_lr:.3g}, {_device(recipe)}",
+        "cost": _cost(method, recipe),
+        "folder": str(folder),
+    }
+    lines = [
+        textwrap.fill(
+            f"{name:{_INDENT}}{told}", _WIDTH, subsequent_indent=" " * _INDENT,
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for name, told in rows.items()
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def small_images(images: Any, input_size: Sequence[int], model: str) -> str | None:
+    """What to type where images, (PIL image, class) by position, are much smaller than the input; None where not."""
+    count = len(images) if hasattr(images, "split") else 0  # a stream is only read from front to back
+    sides = [side for each in range(min(_LOOKED_AT, count)) if (side := _side(images, each))]
+    if not sides or max(sides) * _SMALL > input_size[1]:
+        return None
+    side = 32 * math.ceil(max(sides) / 32)
+    return (
+        f"the images have up to {max(sides)} pixels a side, and {model} is given {input_size[1]}: they are enlarged, "
+        f"which takes much time for little. --small-input --img-size {side} trains it at about their own size"
+    )
+
+
+def _side(images: Any, position: int) -> int | None:
+    """The longer side of an image, pixels; None for one that cannot be read, which is told elsewhere."""
+    try:
+        return max(images[position][0].size)
+    except Exception:  # whatever reading raises
+        return None
+
+
+def _first_line(name: str) -> str:
+    return methods.card(name).splitlines()[0]
+
+
+def _cost(method: Method, recipe: Recipe) -> str:
+    """The FLOPs of a step beside the network's own, and the memory that does not depend on the images, about."""
+    costs = method.cohort.costs
+    learning = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    fixed = sum(p.numel() for p in method.parameters())
+    states = 1 if recipe.train.opt in ("sgd", "momentum", "nesterov") else 2
+    gigabytes = 4 * (fixed + (1 + states) * learning) / 2**30
+    memory = f"{gigabytes:.2g} GiB of weights, gradients and optimizer; images come on top"
+    if len(costs) == 1:
+        return memory
+    times = sum(each.flops for each in costs) / costs[0].flops
+    return f"a step takes {times:.2g} times the FLOPs of the network alone, which ships alone; {memory}"
+
+
+def _device(recipe: Recipe) -> str:
+    device, settings = choose_device(recipe.train.device), recipe.train
+    count = settings.devices * settings.nodes
+    return f"on {device}" if count == 1 else f"{count} processes on {device.type}"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{plural if number != 1 else ''}"
