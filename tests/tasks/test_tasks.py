@@ -34,7 +34,6 @@ ALLOWED = {
     "pipeline/facts.py": "the same field",
     "verification/schema.py": "lists the scores of all tasks",
     "recipe/sections.py": "help that lists the metrics of all tasks",
-    "cli/timm_flags.py": "says of a flag of timm's why it has no place",
     "data/batchwise.py": "the first of several crops that fit",
     "data/own_preprocess.py": "the channel that is furthest off",
 }
