@@ -75,7 +75,7 @@ def write(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return {"opset": opset, "bytes": Path(path).stat().st_size}
+    return {"opset": opset, "ir_version": network.ir_version, "bytes": Path(path).stat().st_size}
 
 
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:

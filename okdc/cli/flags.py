@@ -83,8 +83,9 @@ class GroupedCommand(click.Command):
         return super().parse_args(ctx, _joined(args, self.get_params(ctx)))
 
     def invoke(self, ctx: click.Context) -> Any:
-        if data := ctx.params.get("data"):
-            early.refuse_missing(data)
+        given = [ctx.params[name] for name in ("folder", "data") if ctx.params.get(name)]
+        if len(given) == 1:  # two are refused by the command
+            early.refuse_missing(given[0])
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
