@@ -17,7 +17,7 @@ ALLOWED = {
     "errors": "",
     "needs": "",
     "ranks": "",
-    "tasks": "",
+    "tasks": "errors",
     "losses": "ranks",
     "system": "errors ranks",
     "anatomy": "errors system tasks",

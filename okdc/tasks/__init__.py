@@ -1,6 +1,6 @@
 """What an output and a label are: outputs in words, and the score of outputs against labels.
 
-Imports: nothing.
+Imports: `errors`.
 """
 
 from __future__ import annotations
