@@ -30,7 +30,7 @@ ALLOWED = {
     "settings": "recipe",
     "training": "errors ranks recipe system tasks",
     "deploy": "errors networks okdc recipe system verification",
-    "methods": "anatomy cohort errors losses needs ranks system",
+    "methods": "anatomy cohort errors losses needs ranks system tasks",
     "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
     "tasks training",
     "measure": "anatomy cohort data deploy errors methods needs networks pipeline recipe system training verification",

@@ -56,9 +56,10 @@ def plan(
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
-    """The methods by name, each once; `all` stands for every one of okdc's."""
+    """The methods by name, each once; `all` stands for every one of okdc's that trains classifiers."""
     known = methods.names()
-    every = [name for given in names for name in (known if given == "all" else [given])]
+    classifying = [name for name in known if "classify" in methods.get(name).tasks]
+    every = [name for given in names for name in (classifying if given == "all" else [given])]
     for name in every:
         if ":" not in name and name not in known:
             raise RecipeError(f"--methods: no method {name!r}.{nearest(name, known)}")

@@ -2,7 +2,7 @@
 
 What a method may say is the class `Method` in `shared/base`.
 
-Imports: `anatomy`, `cohort`, `errors`, `losses`, `needs`, `ranks`, `system`.
+Imports: `anatomy`, `cohort`, `errors`, `losses`, `needs`, `ranks`, `system`, `tasks`.
 """
 
 from __future__ import annotations

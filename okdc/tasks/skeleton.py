@@ -1,4 +1,4 @@
-"""What a set of key points is: their names, what connects them, which change sides in a mirror, how exact labels are."""
+"""What a set of key points is: names, what connects them, which change sides in a mirror, how exact labels are."""
 
 from __future__ import annotations
 

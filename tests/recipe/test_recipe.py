@@ -175,7 +175,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is() -> None:
         )
         assert name.endswith(read.method["name"]), name
         used.add(read.method["name"])
-    assert used == set(methods.names())
+    assert used == {name for name in methods.names() if "classify" in methods.get(name).tasks}
 
 
 def test_a_recipe_is_found_by_name_and_by_path() -> None:
