@@ -102,7 +102,7 @@ class Okdhp(Method):
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         fused = self.ensemble(out)
-        size = tuple(fused.shape[2:])
+        size = fused.shape[2:]
         stride = heatmaps.stride_of(self.cohort.anatomy.input_size[1:], size)
         targets, weights = heatmaps.render(labels, size, stride), heatmaps.weights(labels, size, stride)
         maps = dict(zip(self.cohort.names, out.logits, strict=True))

@@ -10,6 +10,7 @@ pixels, maps cut at 3 sigma, and a quarter of a pixel towards the larger neighbo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ Stride = float | tuple[float, float]  # input pixels per pixel of the map; of he
 REACH = 3.0  # in sigmas: further off a point leaves nothing on the map
 
 
-def stride_of(input_size: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+def stride_of(input_size: Sequence[int], size: Sequence[int]) -> tuple[float, float]:
     """Input pixels per pixel of the map, of height and width.
 
     >>> stride_of((96, 64), (24, 16))
@@ -41,7 +42,7 @@ def centres(points: Tensor, stride: Stride, encoding: Encoding = "exact") -> Ten
 
 
 def weights(
-    points: Tensor, size: tuple[int, int], stride: Stride, sigma: float = 2.0, encoding: Encoding = "exact"
+    points: Tensor, size: Sequence[int], stride: Stride, sigma: float = 2.0, encoding: Encoding = "exact"
 ) -> Tensor:
     """Weights (B, K) of points (B, K, 3): their own, but 0 for one so far outside that nothing of it is on the map."""
     at = centres(points, stride, encoding)
@@ -51,7 +52,7 @@ def weights(
 
 
 def render(
-    points: Tensor, size: tuple[int, int], stride: Stride, sigma: float = 2.0, encoding: Encoding = "exact"
+    points: Tensor, size: Sequence[int], stride: Stride, sigma: float = 2.0, encoding: Encoding = "exact"
 ) -> Tensor:
     """Gaussians (B, K, h, w) with peak 1 around points (B, K, 2 or more); `size` (h, w) and `sigma` in map pixels.
 
