@@ -24,7 +24,7 @@ ALLOWED = {
     "recipe": "errors system",
     "verification": "errors system tasks",
     "cohort": "anatomy errors system tasks",
-    "data": "errors needs ranks recipe system",
+    "data": "errors needs ranks recipe system tasks",
     "networks": "anatomy errors recipe tasks",
     "report": "recipe system",
     "settings": "recipe",

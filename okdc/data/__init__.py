@@ -8,7 +8,7 @@ To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan
 below reads; `loading.load` makes batches of it. `samples` says which image comes when and reads it by `transforms`; or
 `resident` keeps all decoded and `batchwise` augments whole batches. `streams` and `own_loader` go their own way.
 
-Imports: `errors`, `needs`, `ranks`, `recipe`, `system`.
+Imports: `errors`, `needs`, `ranks`, `recipe`, `system`, `tasks`.
 """
 
 from __future__ import annotations
