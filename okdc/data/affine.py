@@ -85,7 +85,7 @@ def fitted(box: Box, size: Sequence[int], margin: float = 1.0, change: Change | 
     return torch.cat([linear, (to - linear @ middle)[:, None]], 1)
 
 
-def moved(points: Tensor, matrix: Tensor) -> Tensor:
+def placed(points: Tensor, matrix: Tensor) -> Tensor:
     """Points (..., K, 2 or more) taken by the map (..., 2, 3); what follows x and y is as it was."""
     xy = points[..., :2].to(matrix) @ matrix[..., :2].mT + matrix[..., None, :, 2]
     return torch.cat([xy.to(points), points[..., 2:]], -1)
@@ -129,7 +129,7 @@ def view(
     `order` is `Skeleton.mirrored()`: which point stands in the place of each when the change mirrors the image.
     """
     matrix = fitted(box, size, margin, change)
-    placed = moved(points, matrix)
+    there = placed(points, matrix)
     if change and change.mirrored:
-        placed = placed[list(order)]
-    return cropped(image, matrix, size), placed, matrix
+        there = there[list(order)]
+    return cropped(image, matrix, size), there, matrix

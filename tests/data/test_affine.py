@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from okdc.data.affine import Augmentation, Change, cropped, draw, fitted, inverse, moved, view, whole
+from okdc.data.affine import Augmentation, Change, cropped, draw, fitted, inverse, placed, view, whole
 
 SPOTS = torch.tensor([[70.0, 60.5, 1.0], [121.3, 90.0, 0.0]])
 
@@ -45,23 +45,23 @@ def test_a_spot_stays_under_its_point(name: str, size: tuple[int, int]) -> None:
     for spot in (0, 1):
         assert middle(image, spot) == pytest.approx(points[back[spot], :2].tolist(), abs=0.1)
     assert points[back, 2].tolist() == [1, 0]  # the weight goes with its point
-    torch.testing.assert_close(moved(points[back], inverse(matrix)), SPOTS)
+    torch.testing.assert_close(placed(points[back], inverse(matrix)), SPOTS)
 
 
 def test_a_turn_is_clockwise_and_the_box_is_in_the_middle() -> None:
     box = (50.0, 40.0, 40.0, 20.0)
     still = fitted(box, (64, 64), 1.25)
     corner = torch.tensor([[50.0, 50.0]])  # the middle of the left side
-    assert moved(corner, still)[0].tolist() == pytest.approx([31.5 - 64 / 2.5, 31.5])
-    turned = moved(corner, fitted(box, (64, 64), 1.25, Change(rotation=90)))
+    assert placed(corner, still)[0].tolist() == pytest.approx([31.5 - 64 / 2.5, 31.5])
+    turned = placed(corner, fitted(box, (64, 64), 1.25, Change(rotation=90)))
     assert turned[0].tolist() == pytest.approx([31.5, 31.5 - 64 / 2.5], abs=1e-4)
 
 
 def test_maps_of_a_batch_are_taken_back_at_once() -> None:
     matrices = torch.stack([fitted((10.0, 5.0, 30.0, 40.0), (32, 32), change=change) for change in CHANGES.values()])
     points = torch.rand(len(CHANGES), 4, 3)
-    torch.testing.assert_close(moved(moved(points, matrices), inverse(matrices)), points)
-    torch.testing.assert_close(moved(points, matrices)[2], moved(points[2], matrices[2]))
+    torch.testing.assert_close(placed(placed(points, matrices), inverse(matrices)), points)
+    torch.testing.assert_close(placed(points, matrices)[2], placed(points[2], matrices[2]))
 
 
 def test_fine_patterns_are_averaged_and_not_sampled() -> None:
