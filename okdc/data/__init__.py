@@ -7,6 +7,7 @@ To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan
 `tables`, with `rows` and `coco`, where it is a file of labels); `images` is one split and its labels, which everything
 below reads; `loading.load` makes batches of it. `samples` says which image comes when and reads it by `transforms`; or
 `resident` keeps all decoded and `batchwise` augments whole batches. `streams` and `own_loader` go their own way.
+Images with key points are opened by `keypoints`, and made the network's input by `affine`.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`, `tasks`.
 """

@@ -16,13 +16,14 @@ Costs: the tail once more per branch, and the unit: as coded 83 weights per pair
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from okdc.cohort import Cohort, CohortOutput
+from okdc.anatomy import Anatomy
+from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import RecipeError
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import ramp
@@ -30,6 +31,7 @@ from okdc.tasks import heatmaps
 
 KERNELS = (3, 5, 7)
 SQUEEZE = 64  # width between the pooled map and the weights
+MIN_HEAD = 0.03  # of the FLOPs: less is no head of heat maps
 Form = Literal["light", "coded"]
 
 
@@ -104,7 +106,9 @@ class Okdhp(Method):
         fused = self.ensemble(out)
         size = fused.shape[2:]
         stride = heatmaps.stride_of(self.cohort.anatomy.input_size[1:], size)
-        targets, weights = heatmaps.render(labels, size, stride), heatmaps.weights(labels, size, stride)
+        sigma = heatmaps.sigma_for(size)
+        targets = heatmaps.render(labels, size, stride, sigma)
+        weights = heatmaps.weights(labels, size, stride, sigma)
         maps = dict(zip(self.cohort.names, out.logits, strict=True))
         return self.heat_map_losses(maps, fused, targets, weights)
 
@@ -131,3 +135,26 @@ class Okdhp(Method):
             )
         assert out.shared is not None
         return fuse(self.fau(out.shared), out.logits)
+
+    @classmethod
+    def plan(
+        cls, anatomy: Anatomy, *, private_stages: int | None = None, cut: str | None = None, **others: Any
+    ) -> list[Branch]:
+        """As every method's, but the backbone is shared whole, as the paper's light networks do, unless asked."""
+        place = cut or (backbone(anatomy) if private_stages is None else None)
+        return super().plan(anatomy, private_stages=private_stages, cut=place, **others)
+
+    @classmethod
+    def depth(cls, branch: int, stages: int, extra: int) -> tuple[int, ...]:
+        if extra and not stages:
+            raise RecipeError(
+                f"--extra-blocks {extra}: the branches share the whole backbone, and a head has no block to repeat. "
+                "Give them a stage of their own: --private-stages 1"
+            )
+        return (*(0 for _ in range(stages - 1)), extra * branch)[:stages]  # unbalanced, with 2: 4, 6 and 8 stacks
+
+
+def backbone(anatomy: Anatomy) -> str | None:
+    """The outermost module that the last stage is in, if that is a cut that leaves a head worth training."""
+    outermost = anatomy.stages[-1].last.partition(".")[0]
+    return next((cut.name for cut in anatomy.cuts if cut.name == outermost and cut.flops_after >= MIN_HEAD), None)

@@ -98,21 +98,13 @@ def average_precision(
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise DataError("OKS-AP needs pycocotools, which is not installed: pip install 'okdc[pose]'") from error
-    labelled = (true[..., 2] > 0).sum(1)
     truth, given = COCO(), COCO()
-    category = [{"id": 1, "name": "instance"}]
-    pictures = [{"id": image} for image in dict.fromkeys(images)]
-    rows = list(zip(images, labelled.tolist(), areas.tolist()))
-    truth.dataset = {"images": pictures, "categories": category, "annotations": [
-        {"id": i, "image_id": image, "category_id": 1, "iscrowd": 0, "area": area, "num_keypoints": count,
-         "bbox": _box(points), "keypoints": _flat(points)}
-        for i, ((image, count, area), points) in enumerate(zip(rows, true.double().cpu().numpy()), 1)
-    ]}  # fmt: skip
-    given.dataset = {"images": pictures, "categories": category, "annotations": [
-        {"id": i, "image_id": image, "category_id": 1, "area": area, "bbox": _box(points), "keypoints": _flat(points),
-         "score": float(points[:, 2].mean())}
-        for i, ((image, _, area), points) in enumerate(zip(rows, predicted.double().cpu().numpy()), 1)
-    ]}  # fmt: skip
+    for side, points in ((truth, true), (given, predicted)):
+        side.dataset = {
+            "images": [{"id": image} for image in dict.fromkeys(images)],
+            "categories": [{"id": 1, "name": "instance"}],
+            "annotations": _annotations(points, areas, images),
+        }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth.createIndex(), given.createIndex()
         judge: Any = COCOeval(truth, given, "keypoints")
@@ -121,12 +113,14 @@ def average_precision(
     return {name: 100 * float(judge.stats[i]) for name, i in (("AP", 0), ("AP50", 1), ("AP75", 2), ("AR", 5))}
 
 
-def _flat(points: np.ndarray) -> list[float]:
-    """Points (K, 3) as COCO writes them; a label of any weight is a visible one."""
-    return np.column_stack([points[:, :2], np.where(points[:, 2] > 0, 2, 0)]).ravel().tolist()
-
-
-def _box(points: np.ndarray) -> list[float]:
-    """x, y, width and height of all points."""
-    low, high = points[:, :2].min(0), points[:, :2].max(0)
-    return [*low, *(high - low)]
+def _annotations(points: Tensor, areas: Tensor, images: Sequence[int]) -> list[dict[str, Any]]:
+    """Instances (N, K, 3) as COCO writes labels and results; a point of any weight is a visible one."""
+    found = []
+    for number, (each, area, image) in enumerate(zip(points.double().cpu().numpy(), areas.tolist(), images), 1):
+        low, high, visible = each[:, :2].min(0), each[:, :2].max(0), each[:, 2] > 0
+        found.append({
+            "id": number, "image_id": image, "category_id": 1, "iscrowd": 0, "area": area,
+            "bbox": [*low, *(high - low)], "num_keypoints": int(visible.sum()), "score": float(each[:, 2].mean()),
+            "keypoints": np.column_stack([each[:, :2], 2 * visible]).ravel().tolist(),
+        })  # fmt: skip
+    return found

@@ -91,6 +91,11 @@ def test_a_method_has_a_recipe_and_a_test(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_method_says_what_it_is_for(name: str) -> None:
+    assert methods.get(name).tasks and set(methods.get(name).tasks) <= {"classify", "pose"}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_card_is_complete(name: str) -> None:
     card = methods.card(name)
     assert card.splitlines()[0].endswith(".") and len(card.splitlines()[0]) <= 120

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from okdc.cohort import CohortOutput
+from okdc.anatomy import Anatomy, Cut
+from okdc.anatomy.calls import Call
+from okdc.anatomy.stages import Stage
+from okdc.cohort import Branch, CohortOutput
 from okdc.errors import RecipeError
 from okdc.losses import rampup
 from okdc.methods.okdhp import FeatureAggregation, Okdhp, fuse
@@ -107,7 +110,8 @@ def test_what_a_step_of_it_is_made_of() -> None:
     points[0, :, 2] = 0
     okdhp.eval()
     out, parts = okdhp.cohort(images), okdhp(images, points)
-    targets, weights = heatmaps.render(points, (8, 6), 4.0), heatmaps.weights(points, (8, 6), 4.0)
+    targets = heatmaps.render(points, (8, 6), 4.0, sigma=1.5)
+    weights = heatmaps.weights(points, (8, 6), 4.0, sigma=1.5)
     fused = okdhp.ensemble(out)
     torch.testing.assert_close(parts["mse/ensemble"], 2 * heatmaps.mse(fused, targets, weights))
     torch.testing.assert_close(parts["mse/branch2"], heatmaps.mse(out.logits[2], targets, weights))
@@ -140,3 +144,31 @@ def test_a_classifier_is_refused() -> None:
     logits = CohortOutput((torch.zeros(2, 5),) * 3, shared=torch.zeros(2, 8, 4, 4))
     with pytest.raises(RecipeError, match="--method one"):
         method().losses(logits, torch.zeros(2, dtype=torch.int64))
+
+
+def anatomy(head: float) -> Anatomy:
+    """A backbone of two stages, and a head with this share of the FLOPs."""
+    stages = tuple(
+        Stage(size, f"features.{i}", f"features.{i - 1}", f"features.{i}", ((f"features.{i}.0",),), 1, 10 * i)
+        for i, size in ((1, 64), (2, 16))
+    )
+    ends = {"features.0": 1, "features.1.0": 9, "features.1": 10, "features.2.0": 19, "features.2": 20, "features": 21}
+    calls = tuple(Call(name, "", False, end - 1, end, 0, 0, (), ((),), False, False) for name, end in ends.items())
+    after = {"features.0": 0.9, "features.1": 0.5, "features.2": head, "features": head}
+    cuts = tuple(Cut(name, (8, 4, 4), share, share) for name, share in after.items())
+    return Anatomy("Pose", (3, 32, 32), 5, 1, 1, calls, stages=stages, cuts=cuts)
+
+
+def test_the_whole_backbone_is_shared_unless_asked() -> None:
+    assert Okdhp.plan(anatomy(0.2)) == [Branch("features", ())] * 2
+    assert Okdhp.plan(anatomy(0.2), private_stages=1) == [Branch("features.1", (0,))] * 2
+    assert Okdhp.plan(anatomy(0.2), cut="features.0", members=2) == [Branch("features.0", (0, 0))]
+    assert Okdhp.plan(anatomy(0.01)) == [Branch("features.1", (0,))] * 2  # what is left is no head
+
+
+def test_unbalanced_branches_grow_at_their_end() -> None:
+    grown = Okdhp.plan(anatomy(0.2), private_stages=1, extra_blocks=2)
+    assert grown == [Branch("features.1", (2,)), Branch("features.1", (4,))]
+    assert Okdhp.depth(2, 3, 2) == (0, 0, 4)
+    with pytest.raises(RecipeError, match=r"no block to repeat.*--private-stages 1"):
+        Okdhp.plan(anatomy(0.2), extra_blocks=2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from okdc.tasks import heatmaps
+from okdc.data import affine, keypoints
+from okdc.tasks import heatmaps, skeleton
 from tests.methods.golden import assert_same, load
 
 SIZE, INPUT = (24, 18), (96, 72)
@@ -120,3 +124,12 @@ def test_losses_are_full_precision() -> None:
     assert heatmaps.mse(maps, maps, torch.ones(2, 3)).dtype == torch.float32
     assert heatmaps.kl(maps, maps, torch.ones(2, 3)).dtype == torch.float32
     assert heatmaps.decode(maps, 4.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("module", [affine, heatmaps, keypoints, skeleton], ids=lambda module: module.__name__)
+def test_examples_say_what_they_give(module: ModuleType) -> None:
+    said: list[str] = []
+    names = vars(module) | {"torch": torch}
+    found = [each for each in doctest.DocTestFinder().find(module, globs=names) if each.examples]
+    assert found
+    assert [each.name for each in found if doctest.DocTestRunner().run(each, out=said.append).failed] == [], said
