@@ -91,19 +91,23 @@ def average_precision(
 
     Predicted points (N, K, 3) have scores, whose mean is the instance's; `images` (N,) say who is in one picture.
     Boxes are given, so each instance has one prediction, and AP asks how exact points are and how well scores order
-    them. Instances without a labelled point are left out, as pycocotools does.
+    them. Instances without a labelled point are left out, on both sides; NaN where nothing is left.
     """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise DataError("OKS-AP needs pycocotools, which is not installed: pip install 'okdc[pose]'") from error
+    kept = (true[..., 2] > 0).any(1).nonzero().flatten().tolist()
+    if not kept:
+        return dict.fromkeys(("AP", "AP50", "AP75", "AR"), float("nan"))
+    pictures = [images[i] for i in kept]
     truth, given = COCO(), COCO()
     for side, points in ((truth, true), (given, predicted)):
         side.dataset = {
-            "images": [{"id": image} for image in dict.fromkeys(images)],
+            "images": [{"id": image} for image in dict.fromkeys(pictures)],
             "categories": [{"id": 1, "name": "instance"}],
-            "annotations": _annotations(points, areas, images),
+            "annotations": _annotations(points[kept], areas[kept], pictures),
         }
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
         truth.createIndex(), given.createIndex()

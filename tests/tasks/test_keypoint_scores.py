@@ -86,11 +86,14 @@ def test_average_precision_is_that_of_pycocotools() -> None:
     pytest.importorskip("pycocotools", reason="OKS-AP needs pycocotools: pip install 'okdc[pose]'")
     generator = torch.Generator().manual_seed(0)
     true = torch.cat([100 * torch.rand(20, 4, 2, generator=generator), torch.ones(20, 4, 1)], -1)
-    true[0, :, 2] = 0  # without a label: left out
+    true[0] = 0  # without a label: left out, wherever it is found
     true[1, 2:, 2] = 0
     areas, images, sigmas = torch.full((20,), 2500.0), [i // 2 for i in range(20)], (0.05,) * 4
-    right = average_precision(torch.cat([true[..., :2], torch.ones(20, 4, 1)], -1), true, areas, images, sigmas)
+    found = torch.cat([true[..., :2] + (torch.arange(20) == 0)[:, None, None] * 30, torch.ones(20, 4, 1)], -1)
+    right = average_precision(found, true, areas, images, sigmas)
     assert right == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100, "AR": 100})
+    nothing = average_precision(true, true * torch.tensor([1, 1, 0]), areas, images, sigmas)
+    assert all(value != value for value in nothing.values())
     shifted = true.clone()
     shifted[..., 0] += 5  # d^2 = 25 of area 2500 and sigma .05: exp(-25 / (2 * 2500 * .01)) = .61, right at 3 of 10
     assert oks(shifted, true, areas, sigmas)[1:].tolist() == pytest.approx([0.6065] * 19, abs=1e-4)
