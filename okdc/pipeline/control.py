@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from okdc import tasks
 from okdc.errors import RecipeError
 from okdc.pipeline import run_folder
 from okdc.pipeline.compression import compress
@@ -21,6 +22,7 @@ def train_control(recipe: Recipe, output: str | Path, experiment: str | None, re
     """
     if recipe.method["name"] == PLAIN:
         return
+    recipe = replace(recipe, train=replace(recipe.train, eval_metric=tasks.metric(recipe)))  # as its report has it
     folder, _ = run_folder.choose(Path(output), recipe, experiment, resume)
     if run_folder.find_baseline(folder, recipe) is not None:
         return

@@ -45,13 +45,15 @@ class Alarm:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Another one stands where a generator that holds this one was kept by a traceback, and is closed meanwhile.
+        if not self.rings or signal.getsignal(signal.SIGALRM) != self._ring:
+            return
         self.set(0)
-        if self.rings:
-            # None: the handler was not Python's.
-            signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
-            left, again = self.outer
-            if left:  # at once where it should have rung meanwhile
-                signal.setitimer(signal.ITIMER_REAL, max(left + self.began - time.monotonic(), 1e-6), again)
+        # None: the handler was not Python's.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
+        left, again = self.outer
+        if left:  # at once where it should have rung meanwhile
+            signal.setitimer(signal.ITIMER_REAL, max(left + self.began - time.monotonic(), 1e-6), again)
 
     def set(self, seconds: float) -> None:
         """Ring in so many seconds from now; 0 is never."""

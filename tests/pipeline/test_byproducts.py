@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import okdc
-from okdc import pipeline
+from okdc import pipeline, tasks
 from okdc.cli import tables
 from okdc.data import wrap
 from okdc.pipeline import byproducts
@@ -72,7 +72,9 @@ def test_one_that_fails_costs_the_others_nothing(tmp_path: Path) -> None:
     loaders = DataLoaders()
     data = wrap(loaders.train, loaders.validation, num_classes=4)
     networks: dict[str, nn.Module] = {"broken": Unexportable().eval(), "whole": Tiny().eval(), "other": Tiny(3).eval()}
-    rows = byproducts.export(networks, None, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"})
+    rows = byproducts.export(
+        networks, None, data, ExportSettings(batch_sizes=[1]), tmp_path, {"title": "run"}, tasks.get()
+    )
     found = {row["name"]: row for row in rows}
     assert [row["name"] for row in rows] == list(networks)
     assert found["whole"]["verdict"] != "fail" and (tmp_path / "byproducts" / "whole" / "model.onnx").is_file()
