@@ -7,20 +7,12 @@ from typing import Any
 
 import click
 
-from okdc.cli import early, flags
+from okdc.cli import flags
 from okdc.cli.group import main
 
 
 @main.command(cls=flags.GroupedCommand, timm=True, short_help="See whether a method helps your network on your data.")
-@click.option(
-    "--recipe",
-    "-c",
-    "--config",
-    "recipe",
-    metavar="NAME|FILE",
-    help="Start from this recipe.",
-    shell_complete=early.complete_recipe,
-)
+@flags.recipe_option("recipe")
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )

@@ -130,6 +130,14 @@ def _further(param: click.Parameter) -> str | None:
     return _NUMBER if isinstance(param.type, CommaList) and param.type.element is not click.STRING else None
 
 
+def recipe_option(argument: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a command with --recipe, its argument called so."""
+    return click.option(
+        "--recipe", "-c", "--config", argument, metavar="NAME|FILE", help="Start from this recipe.",
+        shell_complete=early.complete_recipe,
+    )  # fmt: skip
+
+
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a command with --json, its argument `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)

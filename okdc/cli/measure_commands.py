@@ -180,15 +180,7 @@ def _examine_all(
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs, beside plain training.")
-@click.option(
-    "--recipe",
-    "-c",
-    "--config",
-    "recipe_name",
-    metavar="NAME|FILE",
-    help="Start from this recipe.",
-    shell_complete=early.complete_recipe,
-)
+@flags.recipe_option("recipe_name")
 @click.option(
     "--method",
     metavar="NAME",

@@ -24,15 +24,7 @@ if TYPE_CHECKING:
     cls=flags.GroupedCommand, timm=True, short_help="Train your network with helper branches, remove them, export it."
 )
 @click.argument("folder", metavar="[DATA]", required=False)
-@click.option(
-    "--recipe",
-    "-c",
-    "--config",
-    "recipe_name",
-    metavar="NAME|FILE",
-    help="Start from this recipe.",
-    shell_complete=early.complete_recipe,
-)
+@flags.recipe_option("recipe_name")
 @click.option(
     "--preset", type=click.Choice(recipe.PRESETS),
     help="finetune: from pre-trained weights, 20 epochs; scratch: timm's 100. finetune, for your own images, if you "
