@@ -142,14 +142,14 @@ def test_values_are_read_by_their_type() -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--scale 0.5 1.0 /images", {"scale": [0.5, 1.0]}),
-        ("/images --mean .5 .5 .5 --std 0.5,0.5,0.5", {"mean": [0.5] * 3, "std": [0.5] * 3}),
-        ("--decay-milestones 3 4 -j 0 --opt-betas 0.9 1e-1 /images",
+        ("--scale 0.5 1.0 .", {"scale": [0.5, 1.0]}),
+        (". --mean .5 .5 .5 --std 0.5,0.5,0.5", {"mean": [0.5] * 3, "std": [0.5] * 3}),
+        ("--decay-milestones 3 4 -j 0 --opt-betas 0.9 1e-1 .",
          {"decay_milestones": [3, 4], "workers": 0, "opt_betas": [0.9, 0.1]}),
-        ("--model-kwargs depth=2 act=relu /images --opt-kwargs a=1", {"model_kwargs": {"depth": 2, "act": "relu"},
+        ("--model-kwargs depth=2 act=relu . --opt-kwargs a=1", {"model_kwargs": {"depth": 2, "act": "relu"},
          "opt_kwargs": {"a": 1}}),
-        ("--peers resnet18 /images", {"peers": ["resnet18"]}),
-        ("--no-prefetcher /images --fuser nvfuser --pin-mem --dist-bn=reduce --dr 0.2", {"decay_rate": 0.2}),
+        ("--peers resnet18 .", {"peers": ["resnet18"]}),
+        ("--no-prefetcher . --fuser nvfuser --pin-mem --dist-bn=reduce --dr 0.2", {"decay_rate": 0.2}),
     ],
 )  # fmt: skip
 def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any])
         found.update(flags.given(), folder=folder)
 
     result = CliRunner().invoke(command, words.split(), catch_exceptions=False)
-    assert result.exit_code == 0 and found == {**said, "folder": "/images"}, result.output
+    assert result.exit_code == 0 and found == {**said, "folder": "."}, result.output
     notes = [line.split()[0] for line in result.stderr.splitlines()]
     assert notes == [flag for flag in ("--no-prefetcher", "--fuser", "--pin-mem", "--dist-bn") if flag in words]
 
