@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from okdc.errors import DataError
 
@@ -34,6 +34,8 @@ class Alarm:
     A context manager. In any thread but the main one, on Windows, and with `rings` False, it never rings.
     """
 
+    innermost: ClassVar[Alarm | None] = None
+
     def __init__(self, error: BaseException | type[BaseException], rings: bool = True) -> None:
         main = threading.current_thread() is threading.main_thread()
         self.error, self.rings = error, rings and main and hasattr(signal, "setitimer")
@@ -42,13 +44,15 @@ class Alarm:
         if self.rings:
             self.began, self.outer = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, 0)
             self.before = signal.signal(signal.SIGALRM, self._ring)
+            self.around, Alarm.innermost = Alarm.innermost, self
         return self
 
     def __exit__(self, *_: object) -> None:
         # Another one stands where a generator that holds this one was kept by a traceback, and is closed meanwhile.
-        if not self.rings or signal.getsignal(signal.SIGALRM) != self._ring:
+        if not self.rings or Alarm.innermost is not self:
             return
         self.set(0)
+        Alarm.innermost = self.around
         # None: the handler was not Python's.
         signal.signal(signal.SIGALRM, signal.SIG_DFL if self.before is None else self.before)
         left, again = self.outer
