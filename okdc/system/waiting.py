@@ -28,6 +28,9 @@ def worker_died(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
+AGAIN = 2.0  # seconds after which an alarm rings once more, at least
+
+
 class Alarm:
     """Raises `error` in whatever takes longer than it was set to; inside another alarm, that one goes on afterwards.
 
@@ -62,7 +65,9 @@ class Alarm:
     def set(self, seconds: float) -> None:
         """Ring in so many seconds from now; 0 is never."""
         if self.rings:
-            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again: a finalizer may swallow one
+            # Again, as a finalizer may swallow one; but not while the first is still on its way out, which may collect
+            # garbage.
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds and max(seconds, AGAIN))
 
     def _ring(self, *_: Any) -> None:
         raise self.error
