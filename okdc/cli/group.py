@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from okdc import __version__
+from okdc.cli.output import VERBOSE, show
 from okdc.errors import OkdcError
 
 
@@ -37,12 +38,12 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OkdcError as error:
-            if ctx.find_root().meta.get("okdc.verbose"):
+            if ctx.find_root().meta.get(VERBOSE):
                 traceback.print_exc()
-            if getattr(error, "verification", None):
+            if found := getattr(error, "verification", None):
                 from okdc.cli import tables
 
-                tables.show_verification(error.verification)  # type: ignore[attr-defined]
+                show(found, lambda: tables.show_verification(found))
             raise _Failure(error) from error
         except KeyboardInterrupt:
             click.echo("\nokdc: interrupted.", err=True)
