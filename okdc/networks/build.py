@@ -139,8 +139,9 @@ def _from_timm(settings: NetworkSettings, classes: int | None) -> nn.Module:
             drop_path_rate=settings.drop_path,
             **settings.model_kwargs,
         )
-        with download.quick_to_fail() if settings.pretrained or remote else nullcontext():
-            return timm.create_model(pretrained=settings.pretrained, **arguments)
+        fetches = settings.pretrained and settings.checkpoint is None  # all that is fetched would be written over
+        with download.quick_to_fail() if fetches or remote else nullcontext():
+            return timm.create_model(pretrained=fetches, **arguments)
     except Exception as error:
         raise _explained(error, settings) from error
 

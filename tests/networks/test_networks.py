@@ -249,6 +249,14 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch: pytest.Monke
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
+def test_weights_that_a_checkpoint_replaces_are_not_fetched(tmp_path: Path) -> None:
+    """A network without pre-trained weights shows it: to fetch them would be refused."""
+    torch.save(load("resnet20_cifar", 10).state_dict(), tmp_path / "ten.pth")
+    assert load("resnet20_cifar", 10, pretrained=True, checkpoint=str(tmp_path / "ten.pth"))
+    with pytest.raises(NetworkError, match="has no pre-trained weights"):
+        load("resnet20_cifar", 10, pretrained=True)
+
+
 def test_a_hub_that_refuses_answers() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:  # 501 to all
         thread = threading.Thread(target=hub.handle_request)

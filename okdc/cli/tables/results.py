@@ -83,6 +83,7 @@ def show_result(result: Result) -> None:
             console.print(f"{label}: {place}", soft_wrap=True, markup=False)
     if told := words.chance(metrics.get(task.metric), before, images):
         console.print(f"\n{told}", markup=False)
+        console.print(facts.same_rate(folder, result.recipe), soft_wrap=True, markup=False)
     elif (
         found is None
         and result.recipe.method["name"] != "baseline"
@@ -135,7 +136,10 @@ def show_verification(verification: Verification, next_command: str | None = Non
     images = sample["told"] if (sample := verification.get("sample")) else images
     count = verification.get("threads")
     threads = f" with {counted(count, 'thread')}" if count else ""
-    console.print(f"Verified on {images}, {verification.get('device')}{threads}. To agree is to predict {task.same}.")
+    device = str(verification.get("device")).upper()
+    console.print(
+        f"Verified on {images}, on the {device}{threads}. A file agrees with torch where it predicts {task.same}."
+    )
     recommended = verification.get("recommended")
     if recommended:
         console.print(f"Recommended here: [bold]{escape(recommended['file'])}[/], {escape(recommended['why'])}.")
