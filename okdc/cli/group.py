@@ -23,14 +23,15 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        width = max(40, shutil.get_terminal_size().columns - 1)
         who = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
         for line in f"okdc: error{who}: {self.message}".splitlines():
-            hang = " " * (len(line) - len(line.lstrip()) + 2)
-            click.echo(
-                textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False),
-                err=True,
-            )
+            click.echo(_wrapped(line, " " * (len(line) - len(line.lstrip()) + 2)), err=True)
+
+
+def _wrapped(line: str, hang: str) -> str:
+    """A line as wide as the terminal, what goes on below indented by `hang`; no word is broken."""
+    width = max(40, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
 
 
 class _Commands(click.Group):
@@ -45,6 +46,10 @@ class _Commands(click.Group):
 
                 show(found, lambda: tables.show_verification(found))
             raise _Failure(error) from error
+        except click.UsageError as error:
+            told = _wrapped(f"Error: {error.message}", "  ")
+            error.message = told.removeprefix("Error: ")  # type: ignore[misc]
+            raise
         except KeyboardInterrupt:
             click.echo("\nokdc: interrupted.", err=True)
             ctx.exit(130)

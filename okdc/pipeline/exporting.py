@@ -68,6 +68,8 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     refuse_address(bundle, "the bundle")
     folder = Path(bundle)
+    if not folder.exists():
+        raise ExportError(f"{bundle} does not exist: expected a run folder, or the bundle in its export/.")
     run = folder if run_folder.is_run(folder) else folder.parent
     folder = folder / "export" if run == folder else folder
     if run_folder.is_run(run) and not folder.exists():
