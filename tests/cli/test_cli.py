@@ -398,6 +398,37 @@ def test_an_address_is_shown_as_it_was_typed(words: list[str], tmp_path: Path, m
     assert not (tmp_path / "https:").exists()
 
 
+def test_no_figure_of_a_comparison_is_cut_off_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from okdc.cli import tables
+    from okdc.comparing import Comparison
+    from okdc.comparing.gains import Gain, Spread
+    from okdc.comparing.table import Line
+
+    monkeypatch.setenv("COLUMNS", "80")
+    gain, spread = Gain(-11.5, -12.75, -10.25, 3), Spread(71.234, 0.456, 3)
+    line = Line("baseline-16.21x", 1621, 0.1, 16.21, {1: 70.0}, spread, gain, gain, 723456.0)
+    tables.show_comparison(Comparison(Path("runs/c"), "top-1", [line], "Use it.", 360, {}))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    row = next(text for text in shown.splitlines() if text.startswith("baseline"))
+    assert row.split() == [
+        "baseline-16.21x",
+        "71.23",
+        "±",
+        "0.46",
+        "-11.50",
+        "±",
+        "1.25",
+        "-11.50",
+        "±",
+        "1.25",
+        "16.21",
+        "12057.6",
+    ]
+
+
 def test_names_are_completed_without_torch() -> None:
     from okdc import methods
     from okdc.cli import completion

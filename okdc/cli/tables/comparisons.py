@@ -12,8 +12,10 @@ from okdc.errors import counted
 from okdc.report.rendering import plain
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from okdc.comparing import Comparison
-    from okdc.comparing.gains import Gain
+    from okdc.comparing.gains import Gain, Spread
     from okdc.measure.step_cost import Profile
 
 
@@ -25,14 +27,12 @@ def facts_of_comparison(found: Comparison) -> dict[str, Any]:
 
 def show_comparison(found: Comparison) -> None:
     """One line for each arm, the best first, and what to use."""
-    table = page.table("", found.metric, "± sd", "over plain", "equal compute", "compute", "epochs", "time")
+    table = page.table("", f"{found.metric}, %\n± sd", "over\nplain", "at equal\ncompute", "compute", "minutes")
+    _fold_names(table)
     for line in found.lines:
-        spread = line.spread
         table.add_row(
-            escape(line.name), page.percent(spread.mean if spread else None) or "[red]none[/]",
-            f"{spread.deviation:.2f}" if spread and spread.deviation is not None else "",
-            _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}", str(line.epochs),
-            page.time(line.seconds) or "",
+            escape(line.name), _spread(line.spread), _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}",
+            "" if line.seconds is None else f"{line.seconds / 60:.1f}",
         )  # fmt: skip
     console = page.console()
     console.print("\n", table, sep="")
@@ -40,16 +40,28 @@ def show_comparison(found: Comparison) -> None:
         if line.problem:
             console.print(f"[red]{escape(line.name)}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
     console.print(
-        "Gains are in points, with their 95 % interval. Compute is in FLOPs, and that of plain training is 1."
+        "Gains over plain training, for as many epochs and for as much compute, are in points, ± half of their 95 % "
+        "interval. Compute is in FLOPs, and that of plain training is 1. Minutes are those of a run."
     )
     console.print(f"\n[bold]{escape(found.verdict)}[/]")
     page.next_command(f"open {found.path / 'compare.html'}")
 
 
+def _fold_names(table: Table) -> None:
+    """A narrow terminal folds what is in the first column, and cuts no figure off."""
+    table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "[red]none[/]"
+    return f"{spread.mean:.2f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.2f}")
+
+
 def _gained(gain: Gain | None) -> str:
     if gain is None:
         return ""
-    return f"{gain.mean:+.2f}" if gain.low is None else f"{gain.mean:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
+    return f"{gain.mean:+.2f}" + ("" if gain.high is None else f" ± {gain.high - gain.mean:.2f}")
 
 
 def show_benchmark(report: dict[str, Any]) -> None:
@@ -57,6 +69,7 @@ def show_benchmark(report: dict[str, Any]) -> None:
     from okdc.measure import benchmark
 
     table = page.table(*(column for column in benchmark.columns(report) if column != "status"))
+    _fold_names(table)
     for name, status, *cells in benchmark.lines(report):
         if not status.startswith("unavailable"):
             table.add_row(escape(name) if status.startswith("ok") else f"[red]{escape(name)}[/]", *cells)
