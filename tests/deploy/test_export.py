@@ -244,7 +244,11 @@ def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert skipped["tensorrt"] and "raw validation images" in skipped["predict.py"]
     assert verification["verdict"] == "parity_only"
-    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES | {"to_tensorrt.py"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES | {
+        "to_tensorrt.py",
+        "tensorrt_build.py",
+        "tensorrt_engine.py",
+    }
     assert "random inputs" in (tmp_path / "export" / "README.md").read_text()
 
 
