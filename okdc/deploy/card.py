@@ -21,7 +21,7 @@ from okdc.verification.schema import Row, Verification, score
 
 PROGRAM = "model.pt2"
 
-_ASSUMED = " (assumed: nobody said it of the loader that the images came from)"
+_ASSUMED = " (assumed: nobody said it of the images that it was trained on)"
 _FILES = {  # beside those of the export targets
     WEIGHTS: "the weights",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
