@@ -46,6 +46,8 @@ def export(
     if push_to_hub:
         hub.check(push_to_hub)
     is_object = isinstance(source, nn.Module)
+    if not is_object:
+        refuse_address(source, "the network")
     found = None if is_object else _of_run(Path(source), settings)  # type: ignore[arg-type]
     known = found is not None
     found = found or _of_name(type(source).__name__ if is_object else str(source), settings)

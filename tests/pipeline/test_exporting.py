@@ -11,7 +11,7 @@ import timm
 
 import okdc
 from okdc import deploy
-from okdc.errors import DataError, ExportError
+from okdc.errors import DataError, ExportError, OkdcError
 from tests.helpers.networks import Tiny
 
 
@@ -41,6 +41,11 @@ def test_what_is_given_for_it_is_used_and_what_is_assumed_is_marked(
         okdc.export(Tiny(), mean=[0.5], **options)
     with pytest.raises(ExportError, match="digits cannot be prepared for this student: its preprocessing is unknown"):
         okdc.export(Tiny(), data="digits", **options)
+
+
+def test_an_address_is_no_network() -> None:
+    with pytest.raises(OkdcError, match=r"the network https://example\.org/x is an address"):
+        okdc.export("https://example.org/x")
 
 
 def test_what_a_network_of_timms_states_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
