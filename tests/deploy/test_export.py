@@ -461,7 +461,7 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 def test_export_targets_are_found_by_their_file_names() -> None:
     assert set(targets.known()) == {
         "onnx", "onnx_fp16", "onnx_full", "onnx_int8", "onnx_int8_finetuned", "onnx_int8_trt", "tensorrt",
-        "tensorrt_fp16", "tensorrt_int8", "tensorrt_rtx", "torch",
+        "tensorrt_fp16", "tensorrt_int8", "tensorrt_rtx", "tensorrt_rtx_fp16", "tensorrt_rtx_int8", "torch",
     }  # fmt: skip
     assert targets.find("onnx").module is targets.find("onnx").module
     with pytest.raises(ExportError, match="Did you mean onnx"):
