@@ -93,15 +93,15 @@ def _each(values: Any, channels: int) -> Any:
     return np.broadcast_to(np.asarray(values, dtype=np.float32).reshape(-1, 1, 1), (channels, 1, 1))
 
 
-def picture(image: Image.Image) -> str:
-    """A JPEG in base64: large images are made smaller; pixels of small ones are repeated, so that they can be seen."""
+def picture(image: Image.Image, side: int = SIDE) -> str:
+    """A JPEG in base64, its longer side at most `side` pixels; pixels of small images are repeated, to be seen."""
     from PIL import Image
 
     longer = max(image.size)
-    if longer > SIDE:
-        size = (max(1, round(image.width * SIDE / longer)), max(1, round(image.height * SIDE / longer)))
+    if longer > side:
+        size = (max(1, round(image.width * side / longer)), max(1, round(image.height * side / longer)))
         image = image.resize(size, Image.Resampling.LANCZOS)
-    elif (times := SIDE // longer) > 1:
+    elif (times := side // longer) > 1:
         image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
     held = io.BytesIO()
     image.save(held, "JPEG", quality=85)

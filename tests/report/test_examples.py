@@ -18,6 +18,7 @@ import okdc
 from okdc import report, tasks
 from okdc.pipeline import examples
 from okdc.report.examples import SIDE
+from okdc.report.keypoints import drawn
 from tests.report.test_report import control, pages, sample, without_spaces
 
 
@@ -107,3 +108,23 @@ def test_the_curves_of_a_run_and_its_control_are_one_picture(tmp_path: Path) -> 
     report.write(tmp_path, sample(baseline=control()))
     with Image.open(tmp_path / "results.png") as both:
         assert both.convert("RGB").tobytes() != before
+
+
+def test_key_points_are_drawn_where_they_are_and_where_they_should_be(tmp_path: Path) -> None:
+    true = torch.tensor([[[9.5, 9.5, 1.0], [29.5, 19.5, 1], [5, 5, 0]]])
+    predicted = true + torch.tensor([3.0, 4.0, 0.0])
+    image = drawn(Image.new("L", (40, 32)), predicted[0].tolist(), true[0].tolist(), [[0, 1], [1, 2]])
+    assert image.size == (320, 256)  # eight times
+    assert image.getpixel((104, 112)) == (
+        0xE6,
+        0x44,
+        0x3C,
+    )  # the dot of the first: (12.5 + 0.5, 13.5 + 0.5) times eight
+    assert image.getpixel((80 + 2 * 4 - 1, 80)) == (0xE6, 0x44, 0x3C)  # its ring
+    assert image.getpixel((184, 152)) == (255, 255, 255)  # half way of the skeleton's line
+    assert image.getpixel((64, 76)) == (0, 0, 0)  # what has no label is not shown
+    preprocess = {"mean": (0.0,), "std": (1.0,)}
+    rows = report.pictured(torch.zeros(1, 1, 32, 40), predicted, true, [[0, 1]], preprocess)
+    page, _ = pages(tmp_path, sample(pictured=rows))
+    assert "The 2 labelled points are 5.00 pixels of the input off on average." in without_spaces(page.text)
+    assert rows[0]["labelled"] == 2 and [tag for tag, _ in page.tags].count("img") == 1
