@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from okdc import report
+from okdc.errors import OkdcError
 from okdc.pipeline import run_folder
+from okdc.system.saying import say
+from okdc.system.wording import one_line
 from okdc.training import checkpoint
 from okdc.training.machine import Machine
 
@@ -94,7 +97,11 @@ def _control(result: Result) -> nn.Module | None:
     if (run_folder.read_student(folder) or {}).get("classes") != list(result.data.classes):
         return None
     network = copy.deepcopy(result.student)
-    network.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+    try:
+        network.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+    except (RuntimeError, OkdcError) as error:  # a module of the same name that is another, or a damaged file
+        say(f"The report shows no examples of the control, whose weights in {folder} do not fit: {one_line(error)}")
+        return None
     return network
 
 
