@@ -162,6 +162,23 @@ class Task:
         """What the report tells of each output, from a scorer's `counts`, as plain values."""
         raise NotImplementedError
 
+    # What is shown of single images.
+
+    def notable(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which outputs (B, C, ...) are right (B,), and how telling each is (B,) among these, or among the others.
+
+        None: an image is not simply right or wrong.
+        """
+        return None
+
+    def said(self, out: Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
+        """What outputs (C, ...) of one image say, in words, with probabilities, per cent."""
+        raise NotImplementedError
+
+    def truth(self, label: Tensor, names: Sequence[str]) -> list[str]:
+        """What the label of one image says, in words."""
+        raise NotImplementedError
+
     # What goes into a run's folder and its bundle.
 
     def settle(self, outs: Tensor, labels: Tensor) -> None:
