@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
+from okdc.methods.shared.checks import refuse_declared
 from okdc.needs import Needs
 from okdc.tasks.task import Task
 
@@ -24,7 +25,7 @@ class Method(nn.Module):
     members: ClassVar[int] = 2  # default size of the cohort, the target included
     extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
     share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
+    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_maps", "embeddings", "stage_maps" and "shared"
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
     second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
@@ -33,6 +34,10 @@ class Method(nn.Module):
     epoch: Tensor
     epochs: Tensor
     lr: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_declared(cls)
 
     def __init__(self, cohort: Cohort) -> None:
         super().__init__()
@@ -121,8 +126,8 @@ class Method(nn.Module):
         words = {
             "trained teacher": cls.needs_teacher,
             "peer networks": cls.share == "none" and cls.members > 1,
-            "embeddings": "embedding" in cls.taps,
-            "feature maps": "feature_map" in cls.taps or "stages" in cls.taps,
+            "embeddings": "embeddings" in cls.taps,
+            "feature maps": "feature_maps" in cls.taps or "stage_maps" in cls.taps,
             "map at the cut": "shared" in cls.taps,
             "a view per member": needs.views,
             "class-balanced batches": needs.pairs,
