@@ -97,7 +97,8 @@ def test_a_method_of_ones_own_need_not_have_a_card(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     assert methods.card("without_words:Told") == "All learn.\n\nSlowly."
     assert methods.card("without_words:Bare") == "Bare has no docstring."
-    assert methods.card("with_words:Told") == "Everything of it."
+    assert methods.card("with_words:Told") == "All learn.\n\nSlowly."  # a file of two methods
+    assert methods.card("with_words:Bare") == "Everything of it."
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -45,7 +45,7 @@ class Method(nn.Module):
         # Tensors, so that a compiled step is not compiled again every epoch. The loop fills them.
         self.register_buffer("epoch", torch.zeros(()))
         self.register_buffer("epochs", torch.ones(()))
-        self.register_buffer("lr", torch.zeros(()))  # of the first parameter group, in this step
+        self.register_buffer("lr", torch.zeros(()))
 
     @property
     def task(self) -> Task:
@@ -72,6 +72,14 @@ class Method(nn.Module):
     def ensemble(self, out: CohortOutput) -> Tensor:
         """Logits (B, C) of the cohort as a whole; by default the mean of the members' logits."""
         return torch.stack(out.logits).mean(0)
+
+    def begin_epoch(self, epoch: int, of: int) -> None:
+        """Say which epoch begins, from 0, and of how many, which ramps go by.
+
+        okdc's loop does, also where a run goes on within an epoch; a loop of your own has to.
+        """
+        self.epoch.fill_(epoch)
+        self.epochs.fill_(of)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters and their learning rates; by default everything at `lr`."""

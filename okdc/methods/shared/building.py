@@ -1,0 +1,126 @@
+"""A method with the cohort that it asks for, put together around a network, and tried in one step."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from okdc import tasks
+from okdc.anatomy import inspect
+from okdc.cohort import Branch, Cohort
+from okdc.errors import MethodError, RecipeError, nearest
+from okdc.methods.shared import loading
+from okdc.methods.shared.base import Method
+from okdc.methods.shared.checks import refuse_unwritten
+from okdc.methods.shared.trial import try_step
+from okdc.tasks.task import Task
+
+
+def build(
+    network: nn.Module,
+    example: Tensor,
+    method: str | type[Method],
+    *,
+    members: int | None = None,
+    extra_blocks: int | None = None,
+    private_stages: int | None = None,
+    cut: str | None = None,
+    share: str | None = None,
+    peers: Sequence[nn.Module] = (),
+    teacher: nn.Module | None = None,
+    train_labels: Tensor | None = None,
+    pretrained: bool = False,
+    fresh: Callable[[], nn.Module] | None = None,
+    task: str | Task = tasks.DEFAULT,
+    soft_labels: bool = False,
+    **settings: Any,
+) -> Method:
+    """A method around `network`, as okdc trains it: members, taps and gradient rule as its class says, and tried once.
+
+    example: images (B >= 2, C, H, W), on which the branches are proved; where they are, the method is.
+    members, extra_blocks, private_stages, cut, share, peers: other than the class says; see `Method.plan`.
+    teacher, train_labels: a trained network and the labels (N,) of all training images, for a method that takes them.
+    pretrained, fresh, task: as for `Cohort`. soft_labels: labels will be class probabilities, as with mixup.
+    settings: the keywords of the method's constructor.
+
+    The network itself becomes member 0. MethodError for a class that cannot be trained as it is written, RecipeError
+    for settings that it does not have, CutError where the network cannot be shared; the network is then as it was.
+    """
+    name = loading.name_of(method)
+    kind, served = loading.get(name), tasks.get(task) if isinstance(task, str) else task
+    loading.refuse_task(name, served)
+    refuse_unwritten(kind)
+    _refuse_unknown(kind, name, settings)
+    given = _given(kind, teacher, train_labels)
+    apart = kind.members == 1 or bool(peers) or (share or kind.share) == "none"
+    anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=served)
+    wishes: dict[str, Any] = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
+    plan = kind.plan(
+        anatomy, members=members, share=share, peers=peers, **wishes,
+        **{key: value for key, value in settings.items() if key in planned},
+    )  # fmt: skip
+    _refuse_ignored(wishes, plan)
+    cohort = Cohort(
+        network, example, plan, taps=kind.taps, pretrained=pretrained, fresh=fresh,
+        trunk_gradient=kind.trunk_gradient, anatomy=anatomy, task=served,
+    )  # fmt: skip
+    try:
+        built = _made(kind, cohort, given | settings).to(example.device)
+        try_step(built, kind.needs(**settings), soft_labels)
+        return built
+    except BaseException:
+        cohort.strip()
+        raise
+
+
+def _refuse_unknown(kind: type[Method], name: str, settings: dict[str, Any]) -> None:
+    known = list(loading.settings(name).parameters)
+    for key in settings:
+        if key not in known:
+            has = nearest(key, known) or f" It has {', '.join(known) or 'none'}."
+            raise RecipeError(f"{kind.__name__} has no setting {key!r}.{has}")
+
+
+def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:
+    """What okdc itself gives a method: the teacher, and labels where its constructor takes them."""
+    if kind.needs_teacher and teacher is None:
+        raise RecipeError(f"{kind.__name__} needs a trained network: give teacher=NETWORK.")
+    if teacher is not None and not kind.needs_teacher:
+        raise RecipeError(f"{kind.__name__} takes no teacher: leave it out, or say needs_teacher = True in the class.")
+    given: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
+    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
+        given["train_labels"] = train_labels
+    return given
+
+
+def _made(kind: type[Method], cohort: Cohort, settings: dict[str, Any]) -> Method:
+    """The method itself; MethodError for a constructor that does not hand the cohort on."""
+    missing = MethodError(
+        f"the __init__ of {kind.__name__} does not call super().__init__(cohort): write that as its first line."
+    )
+    try:
+        made = kind(cohort, **settings)
+    except AttributeError as error:
+        if ".__init__() call" in str(error):  # torch's words for a module that was not begun
+            raise missing from error
+        raise
+    if "_modules" not in vars(made) or "cohort" not in made._modules:
+        raise missing
+    return made
+
+
+def _refuse_ignored(wishes: dict[str, Any], plan: list[Branch]) -> None:
+    """RecipeError where the method planned its branches without a setting that was given."""
+    ignored = []
+    if not any(branch.cut for branch in plan):
+        ignored += [name for name in ("cut", "private_stages") if wishes[name]]
+    if wishes["extra_blocks"] and not any(any(branch.extra_blocks) for branch in plan):
+        ignored.append("extra_blocks")
+    if ignored:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        why = "are all as deep as the target" if ignored == ["extra_blocks"] else "share nothing with the target"
+        raise RecipeError(f"{flags} has no effect here: the members of this method {why}. Leave it out.")
