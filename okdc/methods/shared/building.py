@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from okdc import tasks
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
-from okdc.errors import MethodError, RecipeError, nearest
+from okdc.errors import MethodError, RecipeError
 from okdc.methods.shared import loading
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.checks import refuse_unwritten
@@ -53,7 +53,7 @@ def build(
     kind, served = loading.get(name), tasks.get(task) if isinstance(task, str) else task
     loading.refuse_task(name, served)
     refuse_unwritten(kind)
-    _refuse_unknown(kind, name, settings)
+    loading.refuse_unknown(name, settings)
     given = _given(kind, teacher, train_labels)
     apart = kind.members == 1 or bool(peers) or (share or kind.share) == "none"
     anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=served)
@@ -75,14 +75,6 @@ def build(
     except BaseException:
         cohort.strip()
         raise
-
-
-def _refuse_unknown(kind: type[Method], name: str, settings: dict[str, Any]) -> None:
-    known = list(loading.settings(name).parameters)
-    for key in settings:
-        if key not in known:
-            has = nearest(key, known) or f" It has {', '.join(known) or 'none'}."
-            raise RecipeError(f"{kind.__name__} has no setting {key!r}.{has}")
 
 
 def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:

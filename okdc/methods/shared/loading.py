@@ -6,6 +6,7 @@ import inspect
 import os
 import pkgutil
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,15 @@ def settings(name: str) -> inspect.Signature:
     signature = inspect.signature(kind.__init__, eval_str=True)
     given = {"self", "cohort", "train_labels", *(["teacher"] if kind.needs_teacher else [])}
     return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in given])
+
+
+def refuse_unknown(name: str, given: Iterable[str]) -> None:
+    """RecipeError for a setting that a method does not have."""
+    known = list(settings(name).parameters)
+    for key in given:
+        if key not in known:
+            has = nearest(key, known) or f" It has {', '.join(known) or 'none'}."
+            raise RecipeError(f"{get(name).__name__} has no setting {key!r}.{has}")
 
 
 def card(name: str) -> str:
