@@ -41,6 +41,29 @@ class Cohort(nn.Module):
     `task` is what the networks are for, by default classification.
     """
 
+    target: nn.Module
+    """Member 0, the object that came in."""
+    branches: nn.ModuleList
+    """The auxiliary members."""
+    anatomy: Anatomy
+    """What is known of the target: its stages, its classifier, `num_classes`, `input_size` (C, H, W)."""
+    taps: tuple[str, ...]
+    """What is looked at beside logits."""
+    widths: tuple[float, ...]
+    """The share of its channels that each member keeps, 1 for the target."""
+    cut: str | None
+    """Where the first branch parts; None where nothing is shared."""
+    costs: tuple[Cost, ...]
+    """What each member costs."""
+    feature_widths: tuple[int, ...]
+    """D of each member's feature map, where these are tapped."""
+    embedding_widths: tuple[int, ...]
+    """D of each member's embedding, where these are tapped."""
+    stage_widths: tuple[tuple[int, ...], ...]
+    """D of the map of each stage of each member, where these are tapped."""
+    shared_width: int
+    """D of what the trunk gives, 0 where that is not tapped."""
+
     def __init__(
         self,
         target: nn.Module,
@@ -66,7 +89,7 @@ class Cohort(nn.Module):
         self._stripped = False
         self._resting: list[nn.Module] = []
         self._names = ("target", *(member_name(i, b.cut is not None) for i, b in enumerate(branches, 1)))
-        self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
+        self.cut = next((b.cut for b in branches if b.cut), None)
         trunks = _trunks(target, self.anatomy, branches)
         proofs = {cut: _copy(target) for cut in trunks}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]

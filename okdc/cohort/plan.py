@@ -47,7 +47,8 @@ class CohortOutput:
     Of a cohort, whatever is not tapped is a CutError when it is looked at.
     """
 
-    logits: tuple[Tensor, ...]  # (B, C)
+    logits: tuple[Tensor, ...]
+    """(B, C), of every member."""
     feature_maps: tuple[Tensor, ...] = ()
     """(B, D, H, W); tokens are (B, D, N, 1)."""
     embeddings: tuple[Tensor, ...] = ()
@@ -62,19 +63,18 @@ class CohortOutput:
 
 @dataclass(frozen=True)
 class Branch:
-    """The plan of one auxiliary member.
-
-    `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
-    are appended to each stage that it has for itself, early to late (or, negative, taken away), `network` another
-    architecture for a peer, `width` the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]),
-    `parent` the member from which it parts, an earlier one: another than the target makes a tree.
-    """
+    """The plan of one auxiliary member."""
 
     cut: str | None = None
+    """The module after which it parts; None: it shares nothing, a peer network."""
     extra_blocks: tuple[int, ...] = ()
+    """How many blocks are appended to each stage that it has for itself, early to late; negative: taken away."""
     network: nn.Module | None = None
+    """Another architecture, for a peer."""
     width: float = 1.0
+    """The share of its channels that it keeps, above 0, at most 1; below 1 it needs okdc[prune]."""
     parent: int = 0
+    """The member from which it parts, an earlier one; another than the target makes a tree."""
 
     @property
     def parting(self) -> str | None:

@@ -20,17 +20,20 @@ CLASSES, LABELS = 4, 64  # of a network by name, and of a training set, for meth
 
 @dataclass(frozen=True)
 class Case:
-    """What is tried: a method, by class or name, around a network, by a function or name, on images of `size` pixels.
-
-    wishes: keywords of `okdc.build` beside the settings, such as members. teacher: makes one, where one is needed.
-    """
+    """What is tried: a method around a network, on noise."""
 
     method: type[Method] | str
+    """Its class, or its name."""
     network: Callable[[], nn.Module] | str = "resnet20_cifar"
+    """A name, or a function that makes it anew each time."""
     size: int = 32
+    """Side of the images, pixels."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Those of the method."""
     wishes: dict[str, Any] = field(default_factory=dict)
+    """Keywords of `okdc.build` beside the settings, such as members."""
     teacher: Callable[[], nn.Module] | None = None
+    """A function that makes one, for a method that needs it; by default another such network."""
 
     @property
     def kind(self) -> type[Method]:

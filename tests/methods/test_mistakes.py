@@ -314,7 +314,7 @@ def test_a_method_is_given_as_its_class(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"expected a name, a file.py:Class, or a subclass of okdc.Method"):
         methods.name_of(Tiny)  # type: ignore[arg-type]
     with pytest.raises(MethodError, match="__init__ of Begun does not call"):  # so it went all the way
-        okdc.compress("resnet20_cifar", data="digits", img_size=16, method=Begun, output=tmp_path, workers=0)
+        okdc.compress("resnet20_cifar", [(IMAGES, torch.arange(2))], method=Begun, output=tmp_path, num_classes=2)
 
 
 def test_settings_and_wishes_of_a_method_built_by_hand_are_checked() -> None:

@@ -22,18 +22,31 @@ class Method(nn.Module):
     A subclass declares what it needs as class attributes, its settings as keywords of `__init__`, and writes `losses`.
     """
 
-    members: ClassVar[int] = 2  # default size of the cohort, the target included
-    extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
-    share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_maps", "embeddings", "stage_maps" and "shared"
-    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
-    second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
-    needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
-    tasks: ClassVar[tuple[str, ...]] = ("classify",)  # what its networks may be for
+    members: ClassVar[int] = 2
+    """How many members there are if nobody says otherwise, the target included."""
+    extra_blocks: ClassVar[int] = 0
+    """How many blocks each branch has more than the one before it, if nobody says otherwise."""
+    share: ClassVar[str] = "trunk"
+    """"trunk": branches on a trunk; "none": whole peer networks."""
+    taps: ClassVar[tuple[str, ...]] = ()
+    """What `losses` looks at beside logits: of "feature_maps", "embeddings", "stage_maps" and "shared"."""
+    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
+    """What the trunk gets of its members' gradients."""
+    second_order: ClassVar[bool] = False
+    """Whether it differentiates the gradients of its networks."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether it needs a trained network, which `__init__` then takes as `teacher`, after the cohort."""
+    tasks: ClassVar[tuple[str, ...]] = ("classify",)
+    """What its networks may be for."""
 
+    cohort: Cohort
+    """The target and its auxiliary members; `cohort.names` is what they are called."""
     epoch: Tensor
+    """(), the epoch that is being trained, from 0 (`begin_epoch`)."""
     epochs: Tensor
+    """(), how many there will be (`begin_epoch`)."""
     lr: Tensor
+    """(), the learning rate of the first parameter group in this step; the loop fills it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

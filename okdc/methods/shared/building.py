@@ -55,26 +55,39 @@ def build(
     refuse_unwritten(kind)
     loading.refuse_unknown(name, settings)
     given = _given(kind, teacher, train_labels)
-    apart = kind.members == 1 or bool(peers) or (share or kind.share) == "none"
-    anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=served)
-    wishes: dict[str, Any] = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}
-    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
-    plan = kind.plan(
-        anatomy, members=members, share=share, peers=peers, **wishes,
-        **{key: value for key, value in settings.items() if key in planned},
-    )  # fmt: skip
-    _refuse_ignored(wishes, plan)
-    cohort = Cohort(
-        network, example, plan, taps=kind.taps, pretrained=pretrained, fresh=fresh,
-        trunk_gradient=kind.trunk_gradient, anatomy=anatomy, task=served,
-    )  # fmt: skip
+    wishes = {"members": members, "share": share, "peers": peers}
+    forms = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}
+    options = {"pretrained": pretrained, "fresh": fresh, "task": served}
+    cohort = _cohort(network, example, kind, wishes, forms, settings, options)
+    strip = cohort.strip
     try:
         built = _made(kind, cohort, given | settings).to(example.device)
+        strip = built.strip
         try_step(built, kind.needs(**settings), soft_labels)
         return built
     except BaseException:
-        cohort.strip()
+        strip()
         raise
+
+
+def _cohort(
+    network: nn.Module,
+    example: Tensor,
+    kind: type[Method],
+    wishes: dict[str, Any],
+    forms: dict[str, Any],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+) -> Cohort:
+    """The members that the class plans, by wishes for how many and by forms of the branches; `options` of `Cohort`."""
+    apart = kind.members == 1 or bool(wishes["peers"]) or (wishes["share"] or kind.share) == "none"
+    anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=options["task"])
+    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
+    plan = kind.plan(anatomy, **wishes, **forms, **{k: v for k, v in settings.items() if k in planned})
+    _refuse_ignored(forms, plan)
+    return Cohort(
+        network, example, plan, taps=kind.taps, trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options
+    )
 
 
 def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:
@@ -105,12 +118,12 @@ def _made(kind: type[Method], cohort: Cohort, settings: dict[str, Any]) -> Metho
     return made
 
 
-def _refuse_ignored(wishes: dict[str, Any], plan: list[Branch]) -> None:
+def _refuse_ignored(forms: dict[str, Any], plan: list[Branch]) -> None:
     """RecipeError where the method planned its branches without a setting that was given."""
     ignored = []
     if not any(branch.cut for branch in plan):
-        ignored += [name for name in ("cut", "private_stages") if wishes[name]]
-    if wishes["extra_blocks"] and not any(any(branch.extra_blocks) for branch in plan):
+        ignored += [name for name in ("cut", "private_stages") if forms[name]]
+    if forms["extra_blocks"] and not any(any(branch.extra_blocks) for branch in plan):
         ignored.append("extra_blocks")
     if ignored:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in ignored)
