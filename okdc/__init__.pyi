@@ -161,7 +161,7 @@ def compare(
     loader: Iterable[Any] | None = ...,
     validation: Iterable[Any] | None = ...,
     *,
-    methods: Sequence[str] = ...,
+    methods: Sequence[str | type[Method]] = ...,
     seeds: int = ...,
     recipe: str | Path | None = ...,
     sets: Sequence[str] = ...,

@@ -76,6 +76,7 @@ COMMANDS = [
     "inspect",
     "profile",
     "methods",
+    "check",
     "recipes",
     "doctor",
 ]

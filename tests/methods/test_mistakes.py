@@ -20,6 +20,7 @@ from okdc.errors import CutError, MethodError, RecipeError
 from okdc.losses import cross_entropy
 from okdc.methods import Method
 from okdc.methods.shared.parts import ramp
+from okdc.pipeline.assemble_cohort import build_method
 from tests.helpers.networks import Tiny
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -231,6 +232,13 @@ def test_losses_that_need_classes_are_refused_where_labels_are_probabilities(cap
         okdc.build(Tiny(), IMAGES, mine, share="none", soft_labels=True)
     with pytest.raises(ZeroDivisionError):  # labels are not to blame
         okdc.build(Tiny(), IMAGES, gives(lambda out, y: 1 / 0), share="none", soft_labels=True)
+    mixed = recipe.Recipe(
+        method={"name": methods.name_of(mine)},
+        cohort=recipe.CohortSettings(share="none"),
+        data=recipe.DataSettings(mixup=0.2),
+    )
+    with pytest.raises(MethodError, match="cannot use labels"):  # as a run with mixup would build it
+        build_method(Tiny(), mixed, (3, 16, 16), 4, named=False)
     compared = gives(lambda out, y: both(out, y) | {"same": out.logits[0].mean() * (y == y[:1]).sum()})
     assert not caplog.messages
     okdc.build(Tiny(), IMAGES, compared, share="none", soft_labels=True)
