@@ -33,7 +33,7 @@ ALLOWED = {
     "methods": "anatomy cohort errors losses needs ranks system tasks",
     "pipeline": "anatomy data deploy errors losses methods needs networks okdc ranks recipe report system tasks "
     "training",
-    "testing": "errors methods needs networks ranks recipe system training",
+    "testing": "anatomy errors methods needs networks ranks recipe system training",
     "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system tasks training "
     "verification",
     "comparing": "data errors measure methods networks pipeline recipe report system tasks",

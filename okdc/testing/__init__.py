@@ -3,7 +3,7 @@
 `check` runs all of it and says what it found (`okdc check METHOD` prints it). `contract` has each demand by itself, for
 a test; `processes` holds two processes against one; `golden` reads numbers that somebody else's code gave.
 
-Imports: `errors`, `methods`, `needs`, `networks`, `ranks`, `recipe`, `system`, `training`.
+Imports: `anatomy`, `errors`, `methods`, `needs`, `networks`, `ranks`, `recipe`, `system`, `training`.
 """
 
 from __future__ import annotations

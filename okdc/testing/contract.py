@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from okdc.anatomy.modes import at_rest, unchanged
 from okdc.methods import Method
 from okdc.testing.case import Case
 
@@ -141,13 +143,16 @@ DEMANDS: dict[str, Callable[[Case], None]] = {
 }
 
 
-def cost(method: Method) -> str:
-    """What a step of it computes beside the network alone, in words."""
-    costs = method.costs()
-    times = sum(each.flops for each in costs) / costs[0].flops
+def cost(case: Case, method: Method) -> str:
+    """What a step of it computes beside the network alone, counted as it runs, in words."""
+    batch = case.batch(method)
+    with unchanged(method), at_rest(method), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        method(*batch)
+    times = counter.get_total_flops() / len(batch[1]) / method.cohort.costs[0].flops
     learning = sum(p.numel() for p in method.parameters() if p.requires_grad)
     alone = sum(p.numel() for p in _learning(method.cohort.target))
-    return f"{times:.2g} times the FLOPs of the network alone, {learning / alone:.2g} times its parameters learn"
+    more = learning / alone
+    return f"{times:.2g} times the FLOPs of the network alone, forward, and {more:.2g} times its parameters learn."
 
 
 def _learning(network: nn.Module) -> list[nn.Parameter]:

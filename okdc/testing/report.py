@@ -81,7 +81,7 @@ def check(
         together = "two processes give what one gives"
         skipped = Row(together, "skipped", f"{reason}.")
         report.rows.append(skipped if reason else _row(together, lambda: two_processes(case)))
-    report.rows.append(Row("cost of a step", "ok", cost(built)))
+    report.rows.append(Row("cost of a step", "ok", cost(case, built)))
     return report
 
 
