@@ -215,7 +215,10 @@ WARNED: dict[str, tuple[type[Method], list[str]]] = {
 @pytest.mark.parametrize("mistake", WARNED)
 def test_what_could_be_meant_is_said(mistake: str, caplog: pytest.LogCaptureFixture) -> None:
     kind, words = WARNED[mistake]
-    okdc.build(Tiny(), IMAGES, kind, share="none")
+    network = Tiny()
+    network.head.weight.grad = torch.ones_like(network.head.weight)
+    okdc.build(network, IMAGES, kind, share="none")
+    assert network.head.weight.grad.eq(1).all() and network.head.bias.grad is None
     assert len(caplog.messages) == len(words), caplog.messages
     for said, expected in zip(caplog.messages, words, strict=True):
         assert re.search(expected, said), said

@@ -114,10 +114,8 @@ def _sizes(kind: type[Method], parts: dict[str, Tensor], classes: int) -> list[s
 def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
     """Members and modules of the method that no loss reaches; MethodError where that is the student."""
     groups = _groups(method)
-    learning = [p for parameters in groups.values() for p in parameters]
     total = torch.stack([value.float() for value in parts.values() if value.requires_grad]).sum()
-    gradients = torch.autograd.grad(total, learning, allow_unused=True)
-    reached = {id(p) for p, gradient in zip(learning, gradients, strict=True) if gradient is not None}
+    reached = _reached(total, [p for parameters in groups.values() for p in parameters])
     idle = [name for name, parameters in groups.items() if parameters and not any(id(p) in reached for p in parameters)]
     kind = type(method).__name__
     if "target" in idle and method.student is method.cohort.target:
@@ -129,6 +127,18 @@ def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
         f"{kind}: no loss reaches {name}, so nothing trains it. Give it one, or freeze it: .requires_grad_(False)."
         for name in idle
     ]
+
+
+def _reached(total: Tensor, learning: list[nn.Parameter]) -> set[int]:
+    """The ids of the parameters that a loss reaches; their gradients are afterwards what they were."""
+    before = [p.grad for p in learning]
+    for parameter in learning:
+        parameter.grad = None
+    total.backward()  # not autograd.grad, which gradient checkpointing may refuse
+    reached = {id(p) for p in learning if p.grad is not None}
+    for parameter, gradient in zip(learning, before, strict=True):
+        parameter.grad = gradient
+    return reached
 
 
 def _groups(method: Method) -> dict[str, list[nn.Parameter]]:
