@@ -92,8 +92,8 @@ def _try_step(case: Case, report: Report) -> Method | None:
     try:
         with _heard(said):
             built = case.build()
-    except OkdcError as error:
-        report.rows.append(Row(demand, "broken", str(error), time.perf_counter() - began))
+    except Exception as error:
+        report.rows.append(Row(demand, "broken", _words(error), time.perf_counter() - began))
         return None
     report.rows.append(Row(demand, "note" if said else "ok", " ".join(said), time.perf_counter() - began))
     return built
@@ -104,12 +104,18 @@ def _row(demand: str, function: Callable[[], None]) -> Row:
     try:
         with _heard([]):
             function()
-    except AssertionError as error:
-        return Row(demand, "broken", f"{first_line(error)}.", time.perf_counter() - began)
-    except Exception as error:  # of the method's own code
-        words = f"{type(error).__name__}: {first_line(error)} ({_place(error)})."
-        return Row(demand, "broken", words, time.perf_counter() - began)
+    except Exception as error:
+        return Row(demand, "broken", _words(error), time.perf_counter() - began)
     return Row(demand, "ok", "", time.perf_counter() - began)
+
+
+def _words(error: Exception) -> str:
+    """What a demand or okdc says, or where the method's own code failed."""
+    if isinstance(error, OkdcError):
+        return str(error)
+    if isinstance(error, AssertionError):
+        return f"{first_line(error)}."
+    return f"{type(error).__name__}: {first_line(error)} ({_place(error)})."
 
 
 def _place(error: BaseException) -> str:

@@ -113,6 +113,15 @@ def test_a_planted_fault_is_found(method: type[Method], broken: str, words: str)
     assert re.search(words, rows[broken].words), rows[broken].words
 
 
+@pytest.mark.parametrize(
+    ("error", "words"), [(ZeroDivisionError, r"division by zero \(.*test_check"), (None, "a dict")]
+)
+def test_what_cannot_be_tried_ends_the_check(error: type[Exception] | None, words: str) -> None:
+    kind = type("Failing", (Sound,), {"losses": lambda self, out, labels: 1 / 0 if error else out.logits[0].mean()})
+    (row,) = verdicts(kind).values()
+    assert row.verdict == "broken" and re.search(words, row.words), row.words
+
+
 @pytest.mark.ddp
 def test_two_processes_find_what_is_not_gathered() -> None:
     testing.two_processes(Case(Sound, NETWORK, 16))
