@@ -72,6 +72,7 @@ class Okddip(Method):
         self.mix = mix
         self.detach = detach
         self.loss = loss
+        self.compares = loss != "ce"
         self.eps = eps
         self.attention = Attention(_common_width(cohort), factor)
 

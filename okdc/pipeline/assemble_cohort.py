@@ -51,6 +51,8 @@ def build_method(
     """
     kind, task = methods.get(recipe.method["name"]), tasks.get(recipe.network.task)
     refuse_task(recipe.method["name"], task)
+    if task.distances:
+        task.compare_by(recipe.train.distance, recipe.train.distance_kwargs)
     cohort, network = recipe.cohort, recipe.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
@@ -80,7 +82,11 @@ def build_method(
         anatomy=anatomy, task=task,
     )  # fmt: skip
     try:
-        return kind(built, **given, **_settings(recipe)).to(first.device)
+        method = kind(built, **given, **_settings(recipe)).to(first.device)
+        if not (method.compares or task.compares_as_usual):
+            name = f"--distance {recipe.train.distance}"
+            raise RecipeError(f"{name}: {recipe.method['name']} compares no outputs as it is set. Leave it out.")
+        return method
     except BaseException:
         built.strip()
         raise

@@ -28,6 +28,7 @@ class Method(nn.Module):
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
     second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
     needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
+    compares: bool = True  # outputs of networks with one another, by `task.distance`: what --distance acts on
     tasks: ClassVar[tuple[str, ...]] = ("classify",)  # what its networks may be for
 
     epoch: Tensor
