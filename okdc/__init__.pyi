@@ -7,11 +7,14 @@ from typing import Any, Literal
 from torch import nn
 
 from okdc.anatomy import Anatomy as Anatomy
+from okdc.cohort import Branch as Branch
 from okdc.cohort import Cohort as Cohort
 from okdc.cohort import CohortOutput as CohortOutput
 from okdc.comparing import Comparison as Comparison
 from okdc.errors import OkdcError as OkdcError
 from okdc.methods import Method as Method
+from okdc.methods import build as build
+from okdc.needs import Needs as Needs
 from okdc.pipeline import Result as Result
 from okdc.pipeline import inspect as inspect
 from okdc.recipe import Recipe as Recipe
@@ -26,7 +29,7 @@ def compress(
     *,
     recipe: Recipe | str | Path | None = ...,
     preset: str | None = ...,
-    method: str | None = ...,
+    method: str | type[Method] | None = ...,
     output: str | Path = ...,
     experiment: str | None = ...,
     resume: str | None = ...,

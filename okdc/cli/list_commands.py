@@ -1,4 +1,4 @@
-"""methods, recipes, doctor: what there is to choose from, and to use."""
+"""methods, check, recipes, doctor: what there is to choose from and to use, and whether a method is sound."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 
 from okdc import recipe
-from okdc.cli import early
+from okdc.cli import early, flags
 from okdc.cli.group import main
 from okdc.errors import RecipeError
 
@@ -33,6 +34,37 @@ def methods(name: str | None) -> None:
         click.echo(f"\n{tables.settings_of(name)}")
     else:
         tables.show_methods()
+
+
+@main.command(short_help="Try what every method has to do on one of your own.")
+@click.argument("method", metavar="FILE.py:CLASS|NAME", shell_complete=early.complete_method)
+@click.option("--model", metavar="NAME", default="resnet20_cifar", show_default=True, help="Around this network.")
+@click.option("--img-size", type=click.IntRange(1), default=32, show_default=True, help="Side of the images, pixels.")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--processes/--no-processes", default=True, help="Hold two processes against one, too.  [on]")
+@flags.json_option
+def check(
+    method: str,
+    model: str,
+    img_size: int,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    processes: bool,
+    as_json: bool,
+) -> None:
+    """Try what every method has to do, on noise: who learns, exact resume, strip, two processes, what it costs.
+
+    It takes a minute or less. The exit code is 1 where something is broken.
+
+    \b
+    okdc check my_file.py:MyMethod
+    okdc check my_package.my_module:MyMethod --model resnet18 --img-size 64
+    """
+    from okdc import testing
+
+    report = testing.check(method, model, size=img_size, processes=processes, **dict(method_kwargs))
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if not report.ok:
+        click.get_current_context().exit(1)
 
 
 @main.command()

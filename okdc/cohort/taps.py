@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,13 +12,25 @@ from okdc.anatomy import Anatomy
 from okdc.anatomy.shapes import layout
 from okdc.cohort.plan import member_name
 from okdc.cohort.replay import Tap, Tape, as_map
-from okdc.errors import CutError
+from okdc.errors import CutError, MethodError, nearest
+
+NAMES = ("feature_maps", "embeddings", "stage_maps", "shared")
+
+
+def checked(taps: Sequence[str]) -> tuple[str, ...]:
+    """Taps by name; MethodError for a string, which would be its letters, and for what there is not."""
+    if isinstance(taps, str):
+        raise MethodError(f"taps is the string {taps!r}; expected a tuple, even of one: taps = ({taps!r},).")
+    for name in taps:
+        if name not in NAMES:
+            raise MethodError(f"taps has {name!r}.{nearest(str(name), NAMES)} There are {', '.join(NAMES)}.")
+    return tuple(taps)
 
 
 class Taps:
     """Which layers of the members are looked at, and what they gave in this pass.
 
-    `kinds` are among feature_map, embedding, stages and shared. `cut` is that of the first branch, None where nothing
+    `kinds` are some of NAMES. `cut` is that of the first branch, None where nothing
     is shared. CutError where the method looks at what is shared and that is nothing, or neither map nor tokens.
     """
 
@@ -33,11 +46,11 @@ class Taps:
         CutError for one that is not called in all `ways`, the passes in training mode that were watched.
         """
         places: list[tuple[str, str, str]] = []
-        if "feature_map" in self.kinds:
+        if "feature_maps" in self.kinds:
             places.append(("feature_map", anatomy.feature_map, anatomy.layout))
-        if "embedding" in self.kinds:
+        if "embeddings" in self.kinds:
             places.append(("embedding", anatomy.classifier, anatomy.layout))
-        if "stages" in self.kinds:
+        if "stage_maps" in self.kinds:
             outputs = _stage_outputs(anatomy, cut)
             self.stages.append(len(outputs))
             places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
@@ -47,20 +60,23 @@ class Taps:
         self.members += 1
         return [(name, Tap(self.tape, kind, self.members - 1, where)) for kind, name, where in places]
 
-    def feature_maps(self) -> tuple[Tensor, ...]:
-        return self._of_all("feature_map")
-
-    def embeddings(self) -> tuple[Tensor, ...]:
-        return self._of_all("embedding")
-
-    def stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages))
-
-    def shared(self) -> Tensor | None:
-        return as_map(self.tape.outputs[self.cut][0], self.shared_layout) if self.cut and self.shared_layout else None
+    def found(self, alone: bool) -> dict[str, Any]:
+        """What the kinds gave in this pass, by name; nothing is shared where each member ran the trunk `alone`."""
+        found: dict[str, Any] = {}
+        if "feature_maps" in self.kinds:
+            found["feature_maps"] = self._of_all("feature_map")
+        if "embeddings" in self.kinds:
+            found["embeddings"] = self._of_all("embedding")
+        if "stage_maps" in self.kinds:
+            found["stage_maps"] = tuple(
+                tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages)
+            )
+        if self.cut and self.shared_layout and not alone:
+            found["shared"] = as_map(self.tape.outputs[self.cut][0], self.shared_layout)
+        return found
 
     def _of_all(self, kind: str) -> tuple[Tensor, ...]:
-        return tuple(self._look(kind, i) for i in range(self.members)) if kind in self.kinds else ()
+        return tuple(self._look(kind, i) for i in range(self.members))
 
     def _look(self, kind: str, member: int) -> Tensor:
         if (kind, member) not in self.tape.tapped:

@@ -49,7 +49,6 @@ class Clilr(Method):
     ) -> None:
         super().__init__(cohort)
         self.variant = variant
-        self.compares = variant in ("half_kl", "ramped_kl")
         self.ramped = variant == "ramped_kl"  # the one that uses rampup_epochs and eps, and has no beta
         self.temperature = temperature or (3.0 if self.ramped else 2.0)
         self.beta = beta

@@ -33,7 +33,7 @@ class Mcl(Method):
     """Mutual Contrastive Learning on the last embedding: within the batch, or with `memory` against a memory bank."""
 
     share = "none"
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,

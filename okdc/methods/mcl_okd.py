@@ -37,7 +37,7 @@ class MclOkd(Method):
     """Multi-view Contrastive Learning: each member's embeddings are held against the others' memory of all images."""
 
     members = 4
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,

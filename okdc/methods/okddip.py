@@ -47,7 +47,7 @@ class Okddip(Method):
     """Online Knowledge Distillation with Diverse Peers: member 0 is the leader, which ships, the others are peers."""
 
     members = 4
-    taps = ("embedding",)
+    taps = ("embeddings",)
     tasks = ("classify", "multilabel")
 
     def __init__(
@@ -72,7 +72,6 @@ class Okddip(Method):
         self.mix = mix
         self.detach = detach
         self.loss = loss
-        self.compares = loss != "ce"
         self.eps = eps
         self.attention = Attention(_common_width(cohort), factor)
 

@@ -56,7 +56,7 @@ class Pcl(Method):
     """Peer Collaborative Learning: labels teach all, the ensemble teaches each, and the averages of the others do."""
 
     members = 3
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class Sokd(Method):
 
     members = 1
     needs_teacher = True
-    taps = ("feature_map",)  # looked at where the distance is one of maps
+    taps = ("feature_maps",)  # looked at where the distance is one of maps
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ def _train(
     step = stepper(state, run, stop)
     clock = None
     while not state.is_over(settings):
-        method.epoch.fill_(state.epoch)
+        method.begin_epoch(state.epoch, settings.epochs)
         _begin_epoch(state, data, run, waiting, watch)
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)

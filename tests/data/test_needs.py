@@ -142,7 +142,7 @@ def test_each_member_sees_its_own_view(network: type[torch.nn.Module]) -> None:
     target, example = network(), torch.randn(2, 3, 32, 32)
     cut = {"Tiny": "early", "Depthwise": "early"}.get(network.__name__)
     anatomy = Cohort(network(), example).anatomy
-    cohort = Cohort(target, example, [Branch(cut or anatomy.cut(1))] * 2, taps=("embedding",))
+    cohort = Cohort(target, example, [Branch(cut or anatomy.cut(1))] * 2, taps=("embeddings",))
     views = torch.randn(3, 8, 3, 32, 32)
     cohort.eval()
     out = cohort(views)

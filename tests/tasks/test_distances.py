@@ -139,7 +139,7 @@ def test_the_usual_distance_is_untouched() -> None:
     ("method", "settings", "told"),
     [
         ("baseline", {"distance": "dkd"}, "--distance dkd: baseline compares no outputs as it is set"),
-        ("clilr", {"distance": "dkd"}, "--distance dkd: clilr compares no outputs as it is set"),
+        ("clilr", {"distance": "dkd"}, "--distance dkd: with these settings the method has a cross-entropy"),
         ("one", {"distance": "dkd", "distance_kwargs": {"gamma": 1}}, "no such setting; expected alpha or beta"),
         ("one", {"distance_kwargs": {"alpha": 1}}, "--distance kl has no such setting; it has none"),
         ("one", {"distance": "dist", "distance_kwargs": {"beta": -1}}, "beta=-1: expected a number of 0 or more"),
