@@ -61,6 +61,8 @@ class Cohort(nn.Module):
     """D of each member's embedding, where these are tapped."""
     stage_widths: tuple[tuple[int, ...], ...]
     """D of the map of each stage of each member, where these are tapped."""
+    exit_shapes: tuple[tuple[int, ...], ...]
+    """(D, H, W) of each map at which the target could be left early, where these are tapped."""
     shared_width: int
     """D of what the trunk gives, 0 where that is not tapped."""
 
@@ -79,7 +81,7 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.target, self.task = target, task or tasks.get()
-        needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
+        needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 or b.outputs for b in branches)
         self.anatomy = _known(anatomy, target, example, needs_parts, self.task)
         self.taps = checked(taps)
         self.pretrained = pretrained
@@ -248,6 +250,7 @@ class Cohort(nn.Module):
             self.feature_widths = tuple(x.shape[1] for x in found.get("feature_maps", ()))
             self.embedding_widths = tuple(x.shape[1] for x in found.get("embeddings", ()))
             self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in found.get("stage_maps", ()))
+            self.exit_shapes = tuple(tuple(x.shape[1:]) for x in found.get("exit_maps", ()))
             self.shared_width = found["shared"].shape[1] if "shared" in found else 0
             self.tape.clear()
         grown, cuts = ["", *self.grown], [None, *(b.parting for b in branches)]

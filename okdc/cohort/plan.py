@@ -37,7 +37,9 @@ class Untapped:
 
 
 # Passed by name, not defaults of the fields, which a compiled step could not make.
-UNTAPPED: dict[str, Any] = {name: Untapped(name) for name in ("feature_maps", "embeddings", "shared", "stage_maps")}
+UNTAPPED: dict[str, Any] = {
+    name: Untapped(name) for name in ("feature_maps", "embeddings", "shared", "stage_maps", "exit_maps")
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class CohortOutput:
     """(B, C), a constant, of a network outside the cohort; None where there is none."""
     stage_maps: tuple[tuple[Tensor, ...], ...] = ()
     """Of each member, its stages' outputs after the cut, as maps above."""
+    exit_maps: tuple[Tensor, ...] = ()
+    """Of the target, what its modules gave after which it could be left early (`Anatomy.exits`), as maps above."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Branch:
     """Another architecture, for a peer."""
     width: float = 1.0
     """The share of its channels that it keeps, above 0, at most 1; below 1 it needs okdc[prune]."""
+    outputs: int = 0
+    """How many outputs its classifier has, where that is another number than the target's; 0: as many."""
     parent: int = 0
     """The member from which it parts, an earlier one; another than the target makes a tree."""
 

@@ -14,7 +14,7 @@ from okdc.cohort.plan import member_name
 from okdc.cohort.replay import Tap, Tape, as_map
 from okdc.errors import CutError, MethodError, nearest
 
-NAMES = ("feature_maps", "embeddings", "stage_maps", "shared")
+NAMES = ("feature_maps", "embeddings", "stage_maps", "exit_maps", "shared")
 
 
 def checked(taps: Sequence[str]) -> tuple[str, ...]:
@@ -38,6 +38,7 @@ class Taps:
         self.kinds, self.tape, self.cut = tuple(kinds), tape, cut
         self.shared_layout = _layout_at_cut(target, tape, cut) if "shared" in kinds else None
         self.stages: list[int] = []  # how many of each member
+        self.exits: list[tuple[str, str]] = []  # of the target
         self.members = 0
 
     def of_next(self, anatomy: Anatomy, cut: str | None, ways: Sequence[Counter[str]]) -> list[tuple[str, Tap]]:
@@ -54,6 +55,9 @@ class Taps:
             outputs = _stage_outputs(anatomy, cut)
             self.stages.append(len(outputs))
             places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
+        if "exit_maps" in self.kinds and not self.members:
+            self.exits = _exit_outputs(anatomy)
+            places += [(f"exit{s}", name, where) for s, (name, where) in enumerate(self.exits)]
         for _, name, _ in places:
             if not all(way[name] for way in ways):
                 raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
@@ -71,6 +75,8 @@ class Taps:
             found["stage_maps"] = tuple(
                 tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages)
             )
+        if "exit_maps" in self.kinds:
+            found["exit_maps"] = tuple(self._look(f"exit{s}", 0) for s in range(len(self.exits)))
         if self.cut and self.shared_layout and not alone:
             found["shared"] = as_map(self.tape.outputs[self.cut][0], self.shared_layout)
         return found
@@ -114,3 +120,15 @@ def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
     aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
     ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
     return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
+
+
+def _exit_outputs(anatomy: Anatomy) -> list[tuple[str, str]]:
+    """The modules after which the network could be left early, and the layouts of their outputs; CutError for none."""
+    aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
+    names = anatomy.exits()
+    if not names:
+        raise CutError(
+            f"this method looks at {anatomy.name} before its end, and there is no place between its stages or blocks. "
+            "Choose a method that looks at logits alone, such as --method dml."
+        )
+    return [(name, layout(anatomy.find_cut(name).shape, aspect)) for name in names]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, memory_scores, nce
+from okdc.losses import cross_entropy, memory_scores, nce
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank
 from okdc.needs import Needs
@@ -99,7 +99,7 @@ class MclOkd(Method):
         names, mean = self.cohort.names, torch.stack(list(logits)).mean(0)
         parts = {f"ce/{name}": self.gamma * cross_entropy(z, labels) for name, z in zip(names, logits, strict=True)}
         for name, z in zip(names if self.distill_all else names[:1], logits):
-            parts[f"kd/{name}"] = self.alpha * kl(z, mean, self.temperature)
+            parts[f"kd/{name}"] = self.alpha * self.task.distance(z, mean, labels, self.temperature)
         found: list[list[Tensor]] = [[] for _ in names]
         for i, memory in enumerate(self.bank.gather(rows)):
             for j, embedding in enumerate(embeddings):

@@ -48,6 +48,8 @@ def build_method(
     """
     name, task = recipe.method["name"], tasks.get(recipe.network.task)
     methods.refuse_task(name, task)
+    if task.distances:
+        task.compare_by(recipe.train.distance, recipe.train.distance_kwargs)
     cohort, network = recipe.cohort, recipe.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
@@ -55,7 +57,7 @@ def build_method(
     maker = replace(network, pretrained=False, checkpoint=None)
     # What is frozen keeps the target's weights, in branches too: they are copies then, redrawn where they learn.
     remade = named and network.model in networks.names() and not recipe.train.freeze
-    return methods.build(
+    method = methods.build(
         target, example, name, members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
         peers=[_peer(peer, network, input_size, classes, task).to(first.device) for peer in cohort.peers],
@@ -64,6 +66,10 @@ def build_method(
         fresh=(lambda: networks.load(maker, classes)) if remade else None, task=task,
         soft_labels=bool(recipe.data.mixup or recipe.data.cutmix or recipe.data.smoothing), **_settings(recipe),
     )  # fmt: skip
+    if not (method.compares or task.compares_as_usual):
+        method.strip()
+        raise RecipeError(f"--distance {recipe.train.distance}: {name} compares no outputs as it is set. Leave it out.")
+    return method
 
 
 def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:

@@ -42,9 +42,10 @@ def birth(case: Case) -> None:
     """Members differ before the first step: alike they would stay alike. The ensemble has the logits' shape."""
     method = case.build().eval()
     out = method.cohort(case.batch(method)[0])
-    for i, mine in enumerate(out.logits):
-        for j, other in enumerate(out.logits[:i]):
-            names = f"{method.cohort.names[j]} and {method.cohort.names[i]}"
+    said = method.said(out)
+    for i, mine in enumerate(said):
+        for j, other in enumerate(said[:i]):
+            names = f"{method.learners[j]} and {method.learners[i]}"
             assert (mine - other).abs().max() > 1e-4, f"{names} say the same at birth, so they would stay the same"
     shape = tuple(method.ensemble(out).shape)
     expected = tuple(out.logits[0].shape)

@@ -200,7 +200,7 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     sums = state.sums
     losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
     task = state.method.task
-    members = [f"{task.metric}/{name}" for name in (*state.method.cohort.names, "ensemble")]
+    members = [f"{task.metric}/{name}" for name in (*state.method.learners, "ensemble")]
     return {
         "epoch": state.epoch,
         "train_loss": sum(losses.values()) if losses else math.nan,

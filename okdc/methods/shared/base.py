@@ -29,13 +29,15 @@ class Method(nn.Module):
     share: ClassVar[str] = "trunk"
     """"trunk": branches on a trunk; "none": whole peer networks."""
     taps: ClassVar[tuple[str, ...]] = ()
-    """What `losses` looks at beside logits: of "feature_maps", "embeddings", "stage_maps" and "shared"."""
+    """What `losses` looks at beside logits: of "feature_maps", "embeddings", "stage_maps", "exit_maps" and "shared"."""
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
     """What the trunk gets of its members' gradients."""
     second_order: ClassVar[bool] = False
     """Whether it differentiates the gradients of its networks."""
     needs_teacher: ClassVar[bool] = False
     """Whether it needs a trained network, which `__init__` then takes as `teacher`, after the cohort."""
+    compares: bool = True
+    """Whether it compares outputs by `task.distance`, which is what --distance acts on; some settings may change it."""
     tasks: ClassVar[tuple[str, ...]] = ("classify",)
     """What its networks may be for."""
 
@@ -83,8 +85,17 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def ensemble(self, out: CohortOutput) -> Tensor:
-        """Logits (B, C) of the cohort as a whole; by default the mean of the members' logits."""
-        return torch.stack(out.logits).mean(0)
+        """Logits (B, C) of the cohort as a whole; by default the mean of what all learners say."""
+        return torch.stack(self.said(out)).mean(0)
+
+    @property
+    def learners(self) -> tuple[str, ...]:
+        """What is scored in each validation beside the student and the ensemble, by name; by default the members."""
+        return self.cohort.names
+
+    def said(self, out: CohortOutput) -> tuple[Tensor, ...]:
+        """Logits (B, C) of each of the `learners`, a head of the method's own among them where it has one."""
+        return out.logits
 
     def begin_epoch(self, epoch: int, of: int) -> None:
         """Say which epoch begins, from 0, and of how many, which ramps go by.
@@ -148,7 +159,7 @@ class Method(nn.Module):
             "trained teacher": cls.needs_teacher,
             "peer networks": cls.share == "none" and cls.members > 1,
             "embeddings": "embeddings" in cls.taps,
-            "feature maps": "feature_maps" in cls.taps or "stage_maps" in cls.taps,
+            "feature maps": bool({"feature_maps", "stage_maps", "exit_maps"} & set(cls.taps)),
             "map at the cut": "shared" in cls.taps,
             "a view per member": needs.views,
             "class-balanced batches": needs.pairs,
