@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from okdc.data.batchwise import FILTERS, Law, mix
+from okdc.data.batchwise import FILTERS, Law
 from okdc.data.images import Images
 from okdc.data.readable import BadImages
 from okdc.data.samples import as_loaded
@@ -28,7 +28,7 @@ from okdc.data.values import BadImage, Batch, log
 from okdc.errors import DataError
 from okdc.ranks import rank
 from okdc.recipe import DataSettings
-from okdc.system.randomness import derive_seed
+from okdc.system.randomness import derive_seed, mix
 from okdc.system.signals import leave_signals
 from okdc.system.waiting import limited
 

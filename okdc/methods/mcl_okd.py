@@ -10,10 +10,10 @@ Differs: The one member that learns from the mean of all, and ships, is your net
     last). Banks are saved, so that a run resumes exactly. Heads take each member's own width. negatives is 256, as the
     authors set it for ResNet and DenseNet; their code's default, which they also set for larger networks, is 16384. As
     in their CIFAR code, an image is drawn once at most, unless the classes have too few others. replacement=true is
-    their ImageNet code, and the cheaper draw where there are very many images.
+    their ImageNet code.
 Costs: Each branch runs the tail (the last two stages) once more, and each member has a linear head. Memory: banks take
     members x N x width x 4 bytes (0.1 GB for CIFAR, 2.6 GB for ImageNet), also in checkpoints. A step takes members x B
-    x (1 + negatives) x width x 4 bytes, and without replacement B x N random numbers.
+    x (1 + negatives) x width x 4 bytes.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from okdc.training.lost_data import data_that_stops
 from okdc.training.machine import Machine, fast_arithmetic
 from okdc.training.parallel import synchronised
 from okdc.training.progress import Display, Row, faster_data, write_summary
-from okdc.training.state import Run, TrainState, build, restore, save
+from okdc.training.restoring import restore
+from okdc.training.state import Run, TrainState, build, save
 from okdc.training.step import Batch, put, stepper
 from okdc.training.watch import Watch
 

@@ -20,12 +20,13 @@ from torchvision.transforms import InterpolationMode
 
 import okdc
 from okdc.data import Data, load, open_source, resident
-from okdc.data.batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
+from okdc.data.batchwise import DRAWS, Law, crop_boxes, resized_crop
 from okdc.data.resident import Decoded, ResidentTraining
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
 from okdc.recipe.strict import parse
+from okdc.system.randomness import mix, uniform
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.errors import RunError
+from okdc.needs import Needs
 from okdc.pipeline.facts import metrics_of
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState, checkpoint
@@ -126,6 +127,26 @@ def test_a_complete_run_is_returned_without_training(tmp_path):
     whole = run(tmp_path)
     again = run(tmp_path, resume=tmp_path / "last.pth.tar", data=tiny_data(crash_at(3, 0)))
     assert_same_run(whole, again, tmp_path, tmp_path)
+
+
+def test_a_run_whose_pairs_an_older_okdc_drew_is_told_that_others_come(tmp_path, capsys, monkeypatch):
+    last = tmp_path / "last.pth.tar"
+
+    def told() -> bool:
+        run(tmp_path, resume=last)
+        return "draws the images that the method compares in another order" in capsys.readouterr().err
+
+    run(tmp_path)
+    payload = checkpoint.load(last)
+    del payload["okdc"]["draws"]
+    checkpoint.save(tmp_path / "old.pth.tar", payload)
+    current = last.read_bytes()
+    last.write_bytes((tmp_path / "old.pth.tar").read_bytes())
+    assert not told()
+    monkeypatch.setattr(Tiny, "needs", classmethod(lambda cls, **settings: Needs(pairs=True)))
+    assert told()
+    last.write_bytes(current)
+    assert not told()
 
 
 def test_a_complete_run_can_be_made_longer(tmp_path):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import sqrt
+from math import ceil, log1p, sqrt
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from okdc.errors import DataError
 from okdc.ranks import drawn_together, gather
+from okdc.system.randomness import uniform
 
 
 class EmbeddingHead(nn.Module):
@@ -159,7 +160,10 @@ class Bank(nn.Module):
         spread = 1 / sqrt(width / 3)
         self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
         counts = labels.bincount()
-        self.replacement = replacement or negatives > len(labels) - int(counts.max())
+        others = len(labels) - int(counts.max())
+        self.replacement = replacement or negatives > others
+        self.most = not self.replacement and 2 * negatives > others  # nearly all others are drawn for each image
+        self.draws = len(labels) if self.most else negatives if self.replacement else draws_for(negatives, others)
         for name, value in {
             "order": labels.argsort(stable=True), "starts": (counts.cumsum(0) - counts)[labels],
             "counts": counts[labels],
@@ -168,20 +172,25 @@ class Bank(nn.Module):
 
     def draw(self, indices: Tensor) -> Tensor:
         """Of each image (B,): itself, one of its class, and `negatives` of other classes, (B, 2 + negatives)."""
-        return drawn_together(self._draw, indices)
-
-    def _draw(self, indices: Tensor) -> Tensor:
+        # Each row's key is drawn for the whole batch of all ranks, its many numbers by its own rank alone.
+        keys = drawn_together(lambda every: torch.randint(2**62, (len(every),), device=every.device), indices)
         start, count = self.starts[indices, None], self.counts[indices, None]
-        alike = self.order[start + self._below(count, 1)]
         others = len(self.order) - count
-        if self.replacement:
-            place = self._below(others, self.negatives)
-        else:
-            chance = torch.rand(len(indices), len(self.order), device=indices.device)
-            beyond = torch.arange(len(self.order), device=indices.device) >= others
-            place = chance.masked_fill(beyond, -1).topk(self.negatives).indices
+        chance = uniform(keys, 1 + self.draws)
+        alike = self.order[start + (chance[:, :1] * count).long()]
+        place = self._places(chance[:, 1:], others)
         # Places are counted over the images of the class itself.
         return torch.cat([indices[:, None], alike, self.order[place + (place >= start) * count]], 1)
+
+    def _places(self, chance: Tensor, others: Tensor) -> Tensor:
+        """`negatives` numbers below each of `others` (B, 1)."""
+        if self.most:
+            beyond = torch.arange(self.draws, device=chance.device) >= others
+            return chance.masked_fill(beyond, -1).topk(self.negatives).indices
+        place = (chance * others).long()
+        if self.replacement:
+            return place
+        return place.gather(1, doubled(place).sort(dim=1, stable=True).indices[:, : self.negatives])
 
     def gather(self, drawn: Tensor) -> list[Tensor]:
         """The rows of images (B, K) in each network's bank, M times (B, K, d)."""
@@ -198,6 +207,15 @@ class Bank(nn.Module):
             moved = F.normalize(self.momentum * old + (1 - self.momentum) * new[last])
             rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old)
 
-    @staticmethod
-    def _below(limit: Tensor, draws: int) -> Tensor:
-        return torch.randint(2**62, (len(limit), draws), device=limit.device) % limit
+
+def doubled(numbers: Tensor) -> Tensor:
+    """Which of the numbers (B, n) stands further to the left in its row already, as 0 and 1."""
+    ordered, at = numbers.sort(dim=1, stable=True)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)).to(torch.uint8)
+    return torch.empty_like(again).scatter(1, at, again)
+
+
+def draws_for(distinct: int, population: int) -> int:
+    """How many draws from a population give so many distinct ones; that they do not has a chance below 1e-12."""
+    expected = -population * log1p(-distinct / population)
+    return ceil(expected + 10 * sqrt(max(0, expected - distinct)) + 16)
