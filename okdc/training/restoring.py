@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from okdc.errors import RunError
 from okdc.ranks import world
@@ -68,6 +69,7 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
     except (KeyError, ValueError) as error:
         raise RunError(f"the optimizer state of {path} does not fit: {error}. {ways_out}") from error
     lay_out(state.optimizer)
+    _copy_kept(saved)
     state.method.load_state_dict(saved["method"])
     if state.scaler.is_enabled() and "amp_scaler" in payload:  # not when a run moves to a device without bfloat16
         state.scaler.load_state_dict(payload["amp_scaler"])
@@ -76,6 +78,14 @@ def _put_back(state: TrainState, payload: dict[str, Any], path: Path, run: Run, 
     for name, value in saved["run"].items():
         setattr(state, name, value)
     _rename_peers(state)
+
+
+def _copy_kept(saved: dict[str, Any]) -> None:
+    """Copies in the place of what is mapped from the file and would be kept as it is."""
+    saved["run"] = tree_map_only(torch.Tensor, torch.clone, saved["run"])
+    for name, value in saved["method"].items():
+        if name.endswith("_extra_state"):
+            saved["method"][name] = tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def _rename_peers(state: TrainState) -> None:
@@ -140,7 +150,7 @@ def _lost_best(run: Run) -> str:
     if not best.is_file():
         return f"{best.name} is gone"
     try:
-        checkpoint.load(best)  # better now than when training is over
+        checkpoint.load(best, mapped=True)  # better now than when training is over
     except checkpoint.UnusableError:
         return f"{best.name} is damaged"
     return ""

@@ -14,7 +14,6 @@ from okdc import tasks
 from okdc.errors import RecipeError
 from okdc.ranks import world
 from okdc.recipe import TrainSettings
-from okdc.system import files
 from okdc.training import checkpoint
 from okdc.training.machine import Machine
 from okdc.training.optimizer import make_optimizer, make_schedule
@@ -143,21 +142,31 @@ def facts(state: TrainState, run: Run) -> dict[str, Any]:
     }  # None where nothing is asked for, as in a checkpoint that is older than the setting
 
 
-def _payload(state: TrainState, run: Run) -> dict[str, Any]:
-    """timm's layout, the state dict being the target's alone; what timm has no place for is under "okdc"."""
+def _student(state: TrainState, run: Run) -> dict[str, Any]:
+    """What ships, in timm's layout, the state dict being the target's alone."""
     payload = {
         "epoch": state.epoch - 1,  # the last one done, as in timm's version 2
         "arch": run.arch,
         "state_dict": state.method.cohort.target.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
         "args": run.recipe,
         "version": 2,
         "metric": state.history[-1][run.metric] if state.history else None,
     }
-    if state.scaler.is_enabled():
-        payload["amp_scaler"] = state.scaler.state_dict()
     if state.student is not state.method.cohort.target:
         payload["state_dict_ema"] = state.student.state_dict()
+    return payload
+
+
+def _best(state: TrainState, run: Run) -> dict[str, Any]:
+    """The student; also the method, where that gives further networks beside it."""
+    return _student(state, run) | ({"method": state.method.state_dict()} if state.method.has_byproducts() else {})
+
+
+def _payload(state: TrainState, run: Run) -> dict[str, Any]:
+    """The student, and all that a run goes on with; what timm has no place for is under "okdc"."""
+    payload = _student(state, run) | {"optimizer": state.optimizer.state_dict()}
+    if state.scaler.is_enabled():
+        payload["amp_scaler"] = state.scaler.state_dict()
     own = {name: getattr(state, name) for name in REMEMBERED}
     payload["okdc"] = {
         "facts": facts(state, run), "steps": run.steps, "devices": world(), "images": run.settings.images_per_step,
@@ -167,11 +176,8 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
 
 
 def save(state: TrainState, run: Run, best: bool = False) -> None:
-    """Write last.pth.tar and, with `best`, model_best.pth.tar, which is the same file."""
-    payload, keep = _payload(state, run), run.settings.checkpoint_hist
-    if not best:
-        checkpoint.save(run.last, payload, keep)
-        return
+    """Write last.pth.tar, from which a run goes on, and with `best` model_best.pth.tar, which holds what ships."""
     # The best first: a run killed between the two resumes from the older last and writes the same best once more.
-    checkpoint.save(run.folder / checkpoint.BEST, payload)
-    files.duplicate(run.folder / checkpoint.BEST, run.last, keep)
+    if best:
+        checkpoint.save(run.folder / checkpoint.BEST, _best(state, run))
+    checkpoint.save(run.last, _payload(state, run), run.settings.checkpoint_hist)

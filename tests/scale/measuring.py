@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -40,14 +41,23 @@ def cost(work: Callable[[], Any], n: int = 3) -> Cost:
 
 
 def _measured(work: Callable[[], Any], n: int) -> tuple[float, float]:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak of resident memory begins anew
-    before, times = _kilobytes("VmRSS"), []
+    before = peak = _megabytes()
+    done, times = threading.Event(), []
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     for _ in range(n):
         start = cpu_seconds()
         work()
         times.append(cpu_seconds() - start)
-    return statistics.median(times), (_kilobytes("VmHWM") - before) / 1024
+    done.set()
+    watcher.join()
+    return statistics.median(times), peak - before
 
 
 def cpu_seconds() -> float:
@@ -56,9 +66,10 @@ def cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _kilobytes(name: str) -> int:
+def _megabytes() -> float:
+    """What the process holds of its own: not what is mapped from files, which the system may take back."""
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name))
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:

@@ -149,6 +149,19 @@ def test_a_run_whose_pairs_an_older_okdc_drew_is_told_that_others_come(tmp_path,
     assert not told()
 
 
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_what_ships_and_what_goes_on_are_two_files_and_none_of_them_stays_open(tmp_path, opt):
+    settings = replace(SETTINGS, opt=opt)
+    run(tmp_path, replace(settings, epochs=2))
+    last, best = (checkpoint.load(tmp_path / name) for name in (checkpoint.LAST, checkpoint.BEST))
+    assert sorted(best) == ["arch", "args", "epoch", "metric", "state_dict", "version"]
+    assert sorted(set(last) - set(best)) == ["okdc", "optimizer"]
+    resumed = run(tmp_path, settings, resume=tmp_path / checkpoint.LAST)
+    if sys.platform == "linux":
+        assert ".pth.tar" not in Path("/proc/self/maps").read_text()
+    assert resumed.epoch == 3
+
+
 def test_a_complete_run_can_be_made_longer(tmp_path):
     run(tmp_path)
     longer = run(tmp_path, replace(SETTINGS, epochs=4), resume=tmp_path / "last.pth.tar")
