@@ -19,6 +19,7 @@ Costs: Each branch runs the tail (the last two stages) once more, and each membe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, memory_scores, nce
+from okdc.losses import all_memory_scores, cross_entropy, kl, nce
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank
 from okdc.needs import Needs
@@ -101,8 +102,8 @@ class MclOkd(Method):
         for name, z in zip(names if self.distill_all else names[:1], logits):
             parts[f"kd/{name}"] = self.alpha * kl(z, mean, self.temperature)
         found: list[list[Tensor]] = [[] for _ in names]
-        for i, memory in enumerate(self.bank.gather(rows)):
-            for j, embedding in enumerate(embeddings):
-                if j != i:
-                    found[j].append(nce(memory_scores(memory, embedding, self.tau), len(self.bank.order)))
+        memories, pairs = self.bank.gather(rows), list(permutations(range(len(names)), 2))
+        scores = all_memory_scores([(memories[i], embeddings[j]) for i, j in pairs], self.tau)
+        for (_, j), each in zip(pairs, scores, strict=True):
+            found[j].append(nce(each, len(self.bank.order)))
         return parts | {f"nce/{name}": self.beta * torch.stack(x).sum() for name, x in zip(names, found, strict=True)}

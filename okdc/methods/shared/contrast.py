@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.errors import DataError
-from okdc.ranks import drawn_together, gather
+from okdc.ranks import drawn_together, gather, rank, world
 from okdc.system.randomness import uniform
 
 
@@ -55,29 +55,49 @@ def mutual_contrast(
     Network i gives embeddings (S_i, B, d). Candidates are the batch, labels (B,) or (B, C), or where given `rows`
     (B, K, d) of each network's bank: own, same class, others. `weights[i, j]` (S_i, S_j, B) are those of the anchors.
     """
-    if rows is None:  # the batch is that of all ranks
-        embeddings, labels = [gather(each, 1) for each in embeddings], gather(labels)
-        weights = weights and {pair: gather(each, 2) for pair, each in weights.items()}
+    if rows is None:
+        batch = _Batch([gather(each, 1) for each in embeddings], labels)
     pairs = []
     with torch.autocast(embeddings[0].device.type, enabled=False):
         for i, j in combinations(range(len(embeddings)), 2):
             a, b = embeddings[i], embeddings[j]
             weight = a.new_ones(len(a), len(b), a.shape[1]) if weights is None else weights[i, j]
             if rows is None:
-                pairs.append(_in_batch(a, b, weight, labels, tau, temperature))
+                pairs.append(_in_batch(a, b, weight, batch, i, j, tau, temperature))
             else:
                 pairs.append(_in_banks(a, b, weight, rows[i], rows[j], tau, temperature))
     return Terms(*(torch.stack(values).sum() for values in zip(*pairs, strict=True)))
 
 
-def _in_batch(a: Tensor, b: Tensor, weight: Tensor, labels: Tensor, tau: float, temperature: float) -> Terms:
-    """Anchors (S, B, d) of two networks against the batch; no image is its own candidate, in the other network too."""
-    labels = labels if labels.dim() == 1 else labels.argmax(1)
-    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positives = others & (labels[:, None] == labels)
-    inter = a[:, None] @ b[None].mT / tau
-    vcl = _both_ways((a @ a.mT / tau)[:, None], (b @ b.mT / tau)[None], positives, others, weight, temperature)
-    icl = _both_ways(inter, inter.mT, positives, others, weight, temperature)
+class _Batch:
+    """The candidates, which are the batch of all ranks: embeddings (S, N, d) of each network, and what of the own
+    anchors (B,) they are; `share` of the whole batch's mean over its anchors is a sum over the own ones.
+    """
+
+    def __init__(self, everyone: list[Tensor], labels: Tensor) -> None:
+        self.everyone = everyone
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
+        every = gather(labels)
+        place = rank() * len(labels) + torch.arange(len(labels), device=labels.device)
+        self.others = torch.arange(len(every), device=labels.device) != place[:, None]  # no image is its own candidate
+        self.positives = self.others & (labels[:, None] == every)
+        ordered = every.sort().values
+        twins = ordered[1:] == ordered[:-1]
+        anchors = (F.pad(twins, (0, 1)) | F.pad(twins, (1, 0))).sum()  # those of all ranks that have a positive
+        self.share = world() / anchors.clamp_min(1)  # over the ranks, losses are averaged
+
+
+def _in_batch(
+    a: Tensor, b: Tensor, weight: Tensor, batch: _Batch, i: int, j: int, tau: float, temperature: float
+) -> Terms:
+    """Own anchors (S, B, d) of networks i and j against the batch, in the other network too."""
+    all_a, all_b = batch.everyone[i], batch.everyone[j]
+    inter = a[:, None] @ all_b[None].mT / tau
+    back = inter.mT if all_b is b else b[None] @ all_a[:, None].mT / tau
+    own = (a @ all_a.mT / tau)[:, None], (b @ all_b.mT / tau)[None]
+    positives, others, share = batch.positives, batch.others, batch.share
+    vcl = _both_ways(*own, positives, others, weight, temperature, share)
+    icl = _both_ways(inter, back, positives, others, weight, temperature, share)
     return Terms(*vcl, *icl)
 
 
@@ -99,24 +119,36 @@ def _in_banks(
 
 
 def _both_ways(
-    first: Tensor, second: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor, temperature: float
+    first: Tensor,
+    second: Tensor,
+    positives: Tensor,
+    candidates: Tensor,
+    weight: Tensor,
+    temperature: float,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    hard = contrast(first, positives, candidates, weight) + contrast(second, positives, candidates, weight)
+    hard = contrast(first, positives, candidates, weight, share) + contrast(
+        second, positives, candidates, weight, share
+    )
     soft = imitation(first, second, weight, temperature) + imitation(second, first, weight, temperature)
     return hard, soft
 
 
-def contrast(logits: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor) -> Tensor:
+def contrast(
+    logits: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor, share: Tensor | None = None
+) -> Tensor:
     """InfoNCE of logits (..., B, K) with masks (B, K) and weights (..., B): mean over positives, then over anchors.
 
-    Anchors without a positive are left out of the mean, which is 0 where there is no other.
+    Anchors without a positive are left out of the mean, which is 0 where there is no other. `share`: what the sum over
+    anchors is multiplied by in place of being divided by their number.
     """
     # A finite floor: a row without a candidate would otherwise have a gradient that is not a number.
     floor = torch.finfo(logits.dtype).min
     log_p = logits - logits.masked_fill(~candidates, floor).logsumexp(-1, keepdim=True)
     count = positives.sum(-1)
     each = -log_p.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
-    return (weight * each).sum() / (count > 0).sum().clamp_min(1)
+    share = 1 / (count > 0).sum().clamp_min(1) if share is None else share
+    return (weight * each).sum() * share
 
 
 def imitation(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
