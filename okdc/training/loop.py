@@ -137,6 +137,7 @@ def _train(
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         batches = waiting.over(watch.over(batches, "training", state))
+        state.late = None
         now = time.perf_counter()
         state.between, clock = now - clock if clock else state.between, now
         waiting.taken()
@@ -189,7 +190,9 @@ def _count(state: TrainState, losses: dict[str, float], group: list[Batch], cloc
     now = time.perf_counter()
     images = world() * sum(len(labels) for _, labels, *_ in group)
     counts: dict[str, float] = {"steps": bool(losses), "skipped": not losses, "images": images}
-    counts |= {"seconds": now - clock, "waited": waiting.taken()}
+    waited = waiting.taken()
+    state.late = waited if state.late is None else state.late
+    counts |= {"seconds": now - clock, "waited": waited}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
         state.sums[name] = state.sums.get(name, 0) + value
     return now

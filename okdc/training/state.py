@@ -53,6 +53,7 @@ class TrainState:
     best_epoch: int | None = None
     confusion: Tensor | None = None  # what the task remembers of that epoch for the report: `Scorer.counts`
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
+    late: float | None = None  # seconds that this process waited for its first batch of the epoch; not saved
     between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
     @property
@@ -86,8 +87,11 @@ class TrainState:
         return self.epoch >= settings.epochs or bool(self.stopped_early(settings))
 
     def seconds_left(self, run: Run) -> float:
-        """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time."""
-        pace = self.sums["seconds"] / (self.sums["steps"] + self.sums["skipped"])
+        """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time.
+
+        But for what the first one waited for data: workers start, and the order of an epoch is made, once.
+        """
+        pace = (self.sums["seconds"] - (self.late or 0.0)) / (self.sums["steps"] + self.sums["skipped"])
         epochs = run.settings.epochs - self.epoch
         return pace * (epochs * run.steps - self.step) + self.between * epochs
 
