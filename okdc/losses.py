@@ -6,7 +6,7 @@ Every loss is a mean over the batch in nats per example, computed in at least fl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -227,11 +227,22 @@ def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Ten
     >>> memory_scores(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]), 0.5).exp()  # e^2 and e^0, over their mean
     tensor([[1.7616, 0.2384]])
     """
-    with torch.autocast(embeddings.device.type, enabled=False):  # exponents of ten and more need the precision
-        similarity = torch.einsum("bkd,bd->bk", _full(memory), _full(embeddings)) / temperature
-    mean = (torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())).detach()
-    of_ranks = gather(mean[None])  # the logarithms of means over parts of equal size
-    return similarity - (torch.logsumexp(of_ranks, 0) - math.log(len(of_ranks)))
+    return all_memory_scores([(memory, embeddings)], temperature)[0]
+
+
+def all_memory_scores(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
+    """`memory_scores` of pairs of memory and embeddings; several ranks tell each other of all of them in one message.
+
+    >>> [scores] = all_memory_scores([(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]))], 0.5)
+    >>> torch.equal(scores, memory_scores(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]), 0.5))
+    True
+    """
+    with torch.autocast(pairs[0][1].device.type, enabled=False):  # exponents of ten and more need the precision
+        alike = [torch.einsum("bkd,bd->bk", _full(rows), _full(each)) / temperature for rows, each in pairs]
+    means = [(torch.logsumexp(each.flatten(), 0) - math.log(each.numel())).detach() for each in alike]
+    of_ranks = gather(torch.stack(means)[None])  # the logarithms of means over parts of equal size
+    means_of_all = torch.logsumexp(of_ranks, 0) - math.log(len(of_ranks))
+    return [each - mean for each, mean in zip(alike, means_of_all, strict=True)]
 
 
 def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:

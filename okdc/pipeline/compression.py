@@ -96,7 +96,7 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
             task = trained.task
-            target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+            target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST, mapped=True)))
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort), task)
             metrics |= choice(resolved.train, state)
             if leads and task.settles:

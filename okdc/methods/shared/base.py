@@ -131,6 +131,11 @@ class Method(nn.Module):
         """
         return {}
 
+    @classmethod
+    def has_byproducts(cls) -> bool:
+        """Whether `byproducts` may give any, so that the best epoch's are kept."""
+        return cls.byproducts is not Method.byproducts
+
     def strip(self) -> nn.Module:
         """The target, trained, with nothing left on it of all that was built around it."""
         return self.cohort.strip()
