@@ -36,7 +36,7 @@ def methods(name: str | None) -> None:
         show([tables.facts_of_method(each) for each in known.names()], tables.show_methods)
 
 
-@main.command(short_help="Try what every method has to do on one of your own.")
+@main.command(cls=flags.GroupedCommand, short_help="Try what every method has to do on one of your own.")
 @click.argument("method", metavar="FILE.py:CLASS|NAME", shell_complete=completion.complete_method)
 @click.option("--model", metavar="NAME", default="resnet20_cifar", show_default=True, help="Around this network.")
 @click.option("--img-size", type=click.IntRange(1), default=32, show_default=True, help="Side of the images, pixels.")

@@ -87,9 +87,8 @@ def target(folder: Path, body: str) -> Any:
     file = folder / f"to_faulty{abs(hash(body))}.py"  # a shipped file is loaded once, so each has its own name
     source = targets.find("onnx").path
     file.write_text(
-        f"import importlib.util, sys, os\nimport numpy as np\n"
-        f"spec = importlib.util.spec_from_file_location('real', {str(source)!r})\n"
-        f"real = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(real)\n"
+        "import os, sys\nimport numpy as np\n"
+        f"sys.path.insert(0, {str(source.parent)!r})\nimport {source.stem} as real\n"
         f"def runner(path, device='cpu', threads=None):\n    run = real.runner(path, device, threads)\n"
         f"    def faulty(x):\n        {body}\n    faulty.provider = run.provider\n    return faulty\n"
     )
