@@ -58,8 +58,8 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, as_json: boo
     shell_complete=early.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
-@flags.settings("network.img_size", "network.in_chans", "network.small_input")
-@flags.settings("network.num_classes", "network.model_kwargs", "cohort")
+@flags.settings("network.img_size", "network.in_chans", "network.small_input", "network.task", "network.head")
+@flags.settings("network.head_width", "network.num_classes", "network.model_kwargs", "cohort")
 @flags.settings("train.batch_size")
 @click.option(
     "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
@@ -107,7 +107,7 @@ def inspect(
         _examine_all(**options)
         return
     assert model is not None
-    from okdc import anatomy, methods, networks
+    from okdc import anatomy, methods, networks, tasks
     from okdc.cli import tables
     from okdc.measure import estimate
 
@@ -117,16 +117,17 @@ def inspect(
         asked = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
         tables.show_estimate(asked, estimate.estimate(asked))
         return
-    settings = ("model", "img_size", "in_chans", "small_input", "num_classes", "model_kwargs", "cut")
-    if method_kwargs or typed.keys() - set(settings):
+    settings = {*vars(recipe.NetworkSettings()), "cut"}
+    if method_kwargs or typed.keys() - settings:
         raise RecipeError("these settings say what a method builds: add --method NAME (okdc methods lists them).")
     cut = typed.pop("cut", None)
     network_settings = recipe.override(recipe.Recipe(), typed).network
     network = networks.load(network_settings)
     input_size = networks.data_config(network, network_settings)["input_size"]
-    networks.check_input(network, input_size)
-    found = anatomy.inspect(network, input_size)
-    tables.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, found, place))
+    task = tasks.get(network_settings.task)
+    networks.check_input(network, input_size, task)
+    found = anatomy.inspect(network, input_size, task=task)
+    tables.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, found, place, task))
 
 
 def _refuse_ignored(model: str | None) -> None:

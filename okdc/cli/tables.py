@@ -46,7 +46,7 @@ def show_result(result: Result) -> None:
         (f"Control, {task.word}", _scored(before, images)),
         ("… on the images set aside", _percent(metrics.get("holdout"))),
         *(
-            (f"Student, {each.word}", _percent(metrics.get(name)))
+            (f"Student, {each.word}", _told(metrics.get(name), each.unit))
             for name, each in task.further()
             if name not in task.scores
         ),
@@ -419,6 +419,10 @@ def _blocks(blocks: Iterable[tuple[str, ...]]) -> str:
 
 def _latency(measured: list[Latency]) -> str:
     return ", ".join(f"{each['p50_ms'] / each['batch']:.2f}" for each in measured)
+
+
+def _told(value: float | None, unit: str) -> str | None:
+    return None if value is None else f"{value:.2f} {unit}"
 
 
 def _percent(value: float | None) -> str | None:

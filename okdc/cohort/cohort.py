@@ -76,7 +76,7 @@ class Cohort(nn.Module):
         try:
             self._record({name: module for trunk in trunks.values() for name, module in trunk.items()}, self.tape)
             ways = ways_in_training(target, example) if trunks or taps else []
-            prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, one_way=mean)
+            prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, self.task, one_way=mean)
             self.branches = nn.ModuleList(siblings)
             self.grown = self._grow(branches, trunks, example, redrawn, mean)
             self._resting = [module for member in self.members for module in resting(member)]
@@ -113,13 +113,14 @@ class Cohort(nn.Module):
             )
         tape.start(alone=views)
         try:
-            logits = []
+            given = []
             for i, member in enumerate(self.members):
                 tape.rewind()
-                logits.append(member(images[i] if views else images))
+                given.append(member(images[i] if views else images))
             maps, embeddings = self._tapped.feature_maps(), self._tapped.embeddings()
             shared = None if views else self._tapped.shared()
-            return CohortOutput(tuple(logits), maps, embeddings, shared, stage_maps=self._tapped.stage_maps())
+            logits, earlier = tuple(map(self.task.result, given)), tuple(map(self.task.earlier, given))
+            return CohortOutput(logits, maps, embeddings, shared, earlier=earlier, stage_maps=self._tapped.stage_maps())
         finally:
             tape.clear()
 

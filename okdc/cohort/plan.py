@@ -17,6 +17,7 @@ class CohortOutput:
     embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
     shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
     teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
+    earlier: tuple[tuple[Tensor, ...], ...] = ()  # of each member, what its stages before the last said, if they do
     stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
 
 

@@ -229,7 +229,9 @@ def _run_and_tell(
 def _figure(job: Job, score: Score) -> str:
     metric, task = tasks.metric(job.recipe), tasks.get(job.recipe.network.task)
     value = score(job.facts() or {}, metric)
-    return "without a figure" if value is None else f"{task.metrics[metric].word} {value:.2f} %"
+    return (
+        "without a figure" if value is None else f"{task.metrics[metric].word} {value:.2f} {task.metrics[metric].unit}"
+    )
 
 
 def _work(job: Job) -> float:

@@ -17,13 +17,15 @@ from okdc.data.cells import TABLES
 from okdc.data.folders import open_folder
 from okdc.data.hints import check_file, of_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
+from okdc.data.keypoints import open_keypoints
+from okdc.data.poses import PoseSource
 from okdc.data.scan import is_visible
 from okdc.data.streams import Stream, stream_classes
 from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.recipe import DataSettings
-from okdc.tasks.task import Task
+from okdc.tasks.task import MAPS, Task
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 TORCH_NAMES = (
@@ -36,7 +38,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data 
 Split = TypeVar("Split")
 
 
-def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source:
+def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source | PoseSource:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
     `digits`, a folder, labels as .csv, .tsv, .jsonl or .json, arrays as .npz, `torch/NAME` (files in ./data, or in ROOT
@@ -44,6 +46,9 @@ def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> 
     see okdc.data.streams for what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
+    if task is not None and task.dims == MAPS:
+        boxes: Any = settings.boxes
+        return open_keypoints(settings.data, boxes, settings.flip_pairs or "", settings.exif)
     several = task is not None and task.several
     if several and not (is_table(settings) and Path(settings.data).expanduser().is_file()):
         raise DataError(

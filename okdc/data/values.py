@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,7 +62,8 @@ class Data:
     class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of the training
     images, in the order of their indices, `held_out` gives the images that were set aside for the method, as
     `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it is
-    not known. `test` gives the validation images where others, set aside (`holdout`), are the `validation`.
+    not known. `test` gives the validation images where others, set aside (`holdout`), are the `validation`. `noted` is
+    what the task must be told of the data (`tasks.get`).
     """
 
     train: TrainBatches
@@ -78,6 +79,7 @@ class Data:
     test: Iterable[Batch] | None = None
     training_images: RawTraining | None = None
     image_counts: Counts = field(default_factory=dict)
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     def leave_device(self) -> None:
         """Keep decoded images on the CPU from now on; batches still come on the device."""

@@ -220,7 +220,10 @@ def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: S
     with torch.inference_mode():
         shape = tuple(run_torch(student)(np.zeros((2, *size), dtype=np.float32)).shape)
     if shape[:2] != (2, len(classes)) or len(shape) != task.dims:
-        raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
+        several = task.nouns[1]
+        raise ExportError(
+            f"The network gives {shape} for two images of {size}, but there are {len(classes)} {several}."
+        )
 
 
 def _write_student(
@@ -236,6 +239,8 @@ def _write_student(
     bundle.write_weights(student, part / bundle.WEIGHTS)
     bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
     bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args, task.facts())
+    for name, facts in task.files(torch.from_numpy(bundle.read_golden(part)[1])).items():
+        bundle.write_json(part / name, facts)
     statement.write_preprocess(part, preprocess)
     statement.write_labels(part / statement.LABELS, classes)
     reason = bundle.settle_loader(part)

@@ -21,7 +21,7 @@ class Baseline(Method):
     """Cross entropy of the target."""
 
     members = 1
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         return {"ce/target": self.task.supervised(out.logits[0], labels)}

@@ -60,7 +60,7 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task
     channels, height, width = input_size
     task = task or tasks.get()
     _refuse_meta(network)
-    logits = _try_input(network, input_size)
+    logits = task.result(_try_input(network, input_size))
     if isinstance(logits, Tensor) and task.is_output(logits) and len(logits) == 1:
         return logits
     if not isinstance(logits, Exception):

@@ -222,4 +222,5 @@ def _uses(folder: Path, facts: dict[str, Any], task: Task) -> list[tuple[str, st
     lost = [each for each in (facts.get("verification") or {}).get("skipped") or () if each["target"] == "predict.py"]
     if lost and "unknown" in lost[0]["reason"]:
         uses[0] = ("Say how its images are prepared, for a predict.py", f"okdc export {run} --mean R,G,B --std R,G,B")
+    uses = uses if task.program else uses[1:]
     return uses if facts.get("verification") else [("Export and verify first", f"okdc export {run} --onnx"), *uses[:2]]
