@@ -56,7 +56,7 @@ def of_bundle(folder: Path, config: dict[str, Any], asked: NetworkSettings) -> N
     if timm.is_model(name) and not (own.get("changes") or own.get("head")):
         return replace(asked, model=f"local-dir:{folder}", pretrained=True)
     saved = NetworkSettings(model=name, checkpoint=asked.checkpoint or str(folder / "model.safetensors"))
-    channels, _, side = config["pretrained_cfg"]["input_size"]
+    channels, _, side = (config.get("pretrained_cfg") or {}).get("input_size") or (3, 0, 0)
     if own.get("changes"):  # made again from the settings that made them
         small = any("stride" in (change or ["stride"]) for change in own["changes"].values())
         saved = replace(saved, in_chans=channels, small_input=small, img_size=side if small else None)
