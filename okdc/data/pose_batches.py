@@ -55,9 +55,9 @@ def load_poses(
             f"expected a batch that they fill: -b {max(1, min(len(source.train) // part.world, 32))}"
         )
     attempts = min(settings.max_bad_images + 1, len(source.train))
-    train = TrainPoses(source, augmentation, config, attempts, seed)
+    train, plain = TrainPoses(source, augmentation, config, attempts, seed), PlainPoses(source, source.train, config)
     return Data(
-        train=ShuffledPoses(train, part, settings.workers, config, bad, device),
+        train=ShuffledPoses(train, plain, part, settings.workers, config, bad, device),
         validation=OrderedPoses(source, validation_batch_size, settings.workers, config, validation_bad, device),
         validation_images=None,
         classes=source.classes,
@@ -134,11 +134,11 @@ class TrainPoses(Dataset):
         return None
 
 
-class ValidationPoses(Dataset):
-    """Loads whole batches by position; an unreadable image is left out."""
+class PlainPoses(Dataset):
+    """Loads whole batches of a split by position, without a change; an unreadable image is left out."""
 
-    def __init__(self, source: PoseSource, config: dict[str, Any]) -> None:
-        self.reader = Reader(source, source.validation, config)
+    def __init__(self, source: PoseSource, poses: Any, config: dict[str, Any]) -> None:
+        self.reader = Reader(source, poses, config)
 
     def __len__(self) -> int:
         return len(self.reader.poses)
@@ -162,12 +162,14 @@ class ShuffledPoses:
     def __init__(
         self,
         dataset: TrainPoses,
+        plain: PlainPoses,
         part: Part,
         workers: int,
         config: dict[str, Any],
         bad: BadImages,
         device: torch.device,
     ) -> None:
+        self.plain_arguments = plain, config, bad
         self.places = EpochPlaces(len(dataset), part)
         self.loader = batch_loader(dataset, self.places, workers, config, bad, device, part.size)
 
@@ -178,6 +180,11 @@ class ShuffledPoses:
         """The batches of `epoch` (0-based) from step `start` on; skipping costs nothing."""
         self.places.epoch, self.places.start = epoch, start
         yield from self.loader
+
+    def plain(self, places: Sequence[int]) -> Iterator[Batch]:
+        """The training images in these places as a network is judged on them, on the CPU."""
+        dataset, config, bad = self.plain_arguments
+        yield from batch_loader(dataset, OrderedPlaces(places, 64), 0, config, bad, torch.device("cpu"))
 
 
 class OrderedPoses:
@@ -194,7 +201,7 @@ class OrderedPoses:
         places: Sequence[int] | None = None,
     ) -> None:
         self.arguments = source, batch_size, workers, config, bad, device
-        dataset = ValidationPoses(source, config)
+        dataset = PlainPoses(source, source.validation, config)
         self.order = OrderedPlaces(range(len(dataset)) if places is None else places, batch_size)
         self.loader = batch_loader(dataset, self.order, workers, config, bad, device)
 

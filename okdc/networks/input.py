@@ -83,6 +83,23 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task
     )
 
 
+class Counting(nn.Module):
+    """A network that gives several outputs, as one that gives the one that counts."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.network, self.result = network, task.result
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.result(self.network(images))
+
+
+def single(network: nn.Module, input_size: tuple[int, int, int], task: Task) -> nn.Module:
+    """The network itself if it gives one output; around one that gives several, such as a list of maps, `Counting`."""
+    given = _try_input(network, input_size)
+    return network if task.result(given) is given else Counting(network, task)
+
+
 def _refuse_meta(network: nn.Module) -> None:
     """NetworkError for weights that have shapes and no values."""
     tensors = chain(network.named_parameters(), network.named_buffers())

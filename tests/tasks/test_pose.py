@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from okdc import deploy, methods, networks, tasks
@@ -24,7 +25,7 @@ from okdc.losses import kl
 from okdc.methods import Method
 from okdc.networks.pose_head import PoseNetwork
 from okdc.pipeline.compression import compress
-from okdc.recipe import DataSettings, NetworkSettings
+from okdc.recipe import DataSettings, ExportSettings, NetworkSettings
 from okdc.tasks.pose import Pose
 from okdc.tasks.shared import heatmaps
 from okdc.tasks.shared.keypoint_scores import KeypointScore
@@ -314,3 +315,28 @@ def test_a_run_of_the_command_line_ends_in_a_bundle_that_says_what_its_maps_are(
 def test_a_run_is_the_beginning_of_another(run: Path) -> None:
     network = networks.load(NetworkSettings(model=str(run)), 3)
     assert isinstance(network, PoseNetwork) and network.made["width"] == 64
+
+
+def test_of_a_network_that_gives_a_list_the_last_maps_ship(tmp_path: Path) -> None:
+    network, settings = Stacked(), ExportSettings(batch_sizes=[])
+    given: dict[str, Any] = {"arch": "Stacked", "preprocess": {"input_size": SIZE}, "classes": NAMES, "task": pose()}
+    found = deploy.export_bundle(network, None, settings, tmp_path / "export", **given)
+    assert found["verdict"] == "parity_only"
+    inputs, maps = deploy.bundle.read_golden(tmp_path / "export")
+    torch.testing.assert_close(
+        network.eval()(torch.from_numpy(inputs))[-1].detach().numpy(), maps, atol=1e-5, rtol=1e-4
+    )
+    saved = load_file(tmp_path / "export" / "model.safetensors")
+    assert saved.keys() == network.state_dict().keys()
+
+
+def test_int8_is_calibrated_on_plain_crops_and_leaves_the_last_convolution_in_float(
+    folder: Path, tmp_path: Path
+) -> None:
+    images, facts = deploy.calibration.draw(batched(folder, hflip=0.0), 6)
+    assert images.shape == (6, *SIZE) and not facts["augmented"]
+    target = deploy.targets.find("onnx_int8").module
+    torch.manual_seed(0)
+    told = target.write(Maps().eval(), torch.zeros(2, *SIZE), tmp_path / "int8.onnx", calibration=images, enough=0.0)
+    assert len(told["kept_in_float"]) == 1 and told["layers"] == 5
+    assert target.runner(tmp_path / "int8.onnx").precisions == {"fp32": 1, "int8": 4}
