@@ -19,6 +19,7 @@ from okdc import deploy, methods, networks, tasks
 from okdc.anatomy import inspect
 from okdc.cli.group import main
 from okdc.cohort import Cohort
+from okdc.comparing import compare
 from okdc.data import load, open_source
 from okdc.errors import DataError, RecipeError
 from okdc.losses import kl
@@ -105,6 +106,8 @@ def test_methods_for_classes_are_refused_with_those_that_serve_it() -> None:
             compress("resnet18", task="pose", method=name)
     with pytest.raises(RecipeError, match="okdhp is no method for --task classify"):
         compress("resnet18", method="okdhp")
+    with pytest.raises(RecipeError, match=r"error is better when it is less.*looks for more: pck@0.1"):
+        compare("test_resnet", task="pose", methods=["okdhp"], eval_metric="error")
     with pytest.raises(RecipeError, match="--mixup is not for --task pose: it would lay one animal over another"):
         compress("resnet18", task="pose", mixup=0.2)
     with pytest.raises(RecipeError, match=r"one gives \(2, 3, 4, 4\).*--task pose"):
