@@ -20,7 +20,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ def load(folder: str | Path, threads: int | None = None, model: str | None = Non
     return Predictor(Path(folder), threads, model, device)
 
 
-class Predictor:
-    """The network of a bundle with its preprocessing and labels."""
+class Bundle:
+    """The network of a bundle with its labels, and what is known of its images."""
 
     def __init__(self, folder: Path, threads: int | None = None, model: str | None = None, device: str = "cpu") -> None:
         self.file = model or _recommended(folder)
@@ -123,6 +123,17 @@ class Predictor:
         if classes != len(self.labels):
             raise PredictError(f"labels.txt names {len(self.labels)} classes and {self.file} has {classes}.")
 
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        """Raw outputs (images, classes, ...) for inputs (images, C, H, W); ModelError if that fails."""
+        try:
+            return self._session.run(None, {self._session.get_inputs()[0].name: inputs})[0]
+        except Exception as error:  # onnxruntime's own errors share no base class
+            raise ModelError(f"{self.file} fails on {len(inputs)} images at once: {error}") from error
+
+
+class Predictor(Bundle):
+    """The network of a bundle with its preprocessing and labels."""
+
     def logits(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Raw outputs (images, classes), in batches."""
         outputs = []
@@ -130,13 +141,6 @@ class Predictor:
             batch = np.stack([preprocess(image, self.config) for image in images[start : start + _BATCH]])
             outputs.append(self.run(batch))
         return np.concatenate(outputs) if outputs else np.empty((0, len(self.labels)), dtype=np.float32)
-
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Raw outputs (images, classes) for what `preprocess` gives, (images, C, H, W); ModelError if that fails."""
-        try:
-            return self._session.run(None, {self._session.get_inputs()[0].name: inputs})[0]
-        except Exception as error:  # onnxruntime's own errors share no base class
-            raise ModelError(f"{self.file} fails on {len(inputs)} images at once: {error}") from error
 
     def __call__(self, images: Sequence[Image.Image], top: int | None = None) -> list[list[tuple[str, float]]]:
         """For every image its `top` most likely labels (5) with their probabilities, best first.
@@ -179,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _answer(predictor: Predictor, files: Sequence[Path], given: argparse.Namespace) -> int:
     """Print what is seen in each of the images, run as one batch; returns how many could not be read."""
-    read = [_read(file, predictor.config) for file in files]
+    read = [_read(file, lambda image: preprocess(image, predictor.config)) for file in files]
     inputs = [each for each in read if not isinstance(each, str)]
     ranked = iter(predictor.ranked(predictor.run(np.stack(inputs)), given.top) if inputs else ())
     for file, each in zip(files, read):
@@ -278,13 +282,13 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _read(file: Path, config: dict[str, Any]) -> np.ndarray | str:
-    """The input of the network, or why there is none."""
+def _read(file: Path, take: Callable[[Image.Image], Any]) -> Any:
+    """What `take` makes of the image, or a text that says why there is nothing."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()  # a package of its own, for photos of phones
     try:
         with Image.open(io.BytesIO(sys.stdin.buffer.read()) if file == _STDIN else file) as image:
-            return preprocess(image, config)
+            return take(image)
     except UnidentifiedImageError:
         heic = file.suffix.lower() in _HEIC
         return "HEIC needs a decoder: pip install pillow-heif" if heic else "it is of no known format"
@@ -339,11 +343,16 @@ def _center_crop(image: Image.Image, height: int, width: int, fill: int | tuple[
     return image.crop((left, top, left + width, top + height))
 
 
-if __name__ == "__main__":
+def _leave(run: Callable[[], int]) -> None:
+    """Run a command line, and end with its exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
     try:
-        sys.exit(main())
+        sys.exit(run())
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the answers has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    _leave(main)

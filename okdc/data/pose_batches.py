@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from okdc.data.affine import Augmentation, Change, draw, view
+from okdc.data.affine import Augmentation, Box, Change, draw, view
 from okdc.data.batches import batch_loader
 from okdc.data.poses import Meta, PoseSource
 from okdc.data.readable import BadImages
@@ -59,7 +59,7 @@ def load_poses(
     return Data(
         train=ShuffledPoses(train, plain, part, settings.workers, config, bad, device),
         validation=OrderedPoses(source, validation_batch_size, settings.workers, config, validation_bad, device),
-        validation_images=None,
+        validation_images=RawPoses(PlainPoses(source, source.validation, config)),
         classes=source.classes,
         preprocess=config,
         name=source.name,
@@ -154,6 +154,25 @@ def _collated(samples: list[tuple[Tensor, Tensor]], bad: list[BadImage]) -> Load
         return torch.empty(0), torch.empty(0), bad
     images, labels = zip(*samples)
     return torch.stack(images), torch.stack(labels), bad
+
+
+class RawPoses:
+    """((PIL image, its box), labels (K, 7)) of the validation images that can be read, in the order of the batches.
+
+    `places` are those of some of them. What predict.py finds in a box is held against what the network finds there.
+    """
+
+    def __init__(self, dataset: PlainPoses, places: Sequence[int] | None = None) -> None:
+        self.dataset, self.places = dataset, range(len(dataset)) if places is None else places
+
+    def only(self, places: Sequence[int]) -> RawPoses:
+        """The images in these places; the others are not read."""
+        return RawPoses(self.dataset, places)
+
+    def __iter__(self) -> Iterator[tuple[tuple[Image.Image, Box], list[list[float]]]]:
+        for position in self.places:
+            if (found := self.dataset.reader.read(position, [])) is not None:
+                yield (found[0], found[2].box), self.dataset.reader.seen(*found, None)[1].tolist()
 
 
 class ShuffledPoses:

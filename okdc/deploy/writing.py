@@ -161,14 +161,15 @@ def _kept(part: Path, target: Target, error: Exception) -> str:
 
 
 def _add_programs(
-    part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool, program: str | None
+    part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool, program: str
 ) -> None:
     """The export targets that are of use on the device, and predict.py where there is a file that it runs.
 
     known: whether the preprocessing is; predict.py would have to guess it. program: that of the task.
     """
-    if known and program and any(target.predict and target.row in exported for target in wanted):
-        shutil.copyfile(shipped.folder("export") / program, part / "predict.py")
+    if known and any(target.predict and target.row in exported for target in wanted):
+        text = shipped.program(shipped.folder("export") / program)
+        (part / "predict.py").write_text(text, encoding="utf-8", newline="\n")
         files = [part / target.file for target in wanted if target.predict and (part / target.file).is_file()]
         (part / "requirements.txt").write_text(requirements.text(files), encoding="utf-8")
     for target in wanted:

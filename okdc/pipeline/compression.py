@@ -21,6 +21,7 @@ from okdc.pipeline import (
     assemble_cohort,
     byproducts,
     class_weights,
+    examples,
     opening,
     presets,
     run_folder,
@@ -260,7 +261,8 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        report.write(folder, facts_of(result, method, state) | {"byproducts": further})
+        shown = {"examples": examples.of(result), "pictured": examples.pictured(result), "byproducts": further}
+        report.write(folder, facts_of(result, method, state) | shown)
         logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
     if result.verification and not deploy.is_known(data.preprocess):
         say(f"{folder / 'export'}: {deploy.UNKNOWN}")

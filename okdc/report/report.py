@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from okdc import tasks
 from okdc.recipe import LOADER
-from okdc.report import classes
-from okdc.report.plots import Points, line_chart, placer, spaced, ticks_for
+from okdc.report import classes, curves, examples
+from okdc.report.curves import series
+from okdc.report.plots import line_chart, placer, spaced, ticks_for
 from okdc.report.rendering import HUES, plain, write_all
 from okdc.report.words import by_chance, chance, epoch, number, percent, signed
 from okdc.tasks.task import Task
@@ -21,9 +22,14 @@ PARTS = ("network", "method", "data", "metrics", "baseline", "environment")  # t
 
 
 def write(folder: Path, facts: dict[str, Any]) -> Path:
-    """Write report.json (the facts), report.md and report.html into `folder`, each atomically; returns the html."""
-    facts = plain(facts)
-    return write_all(Path(folder), "report", facts, view(Path(folder), facts))
+    """Write report.json (the facts), report.md, report.html and results.png (the curves) into `folder`.
+
+    Each is written atomically. Returns the path of the html.
+    """
+    folder, facts = Path(folder), plain(facts)
+    page = write_all(folder, "report", facts, view(folder, facts))
+    curves.write(folder / "results.png", facts)
+    return page
 
 
 def _gain(now: Any, before: Any) -> str | None:
@@ -58,6 +64,7 @@ def view(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
         "accuracy": _accuracy(facts, task),
         "control": _control(facts, best, task) if facts["baseline"] else None,
         "losses": _losses(facts),
+        "examples": examples.view(facts.get("examples"), task.several),
         "by_class": classes.view(facts.get("confusion")),
         "best": best,
         "shown": shown,
@@ -113,22 +120,17 @@ def _cost(members: list[dict[str, Any]], what: str) -> dict[str, Any]:
     return {"what": what, "rows": rows, "known": longest > 0, "sharing": any(row["shared"] for row in rows)}
 
 
-def _series(run: dict[str, Any], key: str) -> Points:
-    pairs = ((epoch(row.get("epoch")), number(row.get(key))) for row in run.get("history") or [])
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
-
-
 def _accuracy(facts: dict[str, Any], task: Task) -> dict[str, Any] | None:
     """The metric of the student, the ensemble, every branch and the control, by epoch."""
     names = [member.get("name") for member in facts["members"]]
-    lines = [("student", "student", _series(facts, f"eval_{task.metric}"))]
+    lines = [("student", "student", series(facts, f"eval_{task.metric}"))]
     if len(names) > 1:
-        lines += [("ensemble", "ensemble", _series(facts, f"{task.metric}/ensemble"))]
+        lines += [("ensemble", "ensemble", series(facts, f"{task.metric}/ensemble"))]
     for at, name in enumerate(names):
-        points = _series(facts, f"{task.metric}/{name}")
+        points = series(facts, f"{task.metric}/{name}")
         if points != lines[0][2]:  # the target is the student, unless a moving average of it ships
             lines.append((str(name), _hue(at), points))
-    lines.append(("baseline", "baseline", _series(facts["baseline"], f"eval_{task.metric}")))
+    lines.append(("baseline", "baseline", series(facts["baseline"], f"eval_{task.metric}")))
     # the steep start of a long training would press what follows into one line
     late = [y for _, _, points in lines for _, y in points[len(points) // 5 if len(points) >= 10 else 0 :]]
     return line_chart(lines, 320, floor=min(late)) if late else None
@@ -143,8 +145,8 @@ def _losses(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
     The total is that of all members: the student's loss on the validation images, less by nature, has its own.
     """
-    training = ("training", "student", _series(facts, "train_loss"))
-    validation = ("validation", "ensemble", _series(facts, "eval_loss"))
+    training = ("training", "student", series(facts, "train_loss"))
+    validation = ("validation", "ensemble", series(facts, "eval_loss"))
     if len(facts["members"]) > 1:
         groups = {"total of all members": [training], "of the student, in validation": [validation]}
     else:
@@ -154,7 +156,7 @@ def _losses(facts: dict[str, Any]) -> list[dict[str, Any]]:
         kind, _, rest = key.removeprefix("loss/").partition("/")
         lines = groups.setdefault(kind, [])
         hue = _hue(members.index(rest)) if rest in members else f"hue{len(lines) % HUES}"
-        lines.append((rest or kind, hue, _series(facts, key)))
+        lines.append((rest or kind, hue, series(facts, key)))
     charts = [(kind, line_chart(lines, 190)) for kind, lines in groups.items()]
     return [chart | {"title": kind} for kind, chart in charts if chart]
 
@@ -222,5 +224,4 @@ def _uses(folder: Path, facts: dict[str, Any], task: Task) -> list[tuple[str, st
     lost = [each for each in (facts.get("verification") or {}).get("skipped") or () if each["target"] == "predict.py"]
     if lost and "unknown" in lost[0]["reason"]:
         uses[0] = ("Say how its images are prepared, for a predict.py", f"okdc export {run} --mean R,G,B --std R,G,B")
-    uses = uses if task.program else uses[1:]
     return uses if facts.get("verification") else [("Export and verify first", f"okdc export {run} --onnx"), *uses[:2]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from functools import cache
@@ -34,3 +35,54 @@ def load(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up here
     spec.loader.exec_module(module)
     return module
+
+
+@cache
+def load_program(path: Path) -> ModuleType:
+    """The same of a program that may import from a file beside it."""
+    module = ModuleType(f"okdc_shipped_{path.stem}")
+    sys.modules[module.__name__] = module
+    exec(compile(program(path), str(path), "exec"), vars(module))
+    return module
+
+
+def program(path: Path) -> str:
+    """The text of a program that stands alone: what it imports from a file beside it takes the place of the import."""
+    text = path.read_text(encoding="utf-8")
+    body = ast.parse(text).body
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and (other := path.with_name(f"{node.module}.py")).is_file():
+            wanted = {alias.name for alias in node.names}
+            text = text.replace(_lines(text, node), _needed(other, wanted, set().union(*map(_bound, body)) - wanted))
+    return text
+
+
+def _needed(path: Path, names: set[str], known: set[str]) -> str:
+    """The statements of a file that define these names, and what those refer to that is not known, in its order."""
+    text = path.read_text(encoding="utf-8")
+    nodes, taken = ast.parse(text).body, set[ast.stmt]()
+    while new := {node for node in nodes if _bound(node) & (names - known)} - taken:
+        taken |= new
+        names = names | {each.id for node in new for each in ast.walk(node) if isinstance(each, ast.Name)}
+    imports, rest = [], []
+    for node in (node for node in nodes if node in taken):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            node.names = [alias for alias in node.names if alias.name in names - known]
+            imports.append(ast.unparse(node))
+        else:
+            rest.append("\n\n" * isinstance(node, ast.FunctionDef | ast.ClassDef) + _lines(text, node))
+    return "\n".join([*imports, "", *rest])
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module defines or imports."""
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.name for alias in node.names}
+    return {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
+
+
+def _lines(text: str, node: ast.stmt) -> str:
+    """A statement, with what is said behind it."""
+    return "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])

@@ -93,6 +93,18 @@ class Classify(Task):
     def detail(self, counts: Tensor | None, names: Sequence[str]) -> dict[str, Any]:
         return {"confusion": None if counts is None else confusion.summary(counts, names)}
 
+    def notable(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The surer a prediction, the more it tells."""
+        odds, named = out.float().softmax(1).max(1)
+        return named == labels, odds
+
+    def said(self, out: Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
+        odds, named = out.float().softmax(0).max(0)
+        return [(names[int(named)], 100 * float(odds))]
+
+    def truth(self, label: Tensor, names: Sequence[str]) -> list[str]:
+        return [names[int(label)]]
+
     def facts(self) -> dict[str, Any]:
         return {}
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from okdc.losses import binary_cross_entropy, binary_kl, soft_binary_cross_entropy
 from okdc.tasks.shared.label_rows import checked_rows, rarest
@@ -106,6 +107,24 @@ class Multilabel(Task):
                 for name, (images, ap, _), threshold in rows
             ]
         }
+
+    def notable(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of those that are right, the smaller the loss the more it tells; of the others, the larger."""
+        right = ((out.float().sigmoid() > self._limits(out)) == (labels > 0.5)).all(1)
+        loss = binary_cross_entropy_with_logits(out.float(), labels.float(), reduction="none").mean(1)
+        return right, torch.where(right, -loss, loss)
+
+    def said(self, out: Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
+        odds = out.float().sigmoid()
+        there = odds > self._limits(out)
+        return [(names[i], 100 * float(odds[i])) for i in odds.argsort(descending=True).tolist() if there[i]]
+
+    def truth(self, label: Tensor, names: Sequence[str]) -> list[str]:
+        return [name for name, there in zip(names, label.tolist(), strict=True) if there > 0.5]
+
+    def _limits(self, out: Tensor) -> Tensor:
+        """The probability from which on each label is said to be there, (C,) or ()."""
+        return out.new_tensor(self.thresholds or 0.5, dtype=torch.float32)
 
     def settle(self, outs: Tensor, labels: Tensor) -> None:
         self.thresholds = thresholds(outs.double().sigmoid().numpy(), labels.numpy())

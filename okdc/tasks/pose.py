@@ -54,7 +54,7 @@ class Pose(Task):
     compared = "key points"
     same = "key points less than half a pixel of the heat map apart"
     use = "Find key points on an image"
-    program = None
+    program = "predict_pose.py"
 
     def __init__(self, noted: Mapping[str, Any]) -> None:
         super().__init__(noted)
@@ -130,6 +130,12 @@ class Pose(Task):
         found = score.value()
         told = {"labelled": int(found["points"]), "margin": found["margin@0.1"], "boxes": self.maps.boxes}
         return {"points": {**told, "rows": rows}}
+
+    def said(self, out: Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
+        return [(name, 100 * float(peak)) for name, peak in zip(names, out.flatten(1).amax(1), strict=True)]
+
+    def truth(self, label: Tensor, names: Sequence[str]) -> list[str]:
+        return [name for name, weight in zip(names, label[:, 2].tolist(), strict=True) if weight > 0]
 
     def files(self, out: Tensor) -> dict[str, Any]:
         return {"keypoints.json": self.maps.named(out.shape[1]).file(out.shape[2:])}

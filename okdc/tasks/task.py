@@ -49,7 +49,7 @@ class Task:
     compared: ClassVar[str] = "images"  # what it is counted of how much two files agree on them
     same: ClassVar[str]  # what two files that agree predict alike, in words
     use: ClassVar[str]  # what predict.py does, in words
-    program: ClassVar[str | None] = "predict.py"  # of export/, that which becomes it; None: a bundle has none
+    program: ClassVar[str] = "predict.py"  # of export/, that which becomes it
 
     def __init__(self, noted: Mapping[str, Any]) -> None:
         """`noted`: what a run or a bundle knows of it, as `facts` gave it, among other things; or nothing."""
@@ -175,6 +175,23 @@ class Task:
 
     def detail(self, counts: Tensor | None, names: Sequence[str]) -> dict[str, Any]:
         """What the report tells of each output, from a scorer's `counts`, as plain values."""
+        raise NotImplementedError
+
+    # What is shown of single images.
+
+    def notable(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which outputs (B, C, ...) are right (B,), and how telling each is (B,) among these, or among the others.
+
+        None: an image is not simply right or wrong.
+        """
+        return None
+
+    def said(self, out: Tensor, names: Sequence[str]) -> list[tuple[str, float]]:
+        """What outputs (C, ...) of one image say, in words, with probabilities, per cent."""
+        raise NotImplementedError
+
+    def truth(self, label: Tensor, names: Sequence[str]) -> list[str]:
+        """What the label of one image says, in words."""
         raise NotImplementedError
 
     # What goes into a run's folder and its bundle.

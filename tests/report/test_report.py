@@ -276,7 +276,7 @@ def test_names_and_commands_of_users_cannot_become_markup(tmp_path: Path) -> Non
 
 def test_the_same_facts_give_the_same_bytes_and_json_keeps_them(tmp_path: Path) -> None:
     facts = sample(baseline=control())
-    names = ("report.html", "report.md", "report.json")
+    names = ("report.html", "report.md", "report.json", "results.png")
     report.write(tmp_path, facts)
     first = [(tmp_path / name).read_bytes() for name in names]
     report.write(tmp_path, dict(reversed(facts.items())))

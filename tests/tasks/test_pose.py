@@ -307,8 +307,10 @@ def test_a_run_of_the_command_line_ends_in_a_bundle_that_says_what_its_maps_are(
     torch.testing.assert_close(student(torch.from_numpy(inputs)).detach(), torch.from_numpy(maps), atol=1e-5, rtol=1e-4)
     assert deploy.task_of(bundle).facts()["keypoints"]["skeleton"]["names"] == list(NAMES)
     rows = {row["name"]: row for row in json.loads((bundle / "verification.json").read_text())["rows"]}
-    assert {"torch", "onnx"} == rows.keys() and rows["onnx"]["agreement"] == 100.0
+    assert {"torch", "onnx", "predict.py"} == rows.keys()  # which crops as training does
+    assert rows["onnx"]["agreement"] == rows["predict.py"]["agreement"] == 100.0
     report = json.loads((run / "report.json").read_text())
+    assert len(report["pictured"]) == 4  # of the first batch
     assert report["points"]["boxes"] == "given" and report["data"]["name"] == f"{folder.name}, boxes given"
     assert "3 key points" in (bundle / "README.md").read_text()
     text = (run / "report.md").read_text()
