@@ -60,10 +60,10 @@ class Data:
     counts the training and the validation images. `bad_images` maps each image that this process could not read so far
     to the reason, and `image_counts` counts them beside all images, by split (`training`, with those set aside, and
     `validation`) and class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of
-    the training images, in the order of their indices, `held_out` gives the images that were set aside for the method,
-    as `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it is
-    not known. `test` gives the validation images where others, set aside (`holdout`), are the `validation`. `noted` is
-    what the task must be told of the data (`tasks.get`).
+    the training images, in the order of their indices, `held_out` gives the images that were set aside for the
+    method, as `validation` does, and `training_images` are those that are trained on, raw, by position; each is None
+    where it is not known. `test` gives the validation images where others, set aside (`holdout`), are the
+    `validation`. `noted` is what the task must be told of the data (`tasks.get`).
     """
 
     train: TrainBatches
