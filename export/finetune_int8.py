@@ -5,11 +5,10 @@ Used by to_onnx_int8_finetuned.py; needs onnx_in_torch.py beside it, torch, nump
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -162,8 +161,4 @@ class Student:
 
 def _onnx_in_torch() -> ModuleType:
     """The module next to this file."""
-    spec = importlib.util.spec_from_file_location("onnx_in_torch", Path(__file__).with_name("onnx_in_torch.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".onnx_in_torch" if __package__ else "onnx_in_torch", __package__)

@@ -1,22 +1,21 @@
 """Export target `onnx`: one self-contained model.onnx with a dynamic batch, run by onnxruntime.
 
-Needs torch, numpy, onnx, onnxscript and onnxruntime; timm only for networks that it can re-parameterise.
+Needs torch, numpy, onnx, onnxscript and onnxruntime, and onnx_session.py and onnx_writing.py beside it; timm only for
+networks that it can re-parameterise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import importlib.util
 import io
-import logging
-import os
 import re
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -37,14 +36,6 @@ _INPUT, _OUTPUT = "input", "logits"
 _OPSETS = range(13, 23)
 _WRITTEN = 18  # the oldest that torch's newer exporter writes; to older ones its files are converted
 _SAME = 1e-3  # rounding is a hundred times smaller; more than this is another network
-# What runs on which device, and how: float32 means it on CUDA too, so no TF32 (TensorRT's provider has no such switch).
-_PROVIDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
-    "tensorrt": ("TensorrtExecutionProvider", {}),
-}
-_LARGEST = 32  # images at once that TensorRT's provider is prepared for, and that it is given
-_TYPES = {1: "fp32", 2: "int8", 3: "int8", 10: "fp16", 16: "bf16"}  # onnx.TensorProto's numbers of what layers use
 
 
 def available() -> str | None:
@@ -75,9 +66,9 @@ def write(
     if opset not in _OPSETS:
         raise RuntimeError(f"opset {opset} is not supported: give one from {_OPSETS[0]} to {_OPSETS[-1]} (20 is best).")
     started = time.perf_counter()
-    with _quiet():
+    with _beside("onnx_writing").quiet():
         proto, facts = _export(student, tuple(example.shape[1:]), opset, metadata or {})
-    _write_bytes(Path(path), proto.SerializeToString())
+    _beside("onnx_writing").write_bytes(Path(path), proto.SerializeToString())
     return {
         "opset": opset,
         "ir_version": proto.ir_version,
@@ -95,121 +86,7 @@ def runner(path: str | Path, device: str = "cpu", threads: int | None = None) ->
     `.precisions` counts the file's multiplying layers by number type. Raises RuntimeError when onnxruntime cannot use
     `device`, where it would silently use the CPU instead.
     """
-    return _Session(str(path), device, threads)
-
-
-class _Session:
-    """An onnxruntime session as a function."""
-
-    def __init__(self, model: str | bytes, device: str, threads: int | None) -> None:
-        import onnxruntime
-
-        kind, _, index = device.partition(":")
-        if kind not in _PROVIDERS:
-            raise RuntimeError(f"onnxruntime cannot run on {device!r} here: give cpu, cuda, cuda:N or tensorrt.")
-        wanted, settings = _PROVIDERS[kind]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: a GPU build says much on a machine without one
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        self._model = model
-        if kind != "cpu":
-            _preload(kind)
-        settings = settings | ({"device_id": index} if index else {})
-        try:
-            if kind == "tensorrt":
-                settings |= _shapes(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
-            # Else onnxruntime goes on on the CPU, now or in the middle of a run, when the provider fails.
-            self._session = onnxruntime.InferenceSession(model, options, [(wanted, settings)], enable_fallback=0)
-        except Exception as error:  # onnxruntime's own errors share no base class
-            name, said = "the exported model", str(error)
-            if isinstance(model, str):  # without its place, which may be gone soon
-                name = Path(model).name
-                said = said.replace(model, name)
-            raise RuntimeError(f"onnxruntime cannot load {name}: {said}") from error
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != wanted:
-            raise RuntimeError(
-                f"onnxruntime was asked for {wanted} and fell back to {self.provider}: the libraries it needs are "
-                "missing or of another version; pip install 'onnxruntime-gpu[cuda,cudnn]' (and, for the TensorRT "
-                "provider, 'tensorrt<11'), or use the cpu device."
-            )
-        self._input = self._session.get_inputs()[0].name
-        self._largest = _LARGEST if kind == "tensorrt" else None
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        import numpy as np
-
-        size = self._largest or len(images) or 1
-        parts = [images[start : start + size] for start in range(0, len(images) or 1, size)]
-        outputs = [self._session.run(None, {self._input: part})[0] for part in parts]
-        return np.concatenate(outputs) if len(outputs) > 1 else outputs[0]
-
-    @property
-    def precisions(self) -> dict[str, int]:
-        """Multiplying layers by the number type of their weights (of the second factor, where both are activations)."""
-        import onnx
-
-        graph = (onnx.load_from_string(self._model) if isinstance(self._model, bytes) else onnx.load(self._model)).graph
-        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        types |= {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
-        for node in graph.node:
-            if node.op_type == "DequantizeLinear":
-                types[node.output[0]] = types.get(node.input[2] if len(node.input) > 2 else node.input[0], 0)
-        layers = [node for node in graph.node if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
-        found = Counter(_TYPES.get(types.get(node.input[1], 0)) for node in layers)
-        return {name: found[name] for name in sorted(filter(None, found))}
-
-
-def _preload(kind: str) -> None:
-    """Load NVIDIA's libraries from their Python packages: where nothing else has, as torch does, they are not found."""
-    import onnxruntime
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):  # the session says what is missing
-        onnxruntime.preload_dlls()
-        if kind == "tensorrt":
-            importlib.import_module("tensorrt")
-
-
-def _shapes(session: Any) -> dict[str, str]:
-    """The batch sizes that TensorRT's provider shall be prepared for, so that it builds once."""
-    image = session.get_inputs()[0]
-    sides = "x".join(str(side) for side in image.shape[1:])
-    sizes = {"min": 1, "opt": 8, "max": _LARGEST}
-    return {f"trt_profile_{key}_shapes": f"{image.name}:{batch}x{sides}" for key, batch in sizes.items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log lines or prints of the exporters; everything is as before afterwards."""
-    before, said = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(said),
-            contextlib.redirect_stderr(said),
-            _no_graphs(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _no_graphs() -> Iterator[None]:
-    """torch's older exporter writes the whole graph, thousands of lines, past Python when it fails."""
-    kept = {stream: os.dup(stream) for stream in (1, 2)}
-    with open(os.devnull, "w") as nothing:
-        for stream in kept:
-            os.dup2(nothing.fileno(), stream)
-    try:
-        yield
-    finally:
-        for stream, copy_of_it in kept.items():
-            os.dup2(copy_of_it, stream)
-            os.close(copy_of_it)
+    return _beside("onnx_session").Session(str(path), device, threads)
 
 
 def _export(
@@ -283,7 +160,7 @@ def _reparameterized(network: torch.nn.Module) -> torch.nn.Module:
 
 def _difference(proto: onnx.ModelProto, images: np.ndarray, expected: np.ndarray) -> float:
     """The relative difference of the file's logits at two batch sizes; RuntimeError if that is not rounding."""
-    session = _Session(proto.SerializeToString(), "cpu", 1)
+    session = _beside("onnx_session").Session(proto.SerializeToString(), "cpu", 1)
     errors = [abs(session(images[:batch]) - expected[:batch]).max() for batch in (1, len(images))]
     relative = float(max(errors) / abs(expected).max())
     if not relative <= _SAME:  # also when it is not a number
@@ -323,60 +200,18 @@ def _clean(model: onnx_ir.Model, opset: int) -> onnx.ModelProto:
 
     for tidy in (IdentityEliminationPass(), ClearMetadataAndDocStringPass()):
         model = tidy(model).model
-    proto = _plain(onnx_ir.to_proto(model))
+    proto = _beside("onnx_writing").plain(onnx_ir.to_proto(model))
     for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
         value.ClearField("metadata_props")
     if max(entry.version for entry in proto.opset_import if not entry.domain) <= opset:
         return proto
     try:
-        return _plain(convert_version(proto, opset))
+        return _beside("onnx_writing").plain(convert_version(proto, opset))
     except Exception as error:
         named = re.search(r"No Previous Version of (\w+)|No Adapter .* for (\w+)", str(error))
         operator = next(filter(None, named.groups()), None) if named else None
         reason = f"its {operator} cannot be put into opset {opset}" if operator else str(error)
         raise RuntimeError(f"{reason} (written as opset {_WRITTEN})") from None
-
-
-def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, stated in the oldest format that holds it, and without attributes that say what is so without them.
-
-    OpenCV takes a hard sigmoid that states the usual `beta` for a hard swish, and older runtimes refuse newer formats.
-    Which format an opset, and so each of its number types, needs is in onnx's docs/Versioning.md; functions need 8.
-    """
-    import onnx
-
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
-    for node in (node for part in (proto.graph, *proto.functions) for node in _nodes(part)):
-        version = versions.get(node.domain, 0)
-        if onnx.defs.has(node.op_type, version, node.domain):
-            known = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
-            told = [each for each in node.attribute if each.name not in known or not _usual(each, known[each.name])]
-            del node.attribute[:]
-            node.attribute.extend(told)
-    oldest = onnx.helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
-    overloaded = any(function.overload for function in proto.functions)
-    proto.ir_version = max(oldest, 10 if overloaded else 8 if proto.functions else 0)
-    return proto
-
-
-def _usual(attribute: onnx.AttributeProto, known: onnx.defs.OpSchema.Attribute) -> bool:
-    """Whether an attribute has the value that the operator has without it, where there is such a value."""
-    import onnx
-
-    default = known.default_value
-    if not default.type or attribute.ref_attr_name:
-        return False
-    value = onnx.helper.get_attribute_value
-    return attribute.type == default.type and value(attribute) == value(default)
-
-
-def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
-    """Every node, also of graphs within nodes."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield from _nodes(inner)
 
 
 def _check(proto: onnx.ModelProto, opset: int) -> None:
@@ -394,15 +229,6 @@ def _check(proto: onnx.ModelProto, opset: int) -> None:
             raise RuntimeError(f"the batch of the graph's {kind} is fixed: the network mixes it into its shapes")
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _beside(name: str) -> ModuleType:
+    """The module of that name next to this file."""
+    return importlib.import_module(f".{name}" if __package__ else name, __package__)

@@ -6,7 +6,7 @@ it, mostly no faster.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _LARGEST = 30_000.0  # float16 ends at 65,504, and other images give larger numb
 
 def available() -> str | None:
     """None, or one sentence that says what is missing and what to type."""
-    return _to_onnx().available()
+    return _beside("to_onnx").available()
 
 
 def write(
@@ -55,24 +55,24 @@ def write(
     from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    started, to_onnx = time.perf_counter(), _to_onnx()
-    with tempfile.TemporaryDirectory() as folder, to_onnx._quiet():
+    started, to_onnx, writing = time.perf_counter(), _beside("to_onnx"), _beside("onnx_writing")
+    with tempfile.TemporaryDirectory() as folder, writing.quiet():
         source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
         if onnx is None:
             to_onnx.write(student, example, source, opset=opset, metadata=metadata)
         model = onnx_package.load(source)
         images = calibration[:8] if calibration is not None else _noise(model)
         large = _large(model, images)
-        expected = to_onnx._Session(str(source), "cpu", None)(images)
+        expected = to_onnx.runner(source)(images)
         proto = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(large))
         _straighten(proto)
         ONNXModel(proto).topological_sort()  # the converter appends its casts at the end
-        to_onnx._plain(proto)
+        writing.plain(proto)
         onnx_package.checker.check_model(proto)
-        given = to_onnx._Session(proto.SerializeToString(), "cpu", None)(images)
+        given = _beside("onnx_session").Session(proto.SerializeToString())(images)
         if not np.isfinite(given).all():
             raise RuntimeError("the network overflows in float16: ship it in float32.")
-    to_onnx._write_bytes(Path(path), proto.SerializeToString())
+    writing.write_bytes(Path(path), proto.SerializeToString())
     return {
         "bytes": Path(path).stat().st_size,
         "seconds": round(time.perf_counter() - started, 2),
@@ -83,16 +83,12 @@ def write(
 
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime, as that of to_onnx.py."""
-    return _to_onnx().runner(path, device, threads)
+    return _beside("to_onnx").runner(path, device, threads)
 
 
-def _to_onnx() -> ModuleType:
-    """The export target next to this file."""
-    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _beside(name: str) -> ModuleType:
+    """The module of that name next to this file."""
+    return importlib.import_module(f".{name}" if __package__ else name, __package__)
 
 
 def _noise(model: onnx.ModelProto) -> np.ndarray:

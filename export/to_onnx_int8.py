@@ -6,7 +6,7 @@ the damage are found by measurement and stay in float. The graph for TensorRT is
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import platform
 import sys
@@ -54,7 +54,7 @@ _PRESETS = {
 
 def available() -> str | None:
     """None, or one sentence that says what is missing and what to type."""
-    return _to_onnx().available()
+    return _beside("to_onnx").available()
 
 
 def write(
@@ -83,30 +83,26 @@ def write(
     """
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
-    started, to_onnx = time.perf_counter(), _to_onnx()
-    with tempfile.TemporaryDirectory() as folder, to_onnx._quiet():
+    started, to_onnx, writing = time.perf_counter(), _beside("to_onnx"), _beside("onnx_writing")
+    with tempfile.TemporaryDirectory() as folder, writing.quiet():
         source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
         if onnx is None:
             to_onnx.write(student, example, source, opset=opset, metadata=metadata)
         bench = _Bench(source, calibration, _PRESETS[preset], Path(folder), same)
         proto, facts = _search(bench, enough)
-    to_onnx._write_bytes(Path(path), proto.SerializeToString())
+    writing.write_bytes(Path(path), proto.SerializeToString())
     seconds = round(time.perf_counter() - started, 1)
     return {"preset": preset, "bytes": Path(path).stat().st_size, "seconds": seconds, **facts}
 
 
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A function (B, C, H, W) float32 -> (B, classes) float32 on onnxruntime, as that of to_onnx.py."""
-    return _to_onnx().runner(path, device, threads)
+    return _beside("to_onnx").runner(path, device, threads)
 
 
-def _to_onnx() -> ModuleType:
-    """The export target next to this file."""
-    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _beside(name: str) -> ModuleType:
+    """The module of that name next to this file."""
+    return importlib.import_module(f".{name}" if __package__ else name, __package__)
 
 
 # ---- the search
@@ -288,7 +284,7 @@ class _Bench:
         del proto.opset_import[:], proto.metadata_props[:]
         proto.opset_import.extend(domains)
         proto.metadata_props.extend(self.original.metadata_props)
-        _to_onnx()._plain(proto)
+        _beside("onnx_writing").plain(proto)
         onnx.checker.check_model(proto)
         return proto
 

@@ -8,7 +8,7 @@ biases and all scales, to give the logits of the float32 ONNX on training images
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import math
 import tempfile
 import time
@@ -64,9 +64,9 @@ def write(
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
     started, to_int8 = time.perf_counter(), _beside("to_onnx_int8")
-    to_onnx = to_int8._to_onnx()
+    to_onnx, writing = _beside("to_onnx"), _beside("onnx_writing")
     with tempfile.TemporaryDirectory() as folder:
-        with to_onnx._quiet():
+        with writing.quiet():
             source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
             if onnx is None:
                 to_onnx.write(student, example, source, opset=opset, metadata=metadata)
@@ -76,14 +76,14 @@ def write(
             before = start if onnx_int8 is None else _Trial(bench, _load(onnx_int8))
             images, expected = _lesson(bench, finetuning)
         proto = _beside("finetune_int8").finetune(start.proto, bench.model, images, expected, _STEPS, device)
-        with to_onnx._quiet():
+        with writing.quiet():
             end = _Trial(bench, bench.finish(proto))
     if end.noise >= start.noise:
         raise RuntimeError(
             f"finetuning did not help, so model.int8.onnx is what there is: on {len(bench.probe)} training images that "
             f"were kept apart the noise is {100 * end.noise:.2f} % after it, and {100 * start.noise:.2f} % before"
         )
-    to_onnx._write_bytes(Path(path), end.proto.SerializeToString())
+    writing.write_bytes(Path(path), end.proto.SerializeToString())
     return {
         "bytes": Path(path).stat().st_size,
         "seconds": round(time.perf_counter() - started, 1),
@@ -104,11 +104,7 @@ def runner(path: str | Path, device: str = "cpu", threads: int | None = None) ->
 
 def _beside(name: str) -> ModuleType:
     """The module of that name next to this file."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f".{name}" if __package__ else name, __package__)
 
 
 def _load(path: str | Path) -> onnx.ModelProto:

@@ -5,7 +5,7 @@ Needs what to_onnx_int8.py needs, which must be beside this file. CPUs run the f
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +56,4 @@ def runner(path: str | Path, device: str = "cpu", threads: int | None = None) ->
 
 def _to_onnx_int8() -> ModuleType:
     """The export target next to this file."""
-    spec = importlib.util.spec_from_file_location("to_onnx_int8", Path(__file__).with_name("to_onnx_int8.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".to_onnx_int8" if __package__ else "to_onnx_int8", __package__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -51,8 +51,4 @@ def runner(
 
 
 def _to_tensorrt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("to_tensorrt", Path(__file__).with_name("to_tensorrt.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".to_tensorrt" if __package__ else "to_tensorrt", __package__)

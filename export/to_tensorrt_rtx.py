@@ -1,17 +1,15 @@
 """Export target `tensorrt_rtx`: model.rtx.engine for any RTX GPU of several generations, built where there is none.
 
-Needs TensorRT for RTX, which NVIDIA gives under a licence of its own, and to_tensorrt.py beside this file. What it
-builds is compiled to the end by the GPU that runs it. Turing (7.5) is left out, as products of float32 matrices are
-refused there.
+Needs TensorRT for RTX, which NVIDIA gives under a licence of its own, and tensorrt_build.py and tensorrt_engine.py
+beside this file. What it builds is compiled to the end by the GPU that runs it. Turing (7.5) is left out, as products
+of float32 matrices are refused there.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -59,28 +57,26 @@ def write(
 ) -> dict[str, Any]:
     """Write the engine of the ONNX file `onnx`, from which alone it is built, and its sidecar; say what was built.
 
-    Options are those of to_tensorrt.py. Raises RuntimeError when TensorRT for RTX is not there or refuses the graph.
+    The precision is the graph's, and options are those of to_tensorrt.py. Raises RuntimeError when TensorRT for RTX is
+    not there, refuses the graph, or finds no layer in the precision that a `path` such as model.fp16.rtx.engine
+    promises.
     """
     if reason := available():
         raise RuntimeError(reason)
     if onnx is None:
         raise RuntimeError("An engine is built from ONNX: give onnx=path of a model.onnx, or export with --onnx too.")
-    trt, shared, path, source = _bindings(), _to_tensorrt(), Path(path), Path(onnx)
-    plan, asked, shapes = shared._build(trt, source, profile, workspace, None, _portable)
-    if not shared._promised(path) <= asked:
+    trt, shared, path, source = _bindings(), _beside("tensorrt_engine"), Path(path), Path(onnx)
+    plan, asked, shapes = _beside("tensorrt_build").build(trt, source, profile, workspace, None, _portable)
+    if not shared.promised(path) <= asked:
         raise RuntimeError(f"{source.name} has no layer in the precision that the name {path.name} promises.")
-    sidecar = {
+    facts = {
         "tensorrt_rtx": trt.__version__,
         "compute_capabilities": list(_CAPABILITIES),
         "profile": shapes,
         "asked_precisions": sorted(asked),  # of the graph; what a GPU makes of it is seen there
-        "onnx": source.name,
-        "onnx_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "engine_sha256": hashlib.sha256(plan).hexdigest(),
     }
-    shared._write_bytes(path, plan)
-    shared._write_bytes(shared._sidecar(path), (json.dumps(sidecar, indent=2, sort_keys=True) + "\n").encode())
-    return {"path": "tensorrt_rtx", "dynamic_batch": True, "bytes": len(plan), **sidecar}
+    told = shared.write(path, plan, source, facts)
+    return {"path": "tensorrt_rtx", "dynamic_batch": True, "bytes": len(plan), **told}
 
 
 def runner(path: str | Path, device: str = "cpu", threads: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
@@ -88,14 +84,14 @@ def runner(path: str | Path, device: str = "cpu", threads: int | None = None) ->
 
     Raises RuntimeError where there is no GPU that the engine is for, and for an engine that is not its sidecar's.
     """
-    path, shared = Path(path), _to_tensorrt()
+    path, shared = Path(path), _beside("tensorrt_engine")
     try:
         import torch
     except ImportError as error:
         raise RuntimeError(f"{path.name} is run by way of torch: pip install torch") from error
     if not torch.cuda.is_available():
         raise RuntimeError(f"{path.name} was built and not run here: torch sees no NVIDIA GPU.")
-    gpu = shared._gpu(device)
+    gpu = shared.gpu_of(device)
     name, here = torch.cuda.get_device_name(gpu), "{}.{}".format(*torch.cuda.get_device_capability(gpu))
     if here not in _CAPABILITIES:
         raise RuntimeError(
@@ -105,7 +101,8 @@ def runner(path: str | Path, device: str = "cpu", threads: int | None = None) ->
     if reason := available():
         raise RuntimeError(reason)
     trt = _bindings()
-    run = shared._Engine(trt, path, _read(path, shared._sidecar(path), trt.__version__), gpu, cuda_graph=False)
+    plan = shared.read(path, {"tensorrt_rtx": trt.__version__}, _rebuild)
+    run = shared.Engine(trt, path, plan, gpu, _rebuild(path))
     run.provider = f"TensorRT for RTX {trt.__version__} on {name}"
     return run
 
@@ -118,20 +115,8 @@ def _portable(trt: Any, config: Any) -> None:
             raise RuntimeError(f"TensorRT for RTX {trt.__version__} does not build for {name}.")
 
 
-def _read(path: Path, sidecar: Path, version: str) -> bytes:
-    """The engine's bytes, if its sidecar says that they are its own and of this version."""
-    again = "Build it again from model.onnx: okdc export RUN --trt-rtx"
-    try:
-        plan, told = path.read_bytes(), json.loads(sidecar.read_text())
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"The engine and its sidecar cannot be read: {error}. {again}") from error
-    if told.get("tensorrt_rtx") != version:
-        raise RuntimeError(
-            f"{path} is for TensorRT for RTX {told.get('tensorrt_rtx')}, and here it is {version}. {again}"
-        )
-    if told.get("engine_sha256") != hashlib.sha256(plan).hexdigest():
-        raise RuntimeError(f"{path} is not the engine that its {sidecar.name} describes. {again}")
-    return plan
+def _rebuild(source: Path) -> str:
+    return "Build it again from its ONNX: okdc export RUN --trt-rtx"
 
 
 def _bindings() -> Any:
@@ -144,9 +129,6 @@ def _bindings() -> Any:
     return importlib.import_module(_BINDINGS)
 
 
-def _to_tensorrt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("to_tensorrt", Path(__file__).with_name("to_tensorrt.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _beside(name: str) -> ModuleType:
+    """The module of that name next to this file."""
+    return importlib.import_module(f".{name}" if __package__ else name, __package__)

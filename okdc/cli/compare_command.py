@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from okdc.cli import flags
+from okdc.cli import completion, flags
 from okdc.cli.group import main
+from okdc.cli.output import show
+from okdc.errors import TrainingError
 
 
 @main.command(cls=flags.GroupedCommand, timm=True, short_help="See whether a method helps your network on your data.")
@@ -19,6 +21,7 @@ from okdc.cli.group import main
 @click.option(
     "--methods", type=flags.CommaList(click.STRING), default="one,dml,ahbf", show_default=True,
     help="The methods to compare, separated by commas, or all.",
+    shell_complete=completion.several(completion.complete_method),
 )  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each, with seeds from --seed on."
@@ -63,4 +66,6 @@ def compare(
         methods=methods, seeds=seeds, recipe=recipe, sets=sets, output=output, experiment=experiment, jobs=jobs,
         tune=tune, equal_compute=equal_compute, **flags.given(),
     )  # fmt: skip
-    tables.show_comparison(found)
+    show(tables.facts_of_comparison(found), lambda: tables.show_comparison(found))
+    if not any(line.gain for line in found.lines):
+        raise TrainingError(found.verdict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from okdc import __version__, recipe
@@ -33,17 +32,6 @@ def refuse_missing(data: str) -> None:
         f"--data '{data}' does not exist ('{found}' does); expected a folder of images, a file of labels, or the name "
         f"of a data set (okdc compress --help lists the forms).{hint}"
     )
-
-
-def complete_method(_: object, __: object, begun: str) -> list[str]:
-    """The methods that begin so, for the Tab key: by their files, because importing them takes seconds."""
-    files = (Path(__file__).parents[1] / "methods").glob("[a-z]*.py")
-    return sorted(file.stem for file in files if file.stem.startswith(begun))
-
-
-def complete_recipe(_: object, __: object, begun: str) -> list[str]:
-    """The recipes that begin so."""
-    return [name for name in recipe.names() if name.startswith(begun)]
 
 
 def choose_preset(

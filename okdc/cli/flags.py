@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import types
 from collections.abc import Callable
@@ -12,13 +11,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 from click.core import ParameterSource
 
-from okdc.cli import early, timm_flags
+from okdc.cli import completion, early, output, timm_flags
 from okdc.errors import OkdcError
 from okdc.recipe import Recipe, flat_settings
 from okdc.recipe.strict import limits, parse
-from okdc.system import saying
-
-VERBOSE = "okdc.verbose"  # where a command's context has whether -v was typed
 
 _TITLES = {
     "network": "Network",
@@ -76,7 +72,7 @@ class GroupedCommand(click.Command):
     def __init__(self, *args: Any, timm: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
         self.timm = timm
-        self.params += loudness()
+        self.params += output.options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = timm_flags.taken(args) if self.timm else args
@@ -86,7 +82,8 @@ class GroupedCommand(click.Command):
         given = [ctx.params[name] for name in ("folder", "data") if ctx.params.get(name)]
         if len(given) == 1:  # two are refused by the command
             early.refuse_missing(given[0])
-        return super().invoke(ctx)
+        with output.json_alone(ctx):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -134,36 +131,8 @@ def recipe_option(argument: str) -> Callable[[Callable[..., Any]], Callable[...,
     """Decorate a command with --recipe, its argument called so."""
     return click.option(
         "--recipe", "-c", "--config", argument, metavar="NAME|FILE", help="Start from this recipe.",
-        shell_complete=early.complete_recipe,
+        shell_complete=completion.or_path(completion.complete_recipe),
     )  # fmt: skip
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a command with --json, its argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(command)
-
-
-def loudness() -> list[click.Parameter]:
-    """The options -q and -v, which act before the command begins."""
-
-    def quiet(_: click.Context, __: click.Parameter, wish: bool) -> None:
-        saying.be_quiet(wish)
-
-    def verbose(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
-        ctx.find_root().meta[VERBOSE] = wish
-        if wish:
-            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-
-    return [
-        click.Option(
-            ["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=quiet,
-            help="No progress: only results, warnings and errors.",
-        ),
-        click.Option(
-            ["-v", "--verbose"], is_flag=True, expose_value=False, is_eager=True, callback=verbose,
-            help="Also what libraries report, and where in the code an error arose.",
-        ),
-    ]  # fmt: skip
 
 
 def settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -193,6 +162,7 @@ def _option(section: str, field: Field[Any]) -> Callable[[Callable[..., Any]], C
     kind = get_type_hints(get_type_hints(Recipe)[section])[field.name]
     flag = "--" + field.name.replace("_", "-")
     options: dict[str, Any] = {"help": _help(section, field), "default": None, "cls": Setting}
+    options["shell_complete"] = completion.OF_SETTING.get(field.name)
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(argument for argument in get_args(kind) if argument is not type(None))
     if kind is bool:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from okdc import __version__
+from okdc.cli.output import VERBOSE, show
 from okdc.errors import OkdcError
 
 
@@ -22,14 +23,15 @@ class _Failure(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]
 
     def show(self, file: Any = None) -> None:
-        width = max(40, shutil.get_terminal_size().columns - 1)
         who = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
         for line in f"okdc: error{who}: {self.message}".splitlines():
-            hang = " " * (len(line) - len(line.lstrip()) + 2)
-            click.echo(
-                textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False),
-                err=True,
-            )
+            click.echo(_wrapped(line, " " * (len(line) - len(line.lstrip()) + 2)), err=True)
+
+
+def _wrapped(line: str, hang: str) -> str:
+    """A line as wide as the terminal, what goes on below indented by `hang`; no word is broken."""
+    width = max(40, shutil.get_terminal_size().columns - 1)
+    return textwrap.fill(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
 
 
 class _Commands(click.Group):
@@ -37,13 +39,17 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OkdcError as error:
-            if ctx.find_root().meta.get("okdc.verbose"):
+            if ctx.find_root().meta.get(VERBOSE):
                 traceback.print_exc()
-            if getattr(error, "verification", None):
+            if found := getattr(error, "verification", None):
                 from okdc.cli import tables
 
-                tables.show_verification(error.verification)  # type: ignore[attr-defined]
+                show(found, lambda: tables.show_verification(found))
             raise _Failure(error) from error
+        except click.UsageError as error:
+            told = _wrapped(f"Error: {error.message}", "  ")
+            error.message = told.removeprefix("Error: ")  # type: ignore[misc]
+            raise
         except KeyboardInterrupt:
             click.echo("\nokdc: interrupted.", err=True)
             ctx.exit(130)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import textwrap
 from pathlib import Path
 
 import click
+import yaml
 
 from okdc import recipe
-from okdc.cli import early
+from okdc.cli import completion, flags
 from okdc.cli.group import main
+from okdc.cli.output import show
 from okdc.errors import RecipeError
 
 
-@main.command(short_help="List the methods, or show the card of one.")
-@click.argument("name", required=False, shell_complete=early.complete_method)
+@main.command(cls=flags.GroupedCommand, short_help="List the methods, or show the card of one.")
+@click.argument("name", required=False, shell_complete=completion.complete_method)
 def methods(name: str | None) -> None:
     """List the methods, or show the card of one.
 
@@ -29,14 +30,13 @@ def methods(name: str | None) -> None:
     from okdc.cli import tables
 
     if name:
-        click.echo(wrapped(known.card(name), shutil.get_terminal_size().columns))
-        click.echo(f"\n{tables.settings_of(name)}")
+        show(tables.facts_of_method(name), lambda: _show_method(name))
     else:
-        tables.show_methods()
+        show([tables.facts_of_method(each) for each in known.names()], tables.show_methods)
 
 
-@main.command()
-@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]", shell_complete=early.complete_recipe)
+@main.command(cls=flags.GroupedCommand)
+@click.argument("words", nargs=-1, metavar="[NAME | copy NAME DIR]", shell_complete=completion.complete_recipe)
 def recipes(words: tuple[str, ...]) -> None:
     """List the recipes, print one, or copy one to change it.
 
@@ -46,24 +46,20 @@ def recipes(words: tuple[str, ...]) -> None:
     okdc recipes copy cifar100/resnet32-ahbf .
     """
     if not words:
-        width, columns = max(map(len, recipe.names()), default=0) + 2, shutil.get_terminal_size().columns
-        for name in recipe.names():
-            told = f"{name:{width}}{_first_line(recipe.path(name).read_text(encoding='utf-8'))}"
-            hang = " " * width
-            click.echo(
-                textwrap.fill(told, columns, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
-            )
+        found = {name: _first_line(recipe.path(name).read_text(encoding="utf-8")) for name in recipe.names()}
+        show([{"name": name, "summary": told} for name, told in found.items()], lambda: _show_recipes(found))
     elif words[0] == "copy" and len(words) in (2, 3):
-        click.echo(f"wrote {_copy(words[1], Path(words[2] if words[2:] else '.'))}")
+        copied = str(_copy(words[1], Path(words[2] if words[2:] else ".")))
+        show({"wrote": copied}, lambda: click.echo(f"wrote {copied}"))
     elif len(words) == 1:
-        click.echo(recipe.path(words[0]).read_text(encoding="utf-8").rstrip())
+        text = recipe.path(words[0]).read_text(encoding="utf-8").rstrip()
+        show(yaml.safe_load(text), lambda: click.echo(text))
     else:
         raise click.UsageError("expected no argument, NAME, or copy NAME DIR")
 
 
-@main.command(short_help="Say what this machine has, and what to install.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for a report of a fault.")
-def doctor(as_json: bool) -> None:
+@main.command(cls=flags.GroupedCommand, short_help="Say what this machine has, and what to install.")
+def doctor() -> None:
     """Say what this machine has for training and deploying, and what to type where something is missing.
 
     \b
@@ -74,10 +70,26 @@ def doctor(as_json: bool) -> None:
     from okdc.measure import doctor as doctors
 
     findings = doctors.examine()
-    if as_json:
-        click.echo(json.dumps(doctors.as_json(findings), indent=2))
-    else:
-        tables.show_findings(findings)
+    show(doctors.as_json(findings), lambda: tables.show_findings(findings))
+
+
+def _show_method(name: str) -> None:
+    from okdc import methods as known
+    from okdc.cli import tables
+
+    click.echo(wrapped(known.card(name), shutil.get_terminal_size().columns))
+    click.echo(f"\n{tables.settings_of(name)}")
+
+
+def _show_recipes(found: dict[str, str]) -> None:
+    width, columns = max(map(len, found), default=0) + 2, shutil.get_terminal_size().columns
+    for name, told in found.items():
+        click.echo(
+            textwrap.fill(
+                f"{name:{width}}{told}", columns, subsequent_indent=" " * width,
+                break_long_words=False, break_on_hyphens=False,
+            )
+        )  # fmt: skip
 
 
 def wrapped(card: str, width: int) -> str:

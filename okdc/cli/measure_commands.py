@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,22 @@ import click
 from click.core import ParameterSource
 
 from okdc import recipe
-from okdc.cli import early, flags
+from okdc.cli import completion, flags
 from okdc.cli.group import main
+from okdc.cli.output import show
 from okdc.errors import RecipeError
+from okdc.system import saying
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Time every format of a network, in one fair table.")
-@click.argument("source", metavar="BUNDLE|RUN|NAME")
+@click.argument("source", metavar="BUNDLE|RUN|NAME", shell_complete=completion.or_path(completion.complete_model))
 @click.option(
     "--output", metavar="FILE", multiple=True, help="Also write the table to FILE.md, .csv or .json; repeatable."
 )
 @click.option("--compile/--no-compile", "compiled", default=True, help="Time torch.compile too, a minute more.  [on]")
 @flags.settings("export.batch_sizes", "export.threads", "export.images", "export.runtimes", "data.data", "train.device")
 @flags.settings("network.img_size", "network.in_chans", "network.num_classes", "network.model_kwargs")
-@flags.json_option
-def benchmark(source: str, output: tuple[str, ...], compiled: bool, as_json: bool, **_: Any) -> None:
+def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) -> None:
     """Time every format of a network on this machine: torch eager and compiled, onnxruntime, TensorRT.
 
     A bundle, or a run's bundle, is verified first, so that the table says what is fit to ship and how accurate it is. A
@@ -43,19 +43,16 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, as_json: boo
     report = benchmarks.benchmark(source, compiled=compiled, **flags.given())
     for path in paths:
         benchmarks.write(report, path)
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-    else:
-        tables.show_benchmark(report)
+    show(report, lambda: tables.show_benchmark(report))
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Show the parts of a network, and what a method would build.")
-@click.argument("model", metavar="MODEL", required=False)
+@click.argument("model", metavar="MODEL", required=False, shell_complete=completion.complete_model)
 @click.option(
     "--method",
     metavar="NAME",
     help="Show what this method would build around it, and what that takes.",
-    shell_complete=early.complete_method,
+    shell_complete=completion.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @flags.settings("network.img_size", "network.in_chans", "network.small_input", "network.task", "network.head")
@@ -115,7 +112,8 @@ def inspect(
     if method:
         typed |= {"method": method, "method_kwargs": dict(method_kwargs)}
         asked = recipe.override(recipe.Recipe(), typed, methods.settings, source="command line")
-        tables.show_estimate(asked, estimate.estimate(asked))
+        built = estimate.estimate(asked)
+        show(tables.facts_of_estimate(asked, built), lambda: tables.show_estimate(asked, built))
         return
     settings = {*vars(recipe.NetworkSettings()), "cut"}
     if method_kwargs or typed.keys() - settings:
@@ -127,7 +125,8 @@ def inspect(
     task = tasks.get(network_settings.task)
     networks.check_input(network, input_size, task)
     found = anatomy.inspect(network, input_size, task=task)
-    tables.show_anatomy(model, found, cut, lambda place: estimate.refusal(network, found, place, task))
+    refusal = estimate.refusal(network, found, found.find_cut(cut).name if cut else found.cut(), task)
+    show(tables.facts_of_anatomy(model, found, cut, refusal), lambda: tables.show_anatomy(model, found, cut, refusal))
 
 
 def _refuse_ignored(model: str | None) -> None:
@@ -172,12 +171,13 @@ def _examine_all(
         Path(output),
         jobs=jobs,
         limits=limits,
-        done=tables.show_row,
+        done=lambda row: None if saying.quiet else tables.show_row(row),
         img_size=img_size,
         compiles=compiles,
         onnx=onnx,
     )
-    tables.show_sweep(rows, zoo.summary(rows), output)
+    told = {"table": output, "summary": dict(zoo.summary(rows)), "networks": rows}
+    show(told, lambda: tables.show_sweep(rows, zoo.summary(rows), output))
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Measure what a training step costs, beside plain training.")
@@ -186,11 +186,10 @@ def _examine_all(
     "--method",
     metavar="NAME",
     help="How the members teach each other (okdc methods lists them).",
-    shell_complete=early.complete_method,
+    shell_complete=completion.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often each is measured.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @flags.settings("network", "cohort", "data", "train.batch_size", "train.device", "train.opt", "train.torchcompile")
 @flags.settings("train.torchcompile_mode", "train.amp", "train.amp_dtype", "train.channels_last")
 def profile(
@@ -198,7 +197,6 @@ def profile(
     method: str | None,
     method_kwargs: tuple[tuple[str, Any], ...],
     rounds: int,
-    as_json: bool,
     **_: Any,
 ) -> None:
     """Measure what a training step costs beside the plain target's, in one run, in turn and repeatedly.
@@ -219,4 +217,4 @@ def profile(
     start = recipe.load(recipe_name) if recipe_name else recipe.Recipe()
     asked = recipe.override(start, typed, methods.settings, source="command line")
     found = step_cost.profile(asked, rounds=rounds, with_data="data" in typed)
-    tables.show_profile(found, as_json)
+    show(found.to_dict(), lambda: tables.show_profile(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from okdc import recipe
-from okdc.cli import early, flags
+from okdc.cli import completion, early, flags
 from okdc.cli.group import main
+from okdc.cli.output import show
 from okdc.errors import ExportError, GateError, refuse_address
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @main.command(
     cls=flags.GroupedCommand, timm=True, short_help="Train your network with helper branches, remove them, export it."
 )
-@click.argument("folder", metavar="[DATA]", required=False)
+@click.argument("folder", metavar="[DATA]", required=False, shell_complete=completion.complete_path)
 @flags.recipe_option("recipe_name")
 @click.option(
     "--preset", type=click.Choice(recipe.PRESETS),
@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     "--method",
     metavar="NAME",
     help="How the members teach each other (okdc methods lists them).",
-    shell_complete=early.complete_method,
+    shell_complete=completion.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
 @click.option("--output", metavar="DIR", default="runs", show_default=True, help="Where run folders are made.")
 @click.option("--experiment", metavar="NAME", help="Name of the run folder; NETWORK-METHOD-DATA if not given.")
-@click.option("--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.")
+@click.option(
+    "--resume", metavar="auto|PATH", help="Go on from the run's last state (auto), or from this run or file.",
+    shell_complete=completion.complete_path,
+)  # fmt: skip
 @click.option("--log-wandb", is_flag=True, help="The same as --log wandb; timm's flag.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="With --nodes: a free port of the first one; alike on all.")
 @flags.settings("network", "cohort", "data", "train", "export")
@@ -112,7 +115,7 @@ def compress(
     from okdc.cli import tables
 
     with logged(result.path / run_folder.LOG):
-        tables.show_result(result)
+        show(tables.facts_of_result(result), lambda: tables.show_result(result))
     require_asked(result.verification, vars(resolved.export))
 
 
@@ -124,7 +127,7 @@ def _one_place(folder: str, named: str | None) -> str:
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Write the files that you deploy, and verify each.")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", metavar="SOURCE", shell_complete=completion.complete_path)
 @click.option("--output", metavar="DIR", help="Where the bundle is written; SOURCE/export if not given.")
 @click.option("--model", metavar="NAME", help="The package.module:function that a run trained; it runs only if typed.")
 @click.option(
@@ -148,18 +151,18 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
-    tables.show_verification(verification, f"python {folder / 'predict.py'} IMAGE" if folder else None, source)
+    command = f"python {folder / 'predict.py'} IMAGE" if folder else None
+    show(verification, lambda: tables.show_verification(verification, command, source))
     require_asked(verification, flags.given())
 
 
 @main.command(cls=flags.GroupedCommand, short_help="Verify an exported bundle again, on this machine.")
-@click.argument("bundle", metavar="BUNDLE|RUN")
+@click.argument("bundle", metavar="BUNDLE|RUN", shell_complete=completion.complete_path)
 @flags.settings(
     *("data.data", "data.val_split", "data.path_column", "data.label_column", "export.batch_sizes", "export.threads"),
     *("export.images", "export.max_drop", "export.min_agreement", "export.runtimes"),
 )
-@flags.json_option
-def verify(bundle: str, as_json: bool, **_: Any) -> None:
+def verify(bundle: str, **_: Any) -> None:
     """Check everything in a bundle again: accuracy, agreement with torch, latency on this machine.
 
     The command ends with exit code 3 if a file is not good enough to ship.
@@ -173,10 +176,7 @@ def verify(bundle: str, as_json: bool, **_: Any) -> None:
     from okdc.cli import tables
 
     verification = pipeline.verify(bundle, **flags.given())
-    if as_json:
-        click.echo(json.dumps(verification, indent=2))
-    else:
-        tables.show_verification(verification)
+    show(verification, lambda: tables.show_verification(verification))
     if verification["verdict"] == "fail":
         raise GateError(deploy.failures(verification))
     require_asked(verification, flags.given())

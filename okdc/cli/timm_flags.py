@@ -52,6 +52,16 @@ REFUSED = {
     "--kd-model-name": "--method kd --teacher NAME",
 }  # fmt: skip
 
+_WITHOUT_ADVICE = """
+    --train-num-samples --val-num-samples --input-key --target-key --fast-norm --head-init-scale
+    --head-init-bias --torchscript --device-modules --layer-decay-min-scale --layer-decay-no-opt-scale
+    --lr-noise --lr-noise-pct --lr-noise-std --lr-cycle-mul --lr-cycle-decay --lr-cycle-limit --lr-k-decay
+    --epoch-repeats --warmup-prefix --cooldown-epochs --color-jitter-prob --grayscale-prob --gaussian-blur-prob
+    --aug-repeats --resplit --cutmix-minmax --drop-block --bn-momentum --bn-eps --split-bn --model-ema-warmup
+    --save-images --tta --wandb-tags --wandb-resume-id
+"""
+REFUSED |= dict.fromkeys(_WITHOUT_ADVICE.split(), "nothing here does its work, so leave it out")
+
 
 def taken(words: list[str]) -> list[str]:
     """The words without flags that have nothing to do, of which a note is printed; UsageError for a refused one."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data.loader import adapt_to_chs
 from torch import Tensor
 
 from okdc.data import own_images
@@ -61,7 +60,7 @@ def complete(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for name in ("mean", "std"):
         if len(given[name]) not in (1, channels):
             raise DataError(f"{name} has {len(given[name])} numbers, and the images have {channels} channels.")
-    values = {name: tuple(adapt_to_chs(tuple(given[name]), channels)) for name in ("mean", "std")}
+    values = {name: tuple(given[name]) * (channels // len(given[name])) for name in ("mean", "std")}
     assumed = [name for name in ("interpolation", "crop_pct") if name not in given]
     return known | DEFAULTS | given | values | ({"assumed": assumed} if assumed else {})
 

@@ -21,7 +21,7 @@ from okdc.verification.schema import Row, Verification, score
 
 PROGRAM = "model.pt2"
 
-_ASSUMED = " (assumed: nobody said it of the loader that the images came from)"
+_ASSUMED = " (assumed: nobody said it of the images that it was trained on)"
 _FILES = {  # beside those of the export targets
     WEIGHTS: "the weights",
     CONFIG: "architecture, classes and preprocessing, as timm and the Hugging Face hub read them",
@@ -172,6 +172,7 @@ def _files(folder: Path) -> str:
     known = targets.known().values()
     written = {name: what for target in known for name, what in target.files.items()}
     tools = {target.path.name: target.tool for target in known if target.tool}
+    tools |= {name: f"a part of {each.path.name}" for each in known if each.tool for name in each.beside}
     tools |= {runtime.path.name: runtime.tool for runtime in runtimes.known().values()}
     every = {**written, **tools, **_FILES}.items()
     return "\n".join(["## Files", "", *(f"- `{name}`: {what}" for name, what in every if name in present)])

@@ -23,7 +23,7 @@ from okdc.deploy.card import write_card
 from okdc.deploy.collapse import is_fair, say_collapse
 from okdc.deploy.machine import environment
 from okdc.deploy.targets import asked, known
-from okdc.deploy.writing import existing, further, leave_out, write
+from okdc.deploy.writing import existing, further, leave_out, unproved, write
 from okdc.errors import ExportError, GateError, OkdcError
 from okdc.networks.saved import CONFIG
 from okdc.recipe import ExportSettings
@@ -116,7 +116,8 @@ def export_bundle(
         verification |= {"skipped": skipped, "data": _data_facts(data), "exports": notes, "calibration": drawn}
         verification["parameters"] = sum(p.numel() for p in student.parameters())
         if verification["verdict"] != "fail":  # it ships without the variants that failed; their rows stay
-            leave_out(part, {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]})
+            bad = {row["name"] for row in verification["rows"] if is_variant(row) and not row["pass"]}
+            leave_out(part, bad | unproved(verification, exported))
         runtimes.add_programs(part, settings)
         _finish(part, arch, verification, info, task)
         bundle.replace_folder(part, failed if verification["verdict"] == "fail" else folder)

@@ -35,6 +35,11 @@ class Runtime:
     module: ModuleType
 
     @property
+    def device(self) -> str:
+        """The kind of device that it runs on."""
+        return getattr(self.module, "DEVICE", "cpu")
+
+    @property
     def tool(self) -> str:
         """What its file does in a bundle, for the model card."""
         return f"`from {self.path.stem} import runner`: how {self.module.NAME} was told to run the files here"
@@ -74,14 +79,14 @@ def not_run(verification: Verification, names: Collection[str]) -> str | None:
 def rows(exported: Mapping[str, Exported], settings: ExportSettings) -> dict[str, Exported]:
     """What runs the exported ONNX files in the runtimes that are asked for and installed, by the rows.
 
-    A file that is made for another device than the CPU is not for them.
+    A file that is made for another kind of device than a runtime's is not for that.
     """
     found: dict[str, Exported] = {}
     for runtime in asked(settings):
         if runtime.module.available() is None:
             types, problem = _precisions(runtime)
             for name, file in exported.items():
-                if not file.problem and file.path.suffix == ".onnx" and _for_cpu(file):
+                if not file.problem and file.path.suffix == ".onnx" and _is_for(file, runtime):
                     for each in types:
                         row = _row(file, runtime, each if len(types) > 1 else None, problem)
                         found[f"{name} in {row.runtime}"] = row
@@ -95,8 +100,8 @@ def add_programs(folder: Path, settings: ExportSettings) -> None:
             shutil.copyfile(runtime.path, folder / runtime.path.name)
 
 
-def _for_cpu(file: Exported) -> bool:
-    return getattr(file.module, "MADE_FOR", "cpu") == "cpu"
+def _is_for(file: Exported, runtime: Runtime) -> bool:
+    return getattr(file.module, "MADE_FOR", runtime.device) == runtime.device
 
 
 def _precisions(runtime: Runtime) -> tuple[Sequence[str], str | None]:
@@ -111,7 +116,8 @@ def _row(file: Exported, runtime: Runtime, computes: str | None, problem: str | 
     """A file in a runtime, judged by whichever has fewer digits: what is in the file, or what is computed in."""
     stored, digits = getattr(file.module, "PRECISION", "fp32"), list(_TOLERANCES)
     computed = computes or "fp32"
-    allowed = max(float(getattr(file.module, "TOLERANCE", TOLERANCE)), _TOLERANCES[computed])
+    own = (float(getattr(module, "TOLERANCE", TOLERANCE)) for module in (file.module, runtime.module))
+    allowed = max(*own, _TOLERANCES[computed])
     return Exported(
         file.path,
         runtime.module,

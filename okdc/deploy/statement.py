@@ -17,9 +17,9 @@ from okdc.system.wording import portable
 
 PREPROCESS, LABELS = "preprocess.json", "labels.txt"
 UNKNOWN = (
-    "its preprocessing is unknown, as the images came from a loader: say what that does to pixels from 0 to 1 with "
-    "mean=[R, G, B], std=[R, G, B] and perhaps interpolation, crop_pct, in okdc.compress or Result.export, or type: "
-    "okdc export RUN --mean R,G,B --std R,G,B"
+    "its preprocessing is unknown: say what was done to pixels from 0 to 1 with mean=[R, G, B], std=[R, G, B] and "
+    "perhaps interpolation, crop_pct, in okdc.compress, Result.export or okdc.export, or type: okdc export RUN --mean "
+    "R,G,B --std R,G,B"
 )
 
 

@@ -30,6 +30,7 @@ class Target:
     description: str  # of that, for the model card
     also: Mapping[str, str]  # what else it writes, and how the card describes it
     tool: str | None  # what its own file does beside the bundle's, to which it is then copied
+    beside: tuple[str, ...]  # files of `export/` that go with the tool
     asked_by: tuple[str, ...]  # the settings that together ask for it
     needs: tuple[str, ...]  # the targets that must be written for it
     row: str  # what its row of a verification is called
@@ -138,6 +139,7 @@ def _declared(path: Path) -> Target:
         description=module.DESCRIPTION,
         also=constant("ALSO", {}),
         tool=constant("TOOL", None),
+        beside=constant("BESIDE", ()),
         asked_by=constant("ASKED_BY", (name,)),
         needs=constant("NEEDS", ()),
         row=constant("ROW", name),

@@ -19,7 +19,7 @@ from okdc.system import saying, shipped
 from okdc.system.wording import all_lines, one_line, without_paths
 from okdc.tasks.task import Task
 from okdc.verification import Exported, Gates
-from okdc.verification.schema import Skipped
+from okdc.verification.schema import Skipped, Verification
 
 ERRORS = "export-errors.txt"
 _LARGEST_BATCH = 32  # that an engine takes, and a server may put together, unless larger ones are asked for
@@ -102,6 +102,20 @@ def existing(folder: Path, device: str) -> tuple[dict[str, Exported], list[Skipp
     return exported, skipped
 
 
+def unproved(verification: Verification, exported: Mapping[str, Exported]) -> set[str]:
+    """The rows of files that could not be run here and were built from one that failed; "skipped" then says it, too."""
+    known, skipped = targets.known(), {each["target"]: each for each in verification["skipped"]}
+    failed = {row["name"] for row in verification["rows"] if not row["pass"]}
+    found = set[str]()
+    for target in known.values():
+        sources = [known[name] for name in target.needs]
+        lost = next((each.file for each in sources if each.row in failed), None)
+        if lost and target.row in exported and target.row in skipped:
+            skipped[target.row]["reason"] += f" {lost}, from which it was built, failed its gates: neither is in here."
+            found.add(target.row)
+    return found
+
+
 def leave_out(folder: Path, rows: set[str]) -> None:
     """Delete everything that the targets of these rows wrote."""
     for target in targets.known().values():
@@ -173,5 +187,5 @@ def _add_programs(
         files = [part / target.file for target in wanted if target.predict and (part / target.file).is_file()]
         (part / "requirements.txt").write_text(requirements.text(files), encoding="utf-8")
     for target in wanted:
-        if target.tool:
-            shutil.copyfile(target.path, part / target.path.name)
+        for name in (target.path.name, *target.beside) if target.tool else ():
+            shutil.copyfile(target.path.with_name(name), part / name)

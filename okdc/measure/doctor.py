@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import okdc
+from okdc.system import shipped
 
 GIB = 2**30
 LITTLE_SHARED, LITTLE_DISK = 1.0, 5.0  # GiB: below, data workers, or a run's checkpoints, may find no room
@@ -107,6 +108,21 @@ def _runtimes(gpu: bool) -> Iterator[Finding]:
         wanted = None if needs_gpu and not gpu else found is not None or None
         advice = "" if found or (needs_gpu and not gpu) else f"For its files and rows: pip install '{extra}'."
         yield Finding(package, found or "not installed", wanted, advice)
+    yield _rtx()
+
+
+def _rtx() -> Finding:
+    """TensorRT for RTX: whether its engines can be built, for which no GPU is needed, and run."""
+    name, packages = "TensorRT for RTX", ("tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
+    builder, runtime = (
+        shipped.load(shipped.folder("export") / f) for f in ("to_tensorrt_rtx.py", "run_onnxruntime_rtx.py")
+    )
+    if not any(map(_version, packages)):
+        return Finding(name, "not installed", None, "For engines of RTX GPUs, built anywhere: pip install 'okdc[rtx]'.")
+    if reason := builder.available():
+        return Finding(name, reason.partition(": pip ")[0], False, f"pip {reason.partition(': pip ')[2]}")
+    runs = "no GPU that runs them is here" if runtime.available() else "and runs them on the GPU here"
+    return Finding(name, f"{_version(packages[0])}, builds engines for RTX GPUs; {runs}", True)
 
 
 def _providers(package: str, gpu: bool) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from okdc.errors import NetworkError, first_line, nearest, refuse_address
 from okdc.networks import (
     cifar,  # noqa: F401  (registers resnet32_cifar and its like with timm)
+    download,
     from_torchvision,
     stem,
     weights,
@@ -158,7 +160,9 @@ def _from_timm(settings: NetworkSettings, classes: int | None) -> nn.Module:
             drop_path_rate=settings.drop_path,
             **settings.model_kwargs,
         )
-        return timm.create_model(pretrained=settings.pretrained, **arguments)
+        fetches = settings.pretrained and settings.checkpoint is None  # all that is fetched would be written over
+        with download.quick_to_fail() if fetches or remote else nullcontext():
+            return timm.create_model(pretrained=fetches, **arguments)
     except Exception as error:
         raise _explained(error, settings) from error
 
@@ -245,8 +249,9 @@ def _explained(error: Exception, settings: NetworkSettings) -> Exception:
     fetches = settings.pretrained or name.startswith(("hf-hub:", "hf_hub:"))
     module = type(error).__module__.partition(".")[0]
     if fetches and not name.startswith("local-dir:") and (isinstance(error, OSError) or module in _DOWNLOADERS):
+        reason = str(error) if isinstance(error, download.Unreachable) else type(error).__name__
         return NetworkError(
-            f"{name} could not be downloaded ({type(error).__name__}): check the connection, "
+            f"{name} could not be downloaded ({reason}): check the connection, "
             "or give a local file with --checkpoint or a folder with local-dir:PATH."
         )
     if isinstance(error, (ValueError, TypeError, RuntimeError, AssertionError, KeyError)):

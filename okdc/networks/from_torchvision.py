@@ -23,7 +23,8 @@ def build(settings: NetworkSettings) -> nn.Module:
     if settings.pretrained:  # torchvision decides on these: its weights have the auxiliary classifiers
         kwargs = {key: value for key, value in kwargs.items() if key not in ("aux_logits", "init_weights")}
     name = settings.model.removeprefix(PREFIX)
-    network = torchvision.models.get_model(name, weights="DEFAULT" if settings.pretrained else None, **kwargs)
+    fetches = settings.pretrained and settings.checkpoint is None  # all that is fetched would be written over
+    network = torchvision.models.get_model(name, weights="DEFAULT" if fetches else None, **kwargs)
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # with them forward returns a tuple
         if hasattr(network, auxiliary):
             setattr(network, auxiliary, None)

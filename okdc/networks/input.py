@@ -34,7 +34,7 @@ def data_config(
     The settings' img_size wins, then `image_size` (H, W), then the network's own; a network that states none gets
     ImageNet's values. The other keywords override. Raises NetworkError for means that do not fit the channels.
     """
-    own = from_torchvision.data_config(settings.model) or getattr(network, "pretrained_cfg", None) or {}
+    own = _own_config(network, settings)
     channels = settings.in_chans
     _, *own_size = own.get("input_size") or (channels, 224, 224)
     if settings.model.startswith(from_torchvision.PREFIX) and isinstance(getattr(network, "image_size", None), int):
@@ -50,6 +50,15 @@ def data_config(
         if len(config[name]) != channels:  # a network for colours given grey or multispectral images
             config[name] = (sum(config[name]) / len(config[name]),) * channels
     return config
+
+
+def states_preprocessing(network: nn.Module, settings: NetworkSettings) -> bool:
+    """Whether a network says how images become its input, as timm's and torchvision's do."""
+    return "mean" in _own_config(network, settings)
+
+
+def _own_config(network: nn.Module, settings: NetworkSettings) -> dict[str, Any]:
+    return from_torchvision.data_config(settings.model) or getattr(network, "pretrained_cfg", None) or {}
 
 
 def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task | None = None) -> Tensor:

@@ -49,13 +49,30 @@ def refuse_unsteady(network: nn.Module, input_size: tuple[int, int, int], task: 
                 f"{_begins(network, images, images[:1])} Statistics of the batch, means and norms over it are for "
                 "training alone: BatchNorm2d keeps running ones (track_running_stats=True)."
             )
-        if task.are_probabilities(once):
-            last = task.activation
-            raise NetworkError(
-                f"{name_of(network)} ends in a {last.lower()}: it gives probabilities, and all that follows takes "
-                f"logits (the loss in training, predict.py) and would take the {last.lower()} a second time. Leave it "
-                f"out: {_last_activation(network, images, last)}."
-            )
+        follows = "all that follows takes logits (the loss in training, predict.py)"
+        _refuse_probabilities(network, images, once, task, name_of(network), follows)
+
+
+def refuse_probabilities(network: nn.Module, name: str, input_size: tuple[int, int, int], task: Task) -> None:
+    """Raise NetworkError where the trained network called `name`, of which logits are expected, gives probabilities.
+
+    Noise of `input_size` (C, H, W) shows it, in evaluation mode.
+    """
+    images = _noise(network, input_size)
+    with unchanged(network), torch.no_grad():
+        logits = _logits(network.eval(), images, task)
+        _refuse_probabilities(network, images, logits, task, name, "whoever learns from it takes logits")
+
+
+def _refuse_probabilities(
+    network: nn.Module, images: Tensor, given: Tensor, task: Task, name: str, follows: str
+) -> None:
+    if task.are_probabilities(given):
+        last = task.activation
+        raise NetworkError(
+            f"{name} ends in a {last.lower()}: it gives probabilities, and {follows} and would take the "
+            f"{last.lower()} a second time. Leave it out: {_last_activation(network, images, last)}."
+        )
 
 
 def _noise(network: nn.Module, input_size: tuple[int, int, int]) -> Tensor:

@@ -39,12 +39,15 @@ def export(
     model: the package.module:function that a run trained, which runs only if it is named here.
     push_to_hub: the repository (USER/NAME) on the Hugging Face hub that gets the bundle if it is fit to ship.
     settings: those of the recipe's export section, and `data`, the images to verify on (a run's own when not given),
-    and mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared.
+    and mean, std, interpolation and crop_pct, where nobody knows yet how these are prepared; of a module that does not
+    say so itself, also img_size, else 224.
     """
     refuse_address(output, "--output")
     if push_to_hub:
         hub.check(push_to_hub)
     is_object = isinstance(source, nn.Module)
+    if not is_object:
+        refuse_address(source, "the network")
     found = None if is_object else _of_run(Path(source), settings)  # type: ignore[arg-type]
     known = found is not None
     found = found or _of_name(type(source).__name__ if is_object else str(source), settings)
@@ -59,6 +62,8 @@ def export(
             preprocess=config, classes=found.classes or (data.classes if data else _numbered(student, config)),
             task=found.task,
         )  # fmt: skip
+    if not (known or deploy.is_known(config)):
+        say(f"{folder}: {deploy.UNKNOWN}")
     if push_to_hub:
         say(f"Pushed to {hub.push(folder, push_to_hub)}")
     return verification
@@ -68,6 +73,8 @@ def verify(bundle: str | Path, *, device: str = "cpu", **settings: Any) -> Verif
     """Verify a bundle, or the bundle of a run, again on this machine; settings as for `export`."""
     refuse_address(bundle, "the bundle")
     folder = Path(bundle)
+    if not folder.exists():
+        raise ExportError(f"{bundle} does not exist: expected a run folder, or the bundle in its export/.")
     run = folder if run_folder.is_run(folder) else folder.parent
     folder = folder / "export" if run == folder else folder
     if run_folder.is_run(run) and not folder.exists():
@@ -130,7 +137,8 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> _Source | None:
 
 def _of_name(name: str, settings: dict[str, Any]) -> _Source:
     """A network by its name, a bundle, or an object of that name."""
-    network, recipe, folder = NetworkSettings(model=name, pretrained=True), override(Recipe(), settings), Path(name)
+    recipe, folder = override(Recipe(), settings), Path(name)
+    network = replace(recipe.network, model=name, pretrained=True)
     config = config_of(folder) or {}
     if "okdc" not in config:
         return _Source(name, Path(folder.name), recipe, network)
@@ -152,12 +160,28 @@ def _preprocessing(found: _Source, student: nn.Module, given: dict[str, Any]) ->
     stays so. DataError where something else is known."""
     known = found.preprocess
     if not known:
-        return networks.data_config(student, found.network, **given)
+        return _of_network(found, student, given)
     if not given:
         return known
     if not deploy.is_known(known):
         return complete(known, given)
     return agreed(known, given, f"{found.name} was trained with")
+
+
+def _of_network(found: _Source, student: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The same for a network that okdc did not train: said as it states it itself, else not known."""
+    stated = networks.states_preprocessing(student, found.network)
+    config = networks.data_config(student, found.network, **given if stated else {})
+    size = "x".join(map(str, config["input_size"]))
+    if not stated:
+        if not found.network.img_size:
+            say(f"Input {size}, as the network states none: another is given by img_size=.")
+        unknown = {"input_size": config["input_size"]}
+        return complete(unknown, given) if given else unknown
+    if found.name not in networks.names() and not given:  # weights of somebody's own
+        shown = ", ".join(f"{key} {config[key]}" for key in STATED)
+        say(f"Input {size}, {shown}: as the network states it. If it was trained on others: mean=, std= and so on.")
+    return config
 
 
 def _images(recipe: Recipe, config: dict[str, Any], task: Task) -> Data | None:

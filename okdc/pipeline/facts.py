@@ -6,6 +6,7 @@ import math
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,8 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
         },
         **result.task.detail(state.confusion, result.data.classes), "task": result.task.name,
         "history": state.history, "metrics": result.metrics, "verification": result.verification,
-        "baseline": run_folder.find_baseline(result.path, recipe),
+        "baseline": (control := run_folder.find_baseline(result.path, recipe)),
+        "same_rate": same_rate(result.path, recipe) if control else None,
         "control_command": control_command(result.path, recipe),
         "command": command(), "again": again(result.path, recipe), "recipe": recipe.to_dict(),
         "environment": _environment(recipe), "okdc": okdc.__version__,
@@ -111,6 +113,30 @@ def control_command(folder: Path, recipe: Recipe) -> str | None:
         return None
     name, alone = f"{folder.name}-baseline", override(recipe, {"method": "baseline"})
     return shlex.join([*_by_recipe(folder, alone), "--method", "baseline", "--experiment", name])
+
+
+def same_rate(folder: Path, recipe: Recipe) -> str:
+    """That the control of the run in `folder` had its learning rate, and what finds the rate of each."""
+    told = (
+        f"The control had the learning rate of the run, {recipe.train.peak_lr:.3g}. The best rate of plain training "
+        "may be another, so a gain or loss may be that of the rate."
+    )
+    if not _is_named(folder, recipe):
+        return told
+    method = recipe.method["name"]
+    trusted = run_folder.trusted(replace(recipe, method=recipe.method | {"name": "baseline"}))  # --methods names it
+    words = [
+        "okdc",
+        "compare",
+        "--recipe",
+        str(folder / run_folder.RECIPE),
+        *trusted,
+        "--methods",
+        method,
+        "--tune",
+        "lr",
+    ]
+    return f"{told} To find the rate of each, type: {shlex.join(words)}"
 
 
 def _is_named(folder: Path, recipe: Recipe) -> bool:

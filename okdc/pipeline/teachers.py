@@ -58,6 +58,7 @@ def load(
             f"the teacher {name} knows {outputs} classes and the network is to know {classes}. Train it on these "
             f"images first (okdc compress --method baseline --model NAME), then --teacher runs/NAME."
         )
+    networks.refuse_probabilities(network, f"the teacher {name}", input_size, task or tasks.get())
     return network
 
 

@@ -282,7 +282,9 @@ class ExportSettings:
     )
     torch: bool = _setting(False, "write model.pt2 (torch.export)")
     trt: bool = _setting(False, "write model.engine (TensorRT); with fp16 or int8, an engine of each", "--tensorrt")
-    trt_rtx: bool = _setting(False, "write model.rtx.engine (TensorRT for RTX) for RTX GPUs; no GPU is needed for it")
+    trt_rtx: bool = _setting(
+        False, "write model.rtx.engine (TensorRT for RTX) for RTX GPUs, and in fp16 and int8; no GPU is needed"
+    )
     workspace: float = _setting(4.0, "memory that TensorRT may use for a layer while it builds, GiB", above=0)
     embed_preprocess: bool = _setting(False, "write model.full.onnx: decoded images of any size in, probabilities out")
     triton: bool = _setting(False, "write a model repository for the Triton server, made of the ONNX and the engine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,14 +28,27 @@ def folder(name: str) -> Path:
 
 @cache
 def load(path: Path) -> ModuleType:
-    """The module in one shipped file, loaded by its path and only once."""
-    name = f"okdc_shipped_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    return module
+    """The module in one shipped file, loaded by its path and only once; files beside it are those of its package."""
+    name = f"{_package(path.parent)}.{path.stem}"
+    if name not in sys.modules:  # else one beside it has imported it
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up here
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+@cache
+def _package(folder: Path) -> str:
+    """The name of a package that is a folder, whatever else of these names can be imported."""
+    package = ModuleType(f"okdc_shipped_{zlib.crc32(bytes(folder)):08x}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    return package.__name__
 
 
 @cache

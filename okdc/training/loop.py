@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from okdc.errors import DataError, RecipeError
+from okdc.errors import DataError, RecipeError, counted
 from okdc.ranks import barrier, first, rank, share, world
 from okdc.recipe import TrainSettings
 from okdc.system.randomness import own_randomness, seed_everything
@@ -77,7 +77,8 @@ def fit(
         if resume is None:
             first(lambda: save(state, run))  # whatever happens from here on, there is something to continue from
         else:
-            display.note(f"Continuing {resume}: {state.epoch} epochs and {state.step} steps are done.{changed}")
+            done = f"{counted(state.epoch, 'epoch')} and {counted(state.step, 'step')}"
+            display.note(f"Continuing {resume}: {done} are done.{changed}")
             first(lambda: write_summary(folder / "summary.csv", state.history))
         loggers.begin(state.history)
         if not state.is_over(settings):
@@ -235,6 +236,6 @@ def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Disp
     if not stop.wish:
         return
     first(lambda: save(state, run))
-    where = f"{state.epoch} epochs and {state.step} of {run.steps} steps are done and saved"
+    where = f"{counted(state.epoch, 'epoch')} and {state.step} of {run.steps} steps are done and saved"
     display.note(f"Stopped: {where}. Continue with: okdc compress --resume {run.last}")
     raise SystemExit(stop.exit_code)

@@ -82,7 +82,7 @@ class Display:
         """Step `step` of epoch `epoch` is done, at `speed` images per second, with `left` seconds to the end of the
         run; no `losses` when it was skipped."""
         self.seen += 1
-        if self.seen == ENOUGH_STEPS and left > LONG_RUN:
+        if self.seen == min(ENOUGH_STEPS, self.steps + 1) and left > LONG_RUN:  # or after the first epoch
             self.note(f"About {timedelta(seconds=round(left))} to go, by the first {self.seen} steps{_memory()}")
         now = time.perf_counter()
         if now < self.drawn + SECONDS_BETWEEN_DRAWINGS if self.live else step % self.log_interval:

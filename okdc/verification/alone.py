@@ -191,9 +191,14 @@ def _serve(job: dict[str, Any]) -> None:
 
 
 def _loaded(module: str) -> ModuleType:
+    """The module of that name or in that file, which finds the files beside it as those of its package."""
     if not module.endswith(".py"):
         return importlib.import_module(module)
-    spec = importlib.util.spec_from_file_location("export_target", module)
+    path = Path(module)
+    package = ModuleType(f"folder_{len(sys.modules)}")
+    package.__path__ = [str(path.parent)]
+    sys.modules[package.__name__] = package
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

@@ -64,7 +64,9 @@ def logits_of(run: Callable[[Any], np.ndarray], images: Any, reference: np.ndarr
 def start(exported: Exported, device: str) -> tuple[Run, str]:
     """A runner on its own device, else on `device`, or on the CPU where that backend has none; its provider tells."""
     if exported.runtime:
-        return Alone(str(exported.module.__file__), exported.path, "cpu", exported.options), "cpu"
+        kind = getattr(exported.module, "DEVICE", "cpu")
+        where = device if device.startswith(kind) else kind
+        return Alone(str(exported.module.__file__), exported.path, where, exported.options), where
     if exported.device:
         return exported.module.runner(exported.path, device=exported.device), exported.device
     if getattr(exported.module, "MADE_FOR", None) == "cpu":

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from okdc import recipe
@@ -170,9 +171,11 @@ def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any])
 def test_what_of_timms_is_not_there_says_what_to_type() -> None:
     for flag, advice in timm_flags.REFUSED.items():
         refused = okdc("compress", flag, "1")
-        assert refused.exit_code == 2 and f"{flag} is a flag of timm" in refused.stderr and advice in refused.stderr
+        told = " ".join(refused.stderr.split())
+        assert refused.exit_code == 2 and f"{flag} is a flag of timm" in told and advice in told
+        assert max(map(len, refused.stderr.splitlines())) <= 80
     twice = okdc("compress", "/images", "--data", "/other")
-    assert twice.exit_code == 2 and "given twice: /images and --data /other" in twice.stderr
+    assert twice.exit_code == 2 and "given twice: /images and --data /other" in " ".join(twice.stderr.split())
     missing = okdc("compress", "/nope")
     assert missing.exit_code == 2 and "--data '/nope' does not exist" in missing.stderr
     assert "Did you mean" not in missing.stderr
@@ -395,14 +398,93 @@ def test_an_address_is_shown_as_it_was_typed(words: list[str], tmp_path: Path, m
     assert not (tmp_path / "https:").exists()
 
 
+def test_no_figure_of_a_comparison_is_cut_off_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from okdc.cli import tables
+    from okdc.comparing import Comparison
+    from okdc.comparing.gains import Gain, Spread
+    from okdc.comparing.table import Line
+
+    monkeypatch.setenv("COLUMNS", "80")
+    gain, spread = Gain(-11.5, -12.75, -10.25, 3), Spread(71.234, 0.456, 3)
+    line = Line("baseline-16.21x", 1621, 0.1, 16.21, {1: 70.0}, spread, gain, gain, 723456.0)
+    tables.show_comparison(Comparison(Path("runs/c"), "top-1", [line], "Use it.", 360, {}))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    row = next(text for text in shown.splitlines() if text.startswith("baseline"))
+    assert row.split() == [
+        "baseline-16.21x",
+        "71.23",
+        "±",
+        "0.46",
+        "-11.50",
+        "±",
+        "1.25",
+        "-11.50",
+        "±",
+        "1.25",
+        "16.21",
+        "12057.6",
+    ]
+
+
 def test_names_are_completed_without_torch() -> None:
     from okdc import methods
-    from okdc.cli import early
+    from okdc.cli import completion
 
-    assert early.complete_method(None, None, "") == methods.names()
-    assert early.complete_method(None, None, "ah") == ["ahbf"]
-    assert early.complete_recipe(None, None, "presets/") == ["presets/finetune-one", "presets/scratch-one"]
+    assert completion.complete_method(None, None, "") == methods.names()
+    assert completion.complete_method(None, None, "ah") == ["ahbf"]
+    assert completion.complete_recipe(None, None, "presets/") == ["presets/finetune-one", "presets/scratch-one"]
     for command in ("compress", "profile"):
         options = {each.name: each for each in main.commands[command].params}
         found = options["method"].shell_complete(click.Context(main.commands[command]), "ah")
         assert [each.value for each in found] == ["ahbf"]
+
+
+def completed(line: str) -> list[tuple[str, str]]:
+    """What the Tab key offers at the end of `line`: the kind, which is plain or file, and the value."""
+    words = line.split(" ")[1:]
+    offered = ShellComplete(main, {}, "okdc", "_OKDC_COMPLETE").get_completions(words[:-1], words[-1])
+    return [(each.type, each.value) for each in offered]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("okdc compress --task mu", [("plain", "multilabel")]),
+        ("okdc compress --recipe presets/", [("plain", "presets/finetune-one"), ("plain", "presets/scratch-one")]),
+        ("okdc compress --recipe ./mine", [("file", "./mine")]),
+        ("okdc compress --model resnet20_", [("plain", "resnet20_cifar")]),
+        ("okdc inspect torchvision/resnet15", [("plain", "torchvision/resnet152")]),
+        ("okdc compress --peers resnet18,resnet20_", [("plain", "resnet18,resnet20_cifar")]),
+        ("okdc compare --methods one,dm", [("plain", "one,dml")]),
+        ("okdc compress flo", [("file", "flo")]),
+        ("okdc compress --data flo", [("file", "flo")]),
+        ("okdc export runs/x --runtimes openc", [("plain", "opencv")]),
+        ("okdc export runs/x --tri", [("plain", "--triton")]),
+    ],
+)
+def test_the_tab_key_completes_values(line: str, expected: list[tuple[str, str]]) -> None:
+    assert completed(line) == expected
+
+
+def test_what_is_completed_is_what_there_is() -> None:
+    from okdc import networks, tasks
+    from okdc.cli import completion
+    from okdc.deploy import runtimes
+
+    assert completion.complete_model(None, None, "") == sorted(networks.names())
+    assert completion.complete_task(None, None, "") == tasks.names()
+    assert completion.complete_runtime(None, None, "") == sorted(["auto", *runtimes.known()])
+
+
+def test_a_name_of_a_network_is_completed_without_importing_it() -> None:
+    code = """if True:
+        import sys
+        from okdc.cli import completion
+        assert completion.complete_model(None, None, "resnet18d") == ["resnet18d"]
+        print([name for name in ("torch", "timm", "torchvision", "numpy", "rich") if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -160,5 +160,5 @@ def test_a_run_goes_on_in_the_middle_of_a_balanced_epoch(folder: Path, tmp_path:
     shutil.copyfile(saved[1], tmp_path / "cut" / checkpoint.LAST)  # of step 3 of the second epoch
     shutil.copyfile(saved[2], tmp_path / "cut" / checkpoint.BEST)
     cut, said = weights("cut", "--resume", "auto")
-    assert "1 epochs and 3 steps are done" in said
+    assert "1 epoch and 3 steps are done" in said
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())

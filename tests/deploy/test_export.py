@@ -244,7 +244,11 @@ def test_an_unavailable_target_is_skipped_and_the_rest_is_written(student: torch
     skipped = {entry["target"]: entry["reason"] for entry in verification["skipped"]}
     assert skipped["tensorrt"] and "raw validation images" in skipped["predict.py"]
     assert verification["verdict"] == "parity_only"
-    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES | {"to_tensorrt.py"}
+    assert {path.name for path in (tmp_path / "export").iterdir()} == FILES | {
+        "to_tensorrt.py",
+        "tensorrt_build.py",
+        "tensorrt_engine.py",
+    }
     assert "random inputs" in (tmp_path / "export" / "README.md").read_text()
 
 
@@ -457,7 +461,7 @@ def test_no_code_of_a_bundle_is_run(copy: Path, data: Images, tmp_path: Path) ->
 def test_export_targets_are_found_by_their_file_names() -> None:
     assert set(targets.known()) == {
         "onnx", "onnx_fp16", "onnx_full", "onnx_int8", "onnx_int8_finetuned", "onnx_int8_trt", "tensorrt",
-        "tensorrt_fp16", "tensorrt_int8", "tensorrt_rtx", "torch",
+        "tensorrt_fp16", "tensorrt_int8", "tensorrt_rtx", "tensorrt_rtx_fp16", "tensorrt_rtx_int8", "torch",
     }  # fmt: skip
     assert targets.find("onnx").module is targets.find("onnx").module
     with pytest.raises(ExportError, match="Did you mean onnx"):

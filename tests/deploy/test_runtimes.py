@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from okdc.errors import ExportError
 from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
+from okdc.verification import Exported
 from okdc.verification.alone import Alone, measure_alone
+from okdc.verification.runners import start
 from tests.helpers.exported import EXAMPLE, assert_same, tiny
 from tests.helpers.networks import Tiny
 
@@ -246,3 +249,66 @@ def test_openvino_computes_in_the_number_type_that_is_asked_for(written: tuple[t
     assert 1e-4 < np.abs(short(images) - expected).max() / np.abs(expected).max() < 5e-2
     assert exact.provider.endswith(", fp32") and short.provider.endswith(", bf16")
     assert np.array_equal(exact(images[:1]), exact(images[:1])) and exact(images[:1]).shape == (1, 7)
+
+
+RTX = runtimes.known()["onnxruntime_rtx"]
+
+
+def test_a_runtime_on_a_gpu_gets_the_files_that_are_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RTX.module.available()
+    monkeypatch.setattr(RTX.module, "available", lambda: None)
+    wanted = map(targets.find, ("onnx", "onnx_int8", "onnx_int8_trt"))
+    exported = {target.row: Exported(Path(target.file), target.module) for target in wanted}
+    found = runtimes.rows(exported, ExportSettings(runtimes=["onnxruntime_rtx"]))
+    assert list(found) == [f"{name} in {RTX.module.NAME}" for name in ("onnx", "onnx_int8_trt")]
+    assert [each.tolerance for each in found.values()] == [5e-3, math.inf]
+    if real is not None:  # in a process of its own, which says so
+        with pytest.raises(RuntimeError, match=r"not installed|compute capability"):
+            start(found[f"onnx in {RTX.module.NAME}"], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [([], "and there is none here: "), ([(9, 0)], "and here it is 9.0: "), ([(7, 5), (8, 9)], None), ([(12, 1)], None)],
+)
+def test_the_provider_of_tensorrt_for_rtx_needs_a_gpu_that_it_takes(
+    gpus: list[tuple[int, int]], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime_ep_nv_tensorrt_rtx", reason="needs NVIDIA's provider: pip install okdc[rtx]")
+    monkeypatch.setattr(RTX.module, "_capabilities", lambda: gpus)
+    reason = RTX.module.available()
+    assert reason is None if said is None else said in reason
+    if said:
+        with pytest.raises(RuntimeError, match=said):
+            RTX.module.runner("model.onnx")
+
+
+def test_the_provider_of_tensorrt_for_rtx_is_told_its_gpu_and_which_batches_come(
+    written: tuple[torch.nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime on the CPU, which claims to be the provider, by the names that the real one has."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxruntime_ep_nv_tensorrt_rtx", reason="needs NVIDIA's provider: pip install okdc[rtx]")
+    network, path = written
+    told: dict[str, Any] = {}
+    used = [RTX.module._PROVIDER]
+    pair = [SimpleNamespace(ep_name=RTX.module._PROVIDER, number=number) for number in (0, 1)]
+    for owner, name, value in (
+        (RTX.module, "_capabilities", lambda: [(8, 9)]),
+        (onnxruntime, "register_execution_provider_library", lambda name, path: told.update({name: Path(path).name})),
+        (onnxruntime, "get_ep_devices", lambda: [SimpleNamespace(ep_name="CPUExecutionProvider"), *pair]),
+        (onnxruntime.SessionOptions, "add_provider_for_devices", lambda _, gpus, given: told.update(given, gpus=gpus)),
+        (onnxruntime.InferenceSession, "get_providers", lambda _: used),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    run = RTX.module.runner(path, "cuda:1")
+    assert told["gpus"] == pair[1:] and told[used[0]].endswith("nv_tensorrt_rtx.so")
+    assert told["nv_profile_max_shapes"] == "input:32x3x32x32" and run.provider.startswith(used[0])
+    images = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert np.allclose(run(images.numpy()), network.eval()(images), atol=1e-5)
+    with pytest.raises(RuntimeError, match="finds 2 GPUs here, and cuda:2 was asked for"):
+        RTX.module.runner(path, "cuda:2")
+    used[0] = "CPUExecutionProvider"
+    with pytest.raises(RuntimeError, match="fell back to CPUExecutionProvider"):
+        RTX.module.runner(path)

@@ -31,16 +31,13 @@ KNOWN = {"preprocess": {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0
 
 BESIDE = """
 def to_onnx():
-    spec = importlib.util.spec_from_file_location("to_onnx", Path(__file__).with_name("to_onnx.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".to_onnx", __package__)
 """
 
 # A folder and a file beside it, made of model.onnx; it sorts before "onnx".
 COREML = (
     """
-import importlib.util, os, shutil
+import importlib, os, shutil
 from pathlib import Path
 
 FILE = "model.mlpackage"

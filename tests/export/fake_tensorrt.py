@@ -342,7 +342,7 @@ class Graph:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> Package:
     """The fake as `tensorrt`, on a machine that claims to have a GPU; tensors stay on the CPU."""
-    package, target = Package(version, Plan()), targets.find("tensorrt").module
+    package, engine = Package(version, Plan()), targets.find("tensorrt").module._beside("tensorrt_engine")
     monkeypatch.setitem(sys.modules, "tensorrt", package)
     stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None, synchronize=lambda: None)
     nothing = lambda *_, **__: contextlib.nullcontext()  # noqa: E731
@@ -353,8 +353,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, version: str) -> Package:
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(target, "_gpu", lambda device: torch.device("cpu"))
-    for name in ("tensorrt_fp16", "tensorrt_int8"):  # else each loads to_tensorrt.py for itself
-        monkeypatch.setattr(targets.find(name).module, "_to_tensorrt", lambda: target)
+    monkeypatch.setattr(engine, "gpu_of", lambda device: torch.device("cpu"))
     Graph.plan = package.plan
     return package

@@ -16,6 +16,7 @@ from okdc.verification.gates import DEFAULTS
 CONSTANTS = {
     "FILE", "DESCRIPTION", "ALSO", "TOOL", "ASKED_BY", "NEEDS", "ROW", "PRECISION", "TOLERANCE", "MADE_FOR",
     "CALIBRATED", "PREDICT", "RAW", "DEVICES", "LATENCY", "PACKAGES", "RUNS_ON",
+    "BESIDE",
 }  # fmt: skip
 TARGETS, RUNTIMES = targets.known(), runtimes.known()
 
@@ -58,9 +59,10 @@ def test_its_constants_and_three_functions(name):
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_runtime_has_a_name_and_three_functions(name):
     module = RUNTIMES[name].module
-    assert [key for key in vars(module) if key.isupper() and not key.startswith(("_", "TYPE_"))] == ["NAME"]
+    constants = [key for key in vars(module) if key.isupper() and not key.startswith(("_", "TYPE_"))]
+    assert constants[0] == "NAME" and set(constants) <= {"NAME", "DEVICE", "TOLERANCE"}
     own = {key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
     assert {key for key in own if not key.startswith("_")} == {"available", "precisions", "runner"}
     runner = inspect.signature(module.runner).parameters
     assert list(runner) == ["path", "device", "threads", "precision"]
-    assert [each.default for each in runner.values()][1:] == ["cpu", None, "fp32"]
+    assert [each.default for each in runner.values()][1:] == [RUNTIMES[name].device, None, "fp32"]

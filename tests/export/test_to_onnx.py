@@ -22,6 +22,7 @@ from tests.helpers.exported import EXAMPLE, assert_same, tiny
 pytest.importorskip("onnxruntime", reason="ONNX is compared with torch by onnxruntime")
 
 to_onnx = targets.find("onnx").module
+writing = to_onnx._beside("onnx_writing")
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +116,10 @@ def test_functions_need_a_newer_format():
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Double", ["a"], ["b"], domain="own")], "g", ends[:1], ends[1:]
     )
-    assert to_onnx._plain(onnx.helper.make_model(graph, opset_imports=pair, functions=[double])).ir_version == 8
+    assert writing.plain(onnx.helper.make_model(graph, opset_imports=pair, functions=[double])).ir_version == 8
     double.overload = "other"
-    assert to_onnx._plain(onnx.helper.make_model(graph, opset_imports=pair, functions=[double])).ir_version == 10
-    assert to_onnx._plain(onnx.helper.make_model(graph, opset_imports=pair)).ir_version == 7
+    assert writing.plain(onnx.helper.make_model(graph, opset_imports=pair, functions=[double])).ir_version == 10
+    assert writing.plain(onnx.helper.make_model(graph, opset_imports=pair)).ir_version == 7
 
 
 def test_attributes_that_say_what_is_so_without_them_are_left_out():
@@ -136,13 +137,13 @@ def test_attributes_that_say_what_is_so_without_them_are_left_out():
     other = make("HardSigmoid", ["x"], ["w"], domain="own", beta=0.5)  # nobody knows what that has without
     graph = onnx.helper.make_graph([*nodes, choice, other], "g", [ends[0], on], ends[1:])
     versions = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("own", 1)]
-    model = to_onnx._plain(onnx.helper.make_model(graph, opset_imports=versions))
+    model = writing.plain(onnx.helper.make_model(graph, opset_imports=versions))
     told = [[attribute.name for attribute in node.attribute] for node in model.graph.node]
     assert told[:4] == [["alpha"], [], ["axis"], ["axis"]] and told[5] == ["beta"]
     within = model.graph.node[4].attribute[0].g.node
     assert [[attribute.name for attribute in node.attribute] for node in within] == told[:4]
     older = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 12), versions[1]])
-    assert [attribute.name for attribute in to_onnx._plain(older).graph.node[1].attribute] == ["axis"]  # it was 1 then
+    assert [attribute.name for attribute in writing.plain(older).graph.node[1].attribute] == ["axis"]  # it was 1 then
 
 
 def test_opencv_gives_the_same_of_a_gate_with_hard_sigmoid(tmp_path):
@@ -319,7 +320,7 @@ def test_the_tensorrt_provider_is_told_which_batches_come(exported):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(exported[1], providers=["CPUExecutionProvider"])
-    assert to_onnx._shapes(session) == {
+    assert to_onnx._beside("onnx_session").shapes(session) == {
         "trt_profile_min_shapes": "input:1x3x32x32",
         "trt_profile_opt_shapes": "input:8x3x32x32",
         "trt_profile_max_shapes": "input:32x3x32x32",

@@ -54,7 +54,7 @@ def logits(network: torch.nn.Module, batch: np.ndarray) -> np.ndarray:
 def assert_plain(model: onnx.ModelProto) -> None:
     """What to_onnx.py leaves out of a file is in none that is made of it: onnxruntime spells out what is usual."""
     before = model.SerializeToString()
-    assert to_onnx._plain(model).SerializeToString() == before and model.ir_version == 9
+    assert to_onnx._beside("onnx_writing").plain(model).SerializeToString() == before and model.ir_version == 9
 
 
 def spoil(path: Path, to: Path) -> Path:

@@ -26,10 +26,12 @@ from tests.export import fake_tensorrt
 from tests.helpers.exported import EXAMPLE, assert_same, tiny
 
 to_tensorrt = targets.find("tensorrt").module
+building, engines = (to_tensorrt._beside(name) for name in ("tensorrt_build", "tensorrt_engine"))
 SOURCE = Path(to_tensorrt.__file__)
+PARTS = [SOURCE, *(SOURCE.with_name(name) for name in to_tensorrt.BESIDE)]
 # Public names of the tensorrt bindings by version, read from the real packages (dir() of each class).
 NAMES = fake_tensorrt.NAMES
-# What the variables of to_tensorrt.py that hold TensorRT objects are.
+# What the variables of its parts that hold TensorRT objects are.
 OBJECTS = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
     "profile": "IOptimizationProfile", "runtime": "Runtime", "_runtime": "Runtime", "engine": "ICudaEngine",
@@ -37,14 +39,14 @@ OBJECTS = {
     "inspector": "EngineInspector", "layer": "ILayer", "tensor": "ITensor",
 }  # fmt: skip
 REASON = to_tensorrt.available()
-GPU = to_tensorrt._gpu  # which the fake replaces
+GPU = engines.gpu_of  # which the fake replaces
 HERE = {"tensorrt": "11.4.0.106", "compute_capability": "9.0", "gpu": "NVIDIA H100"}
 
 
 def used() -> set[tuple[str, str]]:
-    """(class, attribute) of every TensorRT name in the file; the class "module" is tensorrt itself."""
+    """(class, attribute) of every TensorRT name in the files; the class "module" is tensorrt itself."""
     found = set()
-    for node in ast.walk(ast.parse(SOURCE.read_text())):
+    for node in (node for part in PARTS for node in ast.walk(ast.parse(part.read_text()))):
         if not isinstance(node, ast.Attribute):
             continue
         owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
@@ -62,9 +64,9 @@ def test_every_name_is_in_the_package(version):
     names = used()
     assert {owner for owner, _ in names} >= {"module", *OBJECTS.values()}
     assert not {(owner, name) for owner, name in names if name not in NAMES[version].get(owner, ())}
-    for method in re.findall(r"error\.(\w+)\(\)", SOURCE.read_text()):
+    for method in re.findall(r"error\.(\w+)\(\)", PARTS[1].read_text()):
         assert method in NAMES[version]["ParserError"]
-    for kind in to_tensorrt._NETWORK_TYPES:
+    for kind in building.NETWORK_TYPES:
         assert kind in NAMES[version]["DataType"]
 
 
@@ -81,6 +83,7 @@ def test_without_tensorrt_one_sentence(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match=re.escape(REASON)):
         to_tensorrt.runner("never.engine")
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", "model.onnx"])
+    monkeypatch.syspath_prepend(SOURCE.parent)  # as of the file that `python` is given
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SOURCE), run_name="__main__")
     assert ended.value.code == 2 and capsys.readouterr().err == f"{REASON}\n"
@@ -93,6 +96,14 @@ def test_the_command_to_type_names_the_onnx_of_its_precision(target, source):
     assert sentence.endswith(f"type there: python to_tensorrt.py model.{source}") and sentence.count(source) == 2
 
 
+def test_a_copy_without_its_parts_says_what_is_missing(tmp_path):
+    shutil.copyfile(SOURCE, tmp_path / SOURCE.name)
+    told = subprocess.run([sys.executable, tmp_path / SOURCE.name, "model.onnx"], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (
+        2, "to_tensorrt.py needs tensorrt_engine.py beside it: copy that from the bundle, too.\n"
+    )  # fmt: skip
+
+
 def test_loads_without_torch_or_tensorrt():
     code = f"import sys, runpy; runpy.run_path({str(SOURCE)!r}); assert not {{'torch', 'tensorrt'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -100,13 +111,13 @@ def test_loads_without_torch_or_tensorrt():
 
 @pytest.mark.parametrize(("text", "version"), [("10.16.1.11", (10, 16)), ("11.4.0.106", (11, 4)), ("10.9.0", (10, 9))])
 def test_version(text, version):
-    assert to_tensorrt._version(text) == version
+    assert engines.version(text) == version
     assert (version < to_tensorrt._OLDEST) == (text == "10.9.0")
 
 
 def test_parser_errors_name_the_node():
     error = SimpleNamespace(desc=lambda: "zero point", node_name=lambda: "node_7", node_operator=lambda: "Cast")
-    text = to_tensorrt._parser_errors(Path("model.onnx"), [error])
+    text = building.parser_errors(Path("model.onnx"), [error])
     assert text == "TensorRT cannot parse model.onnx: zero point (node 'node_7', Cast)."
 
 
@@ -123,9 +134,9 @@ def test_precisions_are_read_from_the_inspector():
         layer("Float", "Float", weights="Float"),
         {"Name": "nothing told"},
     ]
-    assert to_tensorrt._layer_precisions(json.dumps({"Layers": layers})) == {"fp16": 2, "fp32": 2, "int8": 1}
+    assert engines.layer_precisions(json.dumps({"Layers": layers})) == {"fp16": 2, "fp32": 2, "int8": 1}
     with pytest.raises(RuntimeError, match="does not tell its precisions"):
-        to_tensorrt._layer_precisions(json.dumps({"Layers": ["conv1 + relu"]}))
+        engines.layer_precisions(json.dumps({"Layers": ["conv1 + relu"]}))
 
 
 @pytest.mark.parametrize(
@@ -229,13 +240,13 @@ def test_contract_an_engine_is_built_for_the_gpu_that_is_asked_for(trt, onnx_fil
         yield
         told.append(("current", "as before"))
 
-    monkeypatch.setattr(to_tensorrt, "_gpu", GPU)
+    monkeypatch.setattr(engines, "gpu_of", GPU)
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "get_device_name", "the {}".format)
     facts = build(onnx_file, tmp_path, device="cuda:1")
     flags = next(i for i, (what, *_) in enumerate(told) if what == "flags")
     assert told.index(("current", "cuda:1")) < flags < told.index(("current", "as before"))
-    assert facts["gpu"] == "the cuda:1" and to_tensorrt._gpu("cpu") == torch.device("cuda:0")
+    assert facts["gpu"] == "the cuda:1" and engines.gpu_of("cpu") == torch.device("cuda:0")
 
 
 def test_contract_the_timing_cache_is_kept_and_one_that_does_not_fit_is_dropped(trt, onnx_file, tmp_path):
@@ -301,18 +312,20 @@ def test_contract_an_engine_that_is_built_in_a_bundle_belongs_to_it(trt, onnx_fi
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     (bundle / "model.onnx").write_bytes(onnx_file[1].read_bytes())
-    shutil.copyfile(SOURCE, bundle / "to_tensorrt.py")
+    for part in PARTS:
+        shutil.copyfile(part, bundle / part.name)
     served = bundle / "triton" / "tiny_tensorrt" / "1" / "model.plan"
     served.parent.mkdir(parents=True)
     served.write_bytes(b"an engine of another machine")
     write_sums(bundle)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["to_tensorrt.py", str(bundle / "model.onnx")])
+    monkeypatch.syspath_prepend(bundle)  # as of the file that `python` is given
     promised = 32
     for _ in range(2):  # built, and built again for another machine
         runpy.run_path(str(bundle / "to_tensorrt.py"), run_name="__main__")
         built = {"model.engine", "model.engine.json", "triton/tiny_tensorrt/1/model.plan"}
-        assert set(listed(bundle)) == {"model.onnx", "to_tensorrt.py", *built}
+        assert set(listed(bundle)) == {"model.onnx", *(part.name for part in PARTS), *built}
         assert check_sums(bundle) == [] and served.read_bytes() == (bundle / "model.engine").read_bytes()
         refuse_foreign(bundle)
         sidecar = json.loads((bundle / "model.engine.json").read_text())

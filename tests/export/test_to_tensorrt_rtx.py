@@ -48,11 +48,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files(tiny(), tmp_path_factory.mktemp("rtx"), 32, "onnx_fp16", "onnx_int8_trt", "onnx_int8")
 
 
-@pytest.mark.parametrize("kind", ["onnx", "onnx_fp16", "onnx_int8_trt"])
-def test_an_engine_is_built_in_the_precision_of_its_graph(kind: str, exported: dict[str, Path], tmp_path: Path) -> None:
-    engine = tmp_path / rtx.FILE
-    facts = rtx.write(None, None, engine, onnx=exported[kind], profile=(1, 2, 4))
-    told = json.loads((tmp_path / "model.rtx.engine.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tensorrt_rtx", "onnx"), ("tensorrt_rtx_fp16", "onnx_fp16"), ("tensorrt_rtx_int8", "onnx_int8_trt")],
+)
+def test_an_engine_is_built_in_the_precision_of_its_graph(
+    name: str, kind: str, exported: dict[str, Path], tmp_path: Path
+) -> None:
+    target = targets.find(name)
+    engine = tmp_path / target.file
+    facts = target.module.write(None, None, engine, **{kind: exported[kind]}, profile=(1, 2, 4))
+    told = json.loads((tmp_path / f"{target.file}.json").read_text())
+    assert target.precision == KINDS[kind] and set(target.files) == {path.name for path in tmp_path.iterdir()}
     assert set(told["asked_precisions"]) == {"fp32", KINDS[kind]} and told.items() <= facts.items()
     assert told["engine_sha256"] == sha256(engine.read_bytes()).hexdigest()
     assert told["onnx_sha256"] == sha256(exported[kind].read_bytes()).hexdigest()
@@ -97,12 +104,32 @@ def test_what_cannot_be_built_is_said_and_leaves_nothing(
     assert not list(place.iterdir())
 
 
+def bundle(folder: Path) -> Any:
+    settings = ExportSettings(trt_rtx=True, fp16=True, int8=True, batch_sizes=[])
+    facts = {"preprocess": timm.data.resolve_data_config({"input_size": (3, 32, 32)}), "classes": tuple("abcdefg")}
+    return deploy.export_bundle(tiny(), None, settings, folder, arch="test_resnet", **facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_engine_of_a_file_that_failed_is_not_shipped_unjudged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets.find("onnx_fp16").module, "TOLERANCE", 1e-12)
+    verification = bundle(tmp_path / "export")
+    (told,) = (each["reason"] for each in verification["skipped"] if each["target"] == f"{rtx.ROW}, fp16")
+    assert "built and not run here" in told and "model.fp16.onnx, from which it was built, failed its gates" in told
+    left = {path.name for path in (tmp_path / "export").iterdir()}
+    assert rtx.FILE in left and not {name for name in left if ".fp16." in name}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_bundle_has_the_engine_and_says_that_it_was_not_run(tmp_path: Path) -> None:
-    settings = ExportSettings(trt_rtx=True, batch_sizes=[])
-    facts = {"preprocess": timm.data.resolve_data_config({"input_size": (3, 32, 32)}), "classes": tuple("abcdefg")}
-    verification = deploy.export_bundle(tiny(), None, settings, tmp_path / "export", arch="test_resnet", **facts)
+    verification = bundle(tmp_path / "export")
     assert (tmp_path / "export" / rtx.FILE).is_file() and verification["verdict"] == "parity_only"
+    assert (tmp_path / "export" / "model.fp16.rtx.engine.json").is_file()
+    assert {each["target"] for each in verification["skipped"]} >= {rtx.ROW, f"{rtx.ROW}, fp16"}
+    (lost,) = (each["reason"] for each in verification["skipped"] if each["target"] == "tensorrt_rtx_int8")
+    assert "calibrated on training images, and there are none" in lost
     assert rtx.ROW not in {row["name"] for row in verification["rows"]}
     (told,) = (each["reason"] for each in verification["skipped"] if each["target"] == rtx.ROW)
     assert "model.rtx.engine was built and not run here: torch sees no NVIDIA GPU" in told

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from okdc.cli import main
 from okdc.measure import doctor
 from okdc.measure.doctor import Finding, examine
+from okdc.system import shipped
 
 
 def test_this_machine_is_examined_and_told_as_json() -> None:
@@ -58,6 +59,22 @@ def test_a_provider_that_does_not_load_names_its_library(monkeypatch: pytest.Mon
     found = of(doctor._providers("onnxruntime-gpu", True), "CUDAExecutionProvider")
     assert found.ok is False and "libcudnn.so.9" in found.found and "onnxruntime-gpu[cuda,cudnn]" in found.advice
     assert of(doctor._providers("onnxruntime-gpu", False), "CUDAExecutionProvider").ok is None  # no GPU: no fault
+
+
+def test_tensorrt_for_rtx_is_told_with_what_it_can_do_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = shipped.load(shipped.folder("export") / "to_tensorrt_rtx.py")
+    monkeypatch.setattr(doctor, "_version", lambda package: "1.7.1")
+    monkeypatch.setattr(builder, "available", lambda: None)
+    found = of(doctor._runtimes(False), "TensorRT for RTX")
+    assert found.ok and "1.7.1, builds engines for RTX GPUs; " in found.found
+    monkeypatch.setattr(builder, "available", lambda: "TensorRT for RTX cannot be loaded (no x.so): pip install it")
+    found = of(doctor._runtimes(False), "TensorRT for RTX")
+    assert (found.ok, found.found, found.advice) == (
+        False, "TensorRT for RTX cannot be loaded (no x.so)", "pip install it"
+    )  # fmt: skip
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    found = of(doctor._runtimes(False), "TensorRT for RTX")
+    assert found.ok is None and found.found == "not installed" and "okdc[rtx]" in found.advice
 
 
 def test_two_onnxruntimes_and_too_many_threads_are_to_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:

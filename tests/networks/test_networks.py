@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from okdc import networks
 from okdc.anatomy import inspect
 from okdc.errors import NetworkError
-from okdc.networks import cifar, from_torchvision, weights
+from okdc.networks import cifar, download, from_torchvision, weights
 from okdc.pipeline import assemble, teachers
 from okdc.recipe import LOADER, NetworkSettings, Recipe, resolve
 from tests.helpers.networks import Gated
@@ -234,6 +236,33 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(NetworkError, match=r"^resnet18 could not be downloaded .*--checkpoint"):
         load("resnet18", pretrained=True, model_kwargs={"cache_dir": str(tmp_path)})
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its client asks for each of several files six times, in most of a minute."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it was tried again"))
+    with pytest.raises(
+        NetworkError, match=r"^resnet18 could not be downloaded \(http://127.0.0.1:9 does not answer\): "
+    ):
+        load("resnet18", pretrained=True, model_kwargs={"cache_dir": str(tmp_path)})
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_weights_that_a_checkpoint_replaces_are_not_fetched(tmp_path: Path) -> None:
+    """A network without pre-trained weights shows it: to fetch them would be refused."""
+    torch.save(load("resnet20_cifar", 10).state_dict(), tmp_path / "ten.pth")
+    assert load("resnet20_cifar", 10, pretrained=True, checkpoint=str(tmp_path / "ten.pth"))
+    with pytest.raises(NetworkError, match="has no pre-trained weights"):
+        load("resnet20_cifar", 10, pretrained=True)
+
+
+def test_a_hub_that_refuses_answers() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as hub:  # 501 to all
+        thread = threading.Thread(target=hub.handle_request)
+        thread.start()
+        assert download._answers(f"http://127.0.0.1:{hub.server_port}")
+        thread.join()
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ def test_the_control_is_trained_beside_the_run_once(photos: Path, tmp_path: Path
     alone, run = (recipe.load(tmp_path / folder / "recipe.yaml") for folder in (f"{name}-baseline", name))
     assert alone.method["name"] == "baseline" and (alone.train, alone.data) == (run.train, run.data)
     assert (tmp_path / name / "report.html").read_text().count(f"{name}-baseline"), "the report knows its control"
+    told = json.loads((tmp_path / name / "report.json").read_text())["same_rate"]
+    assert f"{told}\n" in first.output and "The control had the learning rate of the run, 0.00625. " in told
+    program, command, *typed = shlex.split(told.partition(" type: ")[2])
+    asked = main.commands[command].make_context(command, typed).params
+    assert (program, asked["methods"], asked["tune"]) == ("okdc", ["one"], "lr") and Path(asked["recipe"]).is_file()
     again = okdc(*words, "--with-baseline")
     assert again.exit_code == 0 and "First the control" not in again.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}-2", f"{name}-baseline"]

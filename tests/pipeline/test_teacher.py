@@ -140,6 +140,20 @@ class DataLoaders:
         self.validation = self.train[:2]
 
 
+def ends_in_a_softmax() -> nn.Module:
+    return nn.Sequential(Tiny(), nn.Softmax(1))
+
+
+def test_a_teacher_that_ends_in_a_softmax_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its student would learn from a softmax of a softmax, in which all classes are nearly alike."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    name = f"{__name__}:ends_in_a_softmax"
+    with pytest.raises(NetworkError, match=r"the teacher .* ends in a softmax.* a second time.* in place of '1'"):
+        teachers.load(name, (3, 16, 16), 4, name)
+    name = "tests.helpers.networks:Tiny"
+    assert isinstance(teachers.load(name, (3, 16, 16), 4, name), Tiny)
+
+
 def test_a_file_that_names_its_network_may_call_the_weights_what_it_likes(tmp_path: Path) -> None:
     trained, file = networks.load(NetworkSettings(model="resnet20_cifar"), 4), tmp_path / "teacher.pth"
     held = trained.state_dict()
