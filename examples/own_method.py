@@ -1,9 +1,8 @@
-"""A method of your own, from outside okdc: one class; then `okdc compress --method own_method:Consensus`."""
+"""A method of your own, from outside okdc: one class; `okdc check own_method.py:Consensus` tries it."""
 
 from torch import Tensor
 
 import okdc
-from okdc.cohort import Cohort, CohortOutput
 from okdc.losses import cross_entropy, kl
 
 
@@ -12,11 +11,11 @@ class Consensus(okdc.Method):
 
     members = 3
 
-    def __init__(self, cohort: Cohort, *, temperature: float = 3.0) -> None:
+    def __init__(self, cohort: okdc.Cohort, *, temperature: float = 3.0) -> None:
         super().__init__(cohort)
         self.temperature = temperature
 
-    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, out: okdc.CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         mean = self.ensemble(out)
         parts = {}
         for name, logits in zip(self.cohort.names, out.logits, strict=True):
@@ -27,6 +26,6 @@ class Consensus(okdc.Method):
 
 if __name__ == "__main__":
     result = okdc.compress(
-        "resnet20_cifar", data="digits", img_size=32, hflip=0.0, method="own_method:Consensus", epochs=1, batch_size=64
+        "resnet20_cifar", data="digits", img_size=32, hflip=0.0, method=Consensus, epochs=1, batch_size=64
     )
     print(f"top-1 {result.metrics['top1']:.1f} %")

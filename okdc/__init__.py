@@ -17,8 +17,11 @@ _PUBLIC = {
     "inspect": "okdc.pipeline",
     "Anatomy": "okdc.anatomy",
     "Cohort": "okdc.cohort",
+    "Branch": "okdc.cohort",
     "CohortOutput": "okdc.cohort",
     "Method": "okdc.methods",
+    "Needs": "okdc.needs",
+    "build": "okdc.methods",
     "Recipe": "okdc.recipe",
     "OkdcError": "okdc.errors",
 }

@@ -7,11 +7,14 @@ from typing import Any, Literal
 from torch import nn
 
 from okdc.anatomy import Anatomy as Anatomy
+from okdc.cohort import Branch as Branch
 from okdc.cohort import Cohort as Cohort
 from okdc.cohort import CohortOutput as CohortOutput
 from okdc.comparing import Comparison as Comparison
 from okdc.errors import OkdcError as OkdcError
 from okdc.methods import Method as Method
+from okdc.methods import build as build
+from okdc.needs import Needs as Needs
 from okdc.pipeline import Result as Result
 from okdc.pipeline import inspect as inspect
 from okdc.recipe import Recipe as Recipe
@@ -26,7 +29,7 @@ def compress(
     *,
     recipe: Recipe | str | Path | None = ...,
     preset: str | None = ...,
-    method: str | None = ...,
+    method: str | type[Method] | None = ...,
     output: str | Path = ...,
     experiment: str | None = ...,
     resume: str | None = ...,
@@ -136,6 +139,8 @@ def compress(
     checkpoint_hist: int = ...,
     class_weights: str | None = ...,
     pos_weight: str | None = ...,
+    distance: Literal["kl", "standardized", "dkd", "dist"] = ...,
+    distance_kwargs: dict[str, Any] = ...,
     eval_metric: str | None = ...,
     patience: int | None = ...,
     log: list[Literal["tensorboard", "wandb", "mlflow"]] | None = ...,
@@ -166,7 +171,7 @@ def compare(
     loader: Iterable[Any] | None = ...,
     validation: Iterable[Any] | None = ...,
     *,
-    methods: Sequence[str] = ...,
+    methods: Sequence[str | type[Method]] = ...,
     seeds: int = ...,
     recipe: str | Path | None = ...,
     sets: Sequence[str] = ...,
@@ -281,6 +286,8 @@ def compare(
     checkpoint_hist: int = ...,
     class_weights: str | None = ...,
     pos_weight: str | None = ...,
+    distance: Literal["kl", "standardized", "dkd", "dist"] = ...,
+    distance_kwargs: dict[str, Any] = ...,
     eval_metric: str | None = ...,
     patience: int | None = ...,
     log: list[Literal["tensorboard", "wandb", "mlflow"]] | None = ...,

@@ -24,6 +24,10 @@ class CutError(OkdcError):
     """A network that cannot be shared at the place asked for."""
 
 
+class MethodError(OkdcError):
+    """A class of a method that cannot be trained as it is written."""
+
+
 class DataError(OkdcError):
     """Images or labels that cannot be trained on."""
 

@@ -6,7 +6,7 @@ Every loss is a mean over the batch in nats per example, computed in at least fl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -72,6 +72,91 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float
         p = p + eps
         log_p = p.log()
     return temperature**2 * (p * (log_p - log_q)).sum(dim=1).mean()
+
+
+def standardized(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, eps: float = 0.0, detach: bool = True
+) -> Tensor:
+    """`kl` of logits (B, C) after each image's are standardised: less their mean, over their standard deviation.
+
+    The student is not asked to match how large the teacher's logits are (Sun et al., CVPR 2024, algorithm 1).
+
+    >>> student, teacher = torch.tensor([[0.0, 1.0, 5.0]]), torch.tensor([[0.0, 2.0, 1.0]])
+    >>> standardized(student, teacher), standardized(3 * teacher + 1, teacher)
+    (tensor(0.9780), tensor(0.))
+    """
+    student, teacher = (_standard(_classes(x)) for x in (student, teacher))
+    return kl(student, teacher, temperature, eps=eps, detach=detach)
+
+
+def _standard(logits: Tensor) -> Tensor:
+    spread, mean = torch.var_mean(logits, dim=1, correction=0, keepdim=True)
+    return (logits - mean) / (spread + 1e-14).sqrt()  # of equal logits the root alone would have no gradient
+
+
+def decoupled(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    detach: bool = True,
+) -> Tensor:
+    """(alpha KL of the image's class against all others + beta KL among the others) T^2 of softened logits (B, C).
+
+    Zhao et al., CVPR 2022, equation 7 (TCKD and NCKD). KL itself has alpha 1 and, for beta, the teacher's probability
+    of all others. Of labels (B, C), which mixup gives, the image's class is the one with the largest share.
+
+    >>> student, teacher, labels = torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> decoupled(student, teacher, labels, beta=0.0), decoupled(student, teacher, labels, alpha=0.0, beta=1.0)
+    (tensor(0.2291), tensor(0.1109))
+    """
+    student, teacher = _classes(student) / temperature, _classes(teacher.detach() if detach else teacher) / temperature
+    classes = labels if labels.dim() == 1 else labels.argmax(1)
+    own = F.one_hot(classes, student.shape[1]).bool()
+    (log_q, log_q_rest), (log_p, log_p_rest) = (_decoupled(x, own) for x in (student, teacher))
+    ours, theirs = ((p.exp() * (p - q)).sum(1).mean() for p, q in ((log_p, log_q), (log_p_rest, log_q_rest)))
+    return temperature**2 * (alpha * ours + beta * theirs)
+
+
+def _decoupled(logits: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities (B, 2) of its own class and of all others, and (B, C) of each among those."""
+    rest = logits.masked_fill(own, -torch.inf)
+    pair = torch.stack([logits.masked_fill(~own, 0).sum(1), rest.logsumexp(1)], 1)
+    # What stands for its own class is far below all others, but finite: infinities have no gradient.
+    return F.log_softmax(pair, 1), F.log_softmax(logits.masked_fill(own, logits.detach().amin() - 1000), 1)
+
+
+def correlation(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    *,
+    beta: float = 2.0,
+    gamma: float = 2.0,
+    detach: bool = True,
+) -> Tensor:
+    """(beta d over each image's classes + gamma d over each class's images) T^2, d = 1 - Pearson's correlation.
+
+    Of softened probabilities, logits (B, C): DIST, Huang et al., NeurIPS 2022, equations 6 to 10. Images are those of
+    all devices.
+
+    >>> student, teacher = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[0.0, 3.0], [1.0, 0.0]])
+    >>> correlation(student, teacher), correlation(teacher, student, gamma=0.0)
+    (tensor(0.), tensor(0.))
+    """
+    student, teacher = (
+        gather(F.softmax(_classes(x) / temperature, 1)) for x in (student, teacher.detach() if detach else teacher)
+    )
+    return temperature**2 * (beta * _apart(student, teacher) + gamma * _apart(student.T, teacher.T))
+
+
+def _apart(left: Tensor, right: Tensor) -> Tensor:
+    """1 - the correlation of rows with rows, its mean over rows."""
+    left, right = (x - x.mean(1, keepdim=True) for x in (left, right))
+    return 1 - F.cosine_similarity(left, right, dim=1).mean()
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, *, detach: bool = True) -> Tensor:
@@ -142,11 +227,22 @@ def memory_scores(memory: Tensor, embeddings: Tensor, temperature: float) -> Ten
     >>> memory_scores(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]), 0.5).exp()  # e^2 and e^0, over their mean
     tensor([[1.7616, 0.2384]])
     """
-    with torch.autocast(embeddings.device.type, enabled=False):  # exponents of ten and more need the precision
-        similarity = torch.einsum("bkd,bd->bk", _full(memory), _full(embeddings)) / temperature
-    mean = (torch.logsumexp(similarity.flatten(), 0) - math.log(similarity.numel())).detach()
-    of_ranks = gather(mean[None])  # the logarithms of means over parts of equal size
-    return similarity - (torch.logsumexp(of_ranks, 0) - math.log(len(of_ranks)))
+    return all_memory_scores([(memory, embeddings)], temperature)[0]
+
+
+def all_memory_scores(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float) -> list[Tensor]:
+    """`memory_scores` of pairs of memory and embeddings; several ranks tell each other of all of them in one message.
+
+    >>> [scores] = all_memory_scores([(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]))], 0.5)
+    >>> torch.equal(scores, memory_scores(torch.eye(2)[None], torch.tensor([[1.0, 0.0]]), 0.5))
+    True
+    """
+    with torch.autocast(pairs[0][1].device.type, enabled=False):  # exponents of ten and more need the precision
+        alike = [torch.einsum("bkd,bd->bk", _full(rows), _full(each)) / temperature for rows, each in pairs]
+    means = [(torch.logsumexp(each.flatten(), 0) - math.log(each.numel())).detach() for each in alike]
+    of_ranks = gather(torch.stack(means)[None])  # the logarithms of means over parts of equal size
+    means_of_all = torch.logsumexp(of_ranks, 0) - math.log(len(of_ranks))
+    return [each - mean for each, mean in zip(alike, means_of_all, strict=True)]
 
 
 def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:

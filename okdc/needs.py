@@ -9,10 +9,14 @@ from dataclasses import dataclass
 class Needs:
     """Declared by a method (`Method.needs`), met by `okdc.data`; by default images (B, C, H, W) and labels (B,)."""
 
-    views: bool = False  # an augmentation of its own for every member: images (members, B, C, H, W)
-    pairs: bool = False  # batches in which every class that occurs has two images or more
-    indices: bool = False  # a third tensor (B,), which training image each one is; and the label of every one
-    held_out: bool = False  # a share of the training images set aside, given to `Method.before_epoch`
+    views: bool = False
+    """An augmentation of its own for every member: images (members, B, C, H, W)."""
+    pairs: bool = False
+    """Batches in which every class that occurs has two images or more."""
+    indices: bool = False
+    """A third tensor (B,), which training image each one is; and the label of every one."""
+    held_out: bool = False
+    """A share of the training images set aside, given to `Method.before_epoch`."""
 
 
 NOTHING = Needs()

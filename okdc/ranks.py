@@ -38,6 +38,12 @@ def local_rank() -> int:
     return int(os.environ.get("SLURM_LOCALID") or rank()) % max(1, torch.cuda.device_count())
 
 
+def local_world() -> int:
+    """How many of the processes are on this node; where nobody says it, all of them."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    return min(world(), int(told)) if told.isdigit() else world()
+
+
 def gather(tensor: Tensor, dim: int = 0) -> Tensor:
     """What all ranks have of this, one after another along `dim`; the shape is the same on each.
 

@@ -31,12 +31,14 @@ ALLOWED = {
     "networks": "anatomy errors recipe tasks",
     "deploy": "errors networks okdc recipe system tasks verification",
     "methods": "anatomy cohort errors losses needs ranks system tasks",
-    "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
-    "tasks training",
+    "pipeline": "anatomy data deploy errors losses methods needs networks okdc ranks recipe report system tasks "
+    "training",
+    "testing": "anatomy errors methods needs networks ranks recipe system training",
     "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system tasks training "
     "verification",
     "comparing": "data errors measure methods networks pipeline recipe report system tasks",
-    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report system tasks training",
+    "cli": "anatomy comparing deploy errors measure methods networks okdc pipeline recipe report system tasks "
+    "testing training",
     "__main__": "cli",
 }
 

@@ -112,6 +112,16 @@ class Anatomy:
         words = " Or ".join(f"{way}." for way in ways)
         return words[:1].upper() + words[1:]
 
+    def exits(self) -> tuple[str, ...]:
+        """The cuts at which it could be left early: after each stage but the last.
+
+        Of a network of one stage (a ViT), after a quarter, a half and three quarters of its blocks; of one without
+        blocks, where branches part.
+        """
+        ends = [s.before for s in self.stages[1:]] or self._between_blocks(self.stages[-1], 4) or [self.cut()]
+        shapes = {c.name: c.shape for c in self.cuts}
+        return tuple(dict.fromkeys(name for name in ends if name and len(shapes.get(name, ())) in (2, 3)))
+
     def find_cut(self, name: str) -> Cut:
         """The cut called `name`; NetworkError with the nearest names when there is none."""
         for cut in self.cuts:

@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs: `okdc --help` comes without torch.
 
 Imports: `anatomy`, `comparing`, `deploy`, `errors`, `measure`, `methods`, `networks`, `okdc`, `pipeline`, `recipe`,
-`report`, `system`, `tasks`, `training`.
+`report`, `system`, `tasks`, `testing`, `training`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""methods, recipes, doctor: what there is to choose from, and to use."""
+"""methods, check, recipes, doctor: what there is to choose from and to use, and whether a method is sound."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -33,6 +34,35 @@ def methods(name: str | None) -> None:
         show(tables.facts_of_method(name), lambda: _show_method(name))
     else:
         show([tables.facts_of_method(each) for each in known.names()], tables.show_methods)
+
+
+@main.command(short_help="Try what every method has to do on one of your own.")
+@click.argument("method", metavar="FILE.py:CLASS|NAME", shell_complete=completion.complete_method)
+@click.option("--model", metavar="NAME", default="resnet20_cifar", show_default=True, help="Around this network.")
+@click.option("--img-size", type=click.IntRange(1), default=32, show_default=True, help="Side of the images, pixels.")
+@click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
+@click.option("--processes/--no-processes", default=True, help="Hold two processes against one, too.  [on]")
+def check(
+    method: str,
+    model: str,
+    img_size: int,
+    method_kwargs: tuple[tuple[str, Any], ...],
+    processes: bool,
+) -> None:
+    """Try what every method has to do, on noise: who learns, exact resume, strip, two processes, what it costs.
+
+    It takes a minute or less. The exit code is 1 where something is broken.
+
+    \b
+    okdc check my_file.py:MyMethod
+    okdc check my_package.my_module:MyMethod --model resnet18 --img-size 64
+    """
+    from okdc import testing
+
+    report = testing.check(method, model, size=img_size, processes=processes, **dict(method_kwargs))
+    show(report.to_dict(), lambda: click.echo(str(report)))
+    if not report.ok:
+        click.get_current_context().exit(1)
 
 
 @main.command(cls=flags.GroupedCommand)

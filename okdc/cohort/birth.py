@@ -14,6 +14,7 @@ from okdc.anatomy.modes import resting
 from okdc.cohort.depth import deepen, shorten
 from okdc.cohort.plan import Branch
 from okdc.cohort.width import narrow
+from okdc.errors import CutError
 
 PERTURBATION = 0.1  # noise of a pre-trained branch, as a share of each weight tensor's own spread
 
@@ -35,7 +36,28 @@ def differ(
     grown = [grow(network, anatomy, s, n, pretrained) for s, n in zip(stages, plan.extra_blocks) if n]
     if plan.width < 1:
         grown.append(narrow(network, anatomy, plan.cut, trunk, plan.width, example))
+    if plan.outputs:
+        give_outputs(network, anatomy.classifier, plan.outputs)
+        grown.append(f"{plan.outputs} outputs")
     return ", ".join(filter(None, grown))
+
+
+def give_outputs(network: nn.Module, name: str, outputs: int) -> None:
+    """Put a new classifier of so many outputs in the place of the old one; CutError where that is no plain layer."""
+    old = network.get_submodule(name)
+    new: nn.Module
+    if type(old) is nn.Linear:
+        new = nn.Linear(old.in_features, outputs, old.bias is not None)
+    elif type(old) is nn.Conv2d and set(old.kernel_size) == {1} and old.groups == 1:
+        new = nn.Conv2d(old.in_channels, outputs, 1, bias=old.bias is not None)
+    else:
+        raise CutError(
+            f"this method gives each branch a classifier of its own, and {name!r} is a {type(old).__name__}; expected "
+            "a Linear layer or a convolution of one pixel. Choose another method (okdc methods)."
+        )
+    parent, _, last = name.rpartition(".")
+    weight = old.weight
+    network.get_submodule(parent).register_module(last, new.to(weight.device, weight.dtype))
 
 
 def grow(network: nn.Module, anatomy: Anatomy, stage: Stage, count: int, pretrained: bool = False) -> str:

@@ -20,10 +20,10 @@ from okdc import tasks
 from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.cohort.birth import differ
-from okdc.cohort.plan import Branch, CohortOutput, Cost, lineage, member_name
+from okdc.cohort.plan import UNTAPPED, Branch, CohortOutput, Cost, lineage, member_name
 from okdc.cohort.proof import prove_all, refuse_own_modules, ways_in_training
 from okdc.cohort.replay import Handling, Record, Tape
-from okdc.cohort.taps import Taps
+from okdc.cohort.taps import Taps, checked
 from okdc.cohort.trunk import before, on_its_own, stand_in, tie_unused
 from okdc.errors import CutError, NetworkError
 from okdc.tasks.shared.outputs import described
@@ -41,6 +41,31 @@ class Cohort(nn.Module):
     `task` is what the networks are for, by default classification.
     """
 
+    target: nn.Module
+    """Member 0, the object that came in."""
+    branches: nn.ModuleList
+    """The auxiliary members."""
+    anatomy: Anatomy
+    """What is known of the target: its stages, its classifier, `num_classes`, `input_size` (C, H, W)."""
+    taps: tuple[str, ...]
+    """What is looked at beside logits."""
+    widths: tuple[float, ...]
+    """The share of its channels that each member keeps, 1 for the target."""
+    cut: str | None
+    """Where the first branch parts; None where nothing is shared."""
+    costs: tuple[Cost, ...]
+    """What each member costs."""
+    feature_widths: tuple[int, ...]
+    """D of each member's feature map, where these are tapped."""
+    embedding_widths: tuple[int, ...]
+    """D of each member's embedding, where these are tapped."""
+    stage_widths: tuple[tuple[int, ...], ...]
+    """D of the map of each stage of each member, where these are tapped."""
+    exit_shapes: tuple[tuple[int, ...], ...]
+    """(D, H, W) of each map at which the target could be left early, where these are tapped."""
+    shared_width: int
+    """D of what the trunk gives, 0 where that is not tapped."""
+
     def __init__(
         self,
         target: nn.Module,
@@ -56,16 +81,17 @@ class Cohort(nn.Module):
     ) -> None:
         super().__init__()
         self.target, self.task = target, task or tasks.get()
-        needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 for b in branches)
+        needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 or b.outputs for b in branches)
         self.anatomy = _known(anatomy, target, example, needs_parts, self.task)
-        self.taps = tuple(taps)
+        self.taps = checked(taps)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
         self._hooks: list[Any] = []
+        self._stripped = False
         self._resting: list[nn.Module] = []
         self._names = ("target", *(member_name(i, b.cut is not None) for i, b in enumerate(branches, 1)))
-        self.cut = next((b.cut for b in branches if b.cut), None)  # of the first branch; None: nothing is shared
+        self.cut = next((b.cut for b in branches if b.cut), None)
         trunks = _trunks(target, self.anatomy, branches)
         proofs = {cut: _copy(target) for cut in trunks}  # copies are made before any hook stands on the target
         siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
@@ -102,8 +128,13 @@ class Cohort(nn.Module):
         """What the members say of the same images (B, C, H, W), or each of its own view (M, B, C, H, W) of them.
 
         With views the trunk runs once for each member, so that batch norm sees one view at a time; CutError where it
-        takes the mean of its members' gradients.
+        takes the mean of its members' gradients, and after `strip`.
         """
+        if self._stripped:
+            raise CutError(
+                "this cohort was stripped: its branches have no trunk any more, and nothing is tapped. Run the network "
+                "that strip() gave, or make a new cohort (okdc.build)."
+            )
         tape, views = self.tape, images.dim() == 5
         if views and tape.divisor:
             raise CutError(
@@ -117,10 +148,8 @@ class Cohort(nn.Module):
             for i, member in enumerate(self.members):
                 tape.rewind()
                 given.append(member(images[i] if views else images))
-            maps, embeddings = self._tapped.feature_maps(), self._tapped.embeddings()
-            shared = None if views else self._tapped.shared()
             logits, earlier = tuple(map(self.task.result, given)), tuple(map(self.task.earlier, given))
-            return CohortOutput(logits, maps, embeddings, shared, earlier=earlier, stage_maps=self._tapped.stage_maps())
+            return CohortOutput(logits, **{**UNTAPPED, **self._tapped.found(views)}, earlier=earlier)
         finally:
             tape.clear()
 
@@ -133,6 +162,7 @@ class Cohort(nn.Module):
 
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""
+        self._stripped = True
         for handle in self._hooks:
             handle.remove()
         self._hooks.clear()
@@ -217,11 +247,12 @@ class Cohort(nn.Module):
                 with FlopCounterMode(display=False) as counter:
                     member(example)
                 flops.append(counter.get_total_flops() // len(example))
-            self.feature_widths = tuple(x.shape[1] for x in self._tapped.feature_maps())
-            self.embedding_widths = tuple(x.shape[1] for x in self._tapped.embeddings())
-            self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in self._tapped.stage_maps())
-            shared = self._tapped.shared()
-            self.shared_width = 0 if shared is None else shared.shape[1]
+            found = self._tapped.found(alone=False)
+            self.feature_widths = tuple(x.shape[1] for x in found.get("feature_maps", ()))
+            self.embedding_widths = tuple(x.shape[1] for x in found.get("embeddings", ()))
+            self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in found.get("stage_maps", ()))
+            self.exit_shapes = tuple(tuple(x.shape[1:]) for x in found.get("exit_maps", ()))
+            self.shared_width = found["shared"].shape[1] if "shared" in found else 0
             self.tape.clear()
         grown, cuts = ["", *self.grown], [None, *(b.parting for b in branches)]
         for name, member, spent, has, cut in zip(self.names, self.members, flops, grown, cuts, strict=True):

@@ -4,38 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
+
+from okdc.errors import CutError
+
+
+class Untapped:
+    """Stands where nothing was tapped, so that who looks at it is told: any use of it is a CutError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        views = " With a view for each member there is none." if self.name == "shared" else ""
+        raise CutError(
+            f'out.{self.name} is looked at, and not tapped. Say taps = ("{self.name}",) in the class of the method, or '
+            f'Cohort(..., taps=("{self.name}",)) where a cohort is made by hand.{views}'
+        )
+
+    __iter__ = __len__ = __getitem__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python asks of everything
+            raise AttributeError(name)
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, cls))._refuse()
+
+
+# Passed by name, not defaults of the fields, which a compiled step could not make.
+UNTAPPED: dict[str, Any] = {
+    name: Untapped(name) for name in ("feature_maps", "embeddings", "shared", "stage_maps", "exit_maps")
+}
 
 
 @dataclass(frozen=True)
 class CohortOutput:
-    """What M members said about one batch: tuples of M tensors, member 0 is the target."""
+    """What M members said about one batch: tuples of M tensors, member 0 is the target.
 
-    logits: tuple[Tensor, ...]  # (B, C)
-    feature_maps: tuple[Tensor, ...] = ()  # (B, D, H, W); tokens are (B, D, N, 1); empty unless tapped
-    embeddings: tuple[Tensor, ...] = ()  # (B, D); empty unless tapped
-    shared: Tensor | None = None  # what the trunk gave at the (first branch's) cut, a map as above; None unless tapped
-    teacher: Tensor | None = None  # (B, C), a constant, of a network outside the cohort; None where there is none
-    earlier: tuple[tuple[Tensor, ...], ...] = ()  # of each member, what its stages before the last said, if they do
-    stage_maps: tuple[tuple[Tensor, ...], ...] = ()  # of each member, its stages' outputs after the cut, as maps above
+    Of a cohort, whatever is not tapped is a CutError when it is looked at.
+    """
+
+    logits: tuple[Tensor, ...]
+    """(B, C), of every member."""
+    feature_maps: tuple[Tensor, ...] = ()
+    """(B, D, H, W); tokens are (B, D, N, 1)."""
+    embeddings: tuple[Tensor, ...] = ()
+    """(B, D), what each classifier is given."""
+    shared: Tensor | None = None
+    """What the trunk gave at the (first branch's) cut, a map as above; with a view for each member there is none."""
+    teacher: Tensor | None = None
+    """(B, C), a constant, of a network outside the cohort; None where there is none."""
+    stage_maps: tuple[tuple[Tensor, ...], ...] = ()
+    """Of each member, its stages' outputs after the cut, as maps above."""
+    exit_maps: tuple[Tensor, ...] = ()
+    """Of the target, what its modules gave after which it could be left early (`Anatomy.exits`), as maps above."""
+    earlier: tuple[tuple[Tensor, ...], ...] = ()
+    """Of each member, what its stages before the last said, where its task lets them: lists of heat maps."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The plan of one auxiliary member.
-
-    `cut` is the module after which it parts (None: it shares nothing, a peer network), `extra_blocks` how many blocks
-    are appended to each stage that it has for itself, early to late (or, negative, taken away), `network` another
-    architecture for a peer, `width` the share of its channels that it keeps (above 0, at most 1; it needs okdc[prune]),
-    `parent` the member from which it parts, an earlier one: another than the target makes a tree.
-    """
+    """The plan of one auxiliary member."""
 
     cut: str | None = None
+    """The module after which it parts; None: it shares nothing, a peer network."""
     extra_blocks: tuple[int, ...] = ()
+    """How many blocks are appended to each stage that it has for itself, early to late; negative: taken away."""
     network: nn.Module | None = None
+    """Another architecture, for a peer."""
     width: float = 1.0
+    """The share of its channels that it keeps, above 0, at most 1; below 1 it needs okdc[prune]."""
+    outputs: int = 0
+    """How many outputs its classifier has, where that is another number than the target's; 0: as many."""
     parent: int = 0
+    """The member from which it parts, an earlier one; another than the target makes a tree."""
 
     @property
     def parting(self) -> str | None:

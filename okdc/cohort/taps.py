@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,13 +12,25 @@ from okdc.anatomy import Anatomy
 from okdc.anatomy.shapes import layout
 from okdc.cohort.plan import member_name
 from okdc.cohort.replay import Tap, Tape, as_map
-from okdc.errors import CutError
+from okdc.errors import CutError, MethodError, nearest
+
+NAMES = ("feature_maps", "embeddings", "stage_maps", "exit_maps", "shared")
+
+
+def checked(taps: Sequence[str]) -> tuple[str, ...]:
+    """Taps by name; MethodError for a string, which would be its letters, and for what there is not."""
+    if isinstance(taps, str):
+        raise MethodError(f"taps is the string {taps!r}; expected a tuple, even of one: taps = ({taps!r},).")
+    for name in taps:
+        if name not in NAMES:
+            raise MethodError(f"taps has {name!r}.{nearest(str(name), NAMES)} There are {', '.join(NAMES)}.")
+    return tuple(taps)
 
 
 class Taps:
     """Which layers of the members are looked at, and what they gave in this pass.
 
-    `kinds` are among feature_map, embedding, stages and shared. `cut` is that of the first branch, None where nothing
+    `kinds` are some of NAMES. `cut` is that of the first branch, None where nothing
     is shared. CutError where the method looks at what is shared and that is nothing, or neither map nor tokens.
     """
 
@@ -25,6 +38,7 @@ class Taps:
         self.kinds, self.tape, self.cut = tuple(kinds), tape, cut
         self.shared_layout = _layout_at_cut(target, tape, cut) if "shared" in kinds else None
         self.stages: list[int] = []  # how many of each member
+        self.exits: list[tuple[str, str]] = []  # of the target
         self.members = 0
 
     def of_next(self, anatomy: Anatomy, cut: str | None, ways: Sequence[Counter[str]]) -> list[tuple[str, Tap]]:
@@ -33,34 +47,42 @@ class Taps:
         CutError for one that is not called in all `ways`, the passes in training mode that were watched.
         """
         places: list[tuple[str, str, str]] = []
-        if "feature_map" in self.kinds:
+        if "feature_maps" in self.kinds:
             places.append(("feature_map", anatomy.feature_map, anatomy.layout))
-        if "embedding" in self.kinds:
+        if "embeddings" in self.kinds:
             places.append(("embedding", anatomy.classifier, anatomy.layout))
-        if "stages" in self.kinds:
+        if "stage_maps" in self.kinds:
             outputs = _stage_outputs(anatomy, cut)
             self.stages.append(len(outputs))
             places += [(f"stage{s}", name, where) for s, (name, where) in enumerate(outputs)]
+        if "exit_maps" in self.kinds and not self.members:
+            self.exits = _exit_outputs(anatomy)
+            places += [(f"exit{s}", name, where) for s, (name, where) in enumerate(self.exits)]
         for _, name, _ in places:
             if not all(way[name] for way in ways):
                 raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
         self.members += 1
         return [(name, Tap(self.tape, kind, self.members - 1, where)) for kind, name, where in places]
 
-    def feature_maps(self) -> tuple[Tensor, ...]:
-        return self._of_all("feature_map")
-
-    def embeddings(self) -> tuple[Tensor, ...]:
-        return self._of_all("embedding")
-
-    def stage_maps(self) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple(tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages))
-
-    def shared(self) -> Tensor | None:
-        return as_map(self.tape.outputs[self.cut][0], self.shared_layout) if self.cut and self.shared_layout else None
+    def found(self, alone: bool) -> dict[str, Any]:
+        """What the kinds gave in this pass, by name; nothing is shared where each member ran the trunk `alone`."""
+        found: dict[str, Any] = {}
+        if "feature_maps" in self.kinds:
+            found["feature_maps"] = self._of_all("feature_map")
+        if "embeddings" in self.kinds:
+            found["embeddings"] = self._of_all("embedding")
+        if "stage_maps" in self.kinds:
+            found["stage_maps"] = tuple(
+                tuple(self._look(f"stage{s}", i) for s in range(n)) for i, n in enumerate(self.stages)
+            )
+        if "exit_maps" in self.kinds:
+            found["exit_maps"] = tuple(self._look(f"exit{s}", 0) for s in range(len(self.exits)))
+        if self.cut and self.shared_layout and not alone:
+            found["shared"] = as_map(self.tape.outputs[self.cut][0], self.shared_layout)
+        return found
 
     def _of_all(self, kind: str) -> tuple[Tensor, ...]:
-        return tuple(self._look(kind, i) for i in range(self.members)) if kind in self.kinds else ()
+        return tuple(self._look(kind, i) for i in range(self.members))
 
     def _look(self, kind: str, member: int) -> Tensor:
         if (kind, member) not in self.tape.tapped:
@@ -98,3 +120,15 @@ def _stage_outputs(anatomy: Anatomy, cut: str | None) -> list[tuple[str, str]]:
     aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
     ends = [stage.last for stage in (anatomy.stages_after(cut) if cut else anatomy.stages)]
     return [(name, layout(shape, aspect)) for name in ends if len(shape := shapes[name] or ()) in (2, 3)]
+
+
+def _exit_outputs(anatomy: Anatomy) -> list[tuple[str, str]]:
+    """The modules after which the network could be left early, and the layouts of their outputs; CutError for none."""
+    aspect = anatomy.input_size[-2] / anatomy.input_size[-1]
+    names = anatomy.exits()
+    if not names:
+        raise CutError(
+            f"this method looks at {anatomy.name} before its end, and there is no place between its stages or blocks. "
+            "Choose a method that looks at logits alone, such as --method dml."
+        )
+    return [(name, layout(anatomy.find_cut(name).shape, aspect)) for name in names]

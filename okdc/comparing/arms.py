@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from okdc import methods
 from okdc.errors import OkdcError, RecipeError, nearest
 from okdc.measure.estimate import Estimate
+from okdc.methods import Method
 from okdc.pipeline import teachers
 from okdc.recipe import Recipe
 
@@ -40,7 +41,10 @@ class Arm:
 
 
 def plan(
-    names: Sequence[str], make: Callable[[str], Recipe], measure: Callable[[Recipe], Estimate], equal_compute: bool
+    names: Sequence[str | type[Method]],
+    make: Callable[[str], Recipe],
+    measure: Callable[[Recipe], Estimate],
+    equal_compute: bool,
 ) -> list[Arm]:
     """The arms for the methods `names`: plain training first, its longer controls last.
 
@@ -55,13 +59,13 @@ def plan(
     return [plain, *(_controlled(arms, plain) if equal_compute else arms)]
 
 
-def _chosen(names: Sequence[str], task: str) -> list[str]:
+def _chosen(names: Sequence[str | type[Method]], task: str) -> list[str]:
     """The methods by name, each once; `all` stands for every one of okdc's that serves the task."""
     known = methods.names()
     serving = [name for name in known if task in methods.get(name).tasks]
-    every = [name for given in names for name in (serving if given == "all" else [given])]
+    every = [name for given in map(methods.name_of, names) for name in (serving if given == "all" else [given])]
     for name in every:
-        if ":" not in name and name not in known:
+        if ":" not in name and not name.endswith(".py") and name not in known:
             raise RecipeError(f"--methods: no method {name!r}.{nearest(name, known)}")
     return list(dict.fromkeys(every))
 

@@ -23,6 +23,7 @@ from okdc.data import open_source
 from okdc.errors import RecipeError
 from okdc.measure import estimate
 from okdc.measure.estimate import Estimate
+from okdc.methods import Method
 from okdc.pipeline import assemble_cohort, facts, run_folder
 from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
 from okdc.system.saying import say
@@ -60,7 +61,7 @@ def compare(
     loader: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str | type[Method]] = METHODS,
     seeds: int = 3,
     recipe: str | Path | None = None,
     sets: Sequence[str] = (),

@@ -19,7 +19,19 @@ from __future__ import annotations
 from okdc.data.loading import in_order, load
 from okdc.data.own_loader import state, wrap
 from okdc.data.own_preprocess import agreed, complete
-from okdc.data.sources import open_source
+from okdc.data.sources import open_source, open_together
 from okdc.data.values import Data, Source, TrainBatches
 
-__all__ = ["Data", "Source", "TrainBatches", "agreed", "complete", "in_order", "load", "open_source", "state", "wrap"]
+__all__ = [
+    "Data",
+    "Source",
+    "TrainBatches",
+    "agreed",
+    "complete",
+    "in_order",
+    "load",
+    "open_source",
+    "open_together",
+    "state",
+    "wrap",
+]

@@ -169,6 +169,10 @@ class RawImages:
         self.images, self.config, self.bad = images, config, bad
         self.places = range(len(images)) if places is None else places
 
+    def files(self) -> list[str | None]:
+        """The file of each image, readable or not; None where it has none."""
+        return [self.images.file(position) for position in self.places]
+
     def only(self, places: Sequence[int]) -> RawImages:
         """The images in these places; the others are not read."""
         return RawImages(self.images, self.config, self.bad, places)

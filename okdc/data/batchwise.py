@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from okdc.system.randomness import uniform
+
 ATTEMPTS = 10  # of timm to find a crop that fits, before it takes the middle
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # of Pillow, and how many pixels they reach to each side
 ONE = 2**22  # Pillow's weights are whole numbers of this part, so that sums are exact, here in float64
@@ -42,27 +44,6 @@ class Law:
             images = resized_crop(images, boxes, self.size, self.interpolation)
         images = _flip(images, draws[:, 0] < self.hflip, -1) if self.hflip else images
         return _flip(images, draws[:, 1] < self.vflip, -2) if self.vflip else images
-
-
-def uniform(keys: Tensor, count: int) -> Tensor:
-    """Random numbers (B, count) in [0, 1), float64, from keys (B,) int64: splitmix64 (Steele et al. 2014)."""
-    steps = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
-    return _shift(mix(keys[:, None] + steps), 11).double() * 2.0**-53
-
-
-def mix(x: Tensor) -> Tensor:
-    """A random-looking number for each int64, always the same for the same one."""
-    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift(x, 31)
-
-
-_GOLDEN = -0x61C8864680B583EB
-
-
-def _shift(x: Tensor, by: int) -> Tensor:
-    """To the right, with zeros coming in from the left; torch's int64 would bring in the sign."""
-    return (x >> by) & (2 ** (64 - by) - 1)
 
 
 def _flip(images: Tensor, which: Tensor, dimension: int) -> Tensor:

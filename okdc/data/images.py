@@ -51,9 +51,12 @@ class Images(Dataset):
 
     def name(self, position: int) -> str:
         """The file of an image, or its number where it has no file of its own."""
+        return self.file(position) or f"image {int(self.indices[position])} of {self.origin}"
+
+    def file(self, position: int) -> str | None:
+        """The file of an image, perhaps within an archive; None where it has none."""
         index = int(self.indices[position])
-        path = self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else None
-        return path or f"image {index} of {self.origin}"
+        return self.dataset.filename(index, absolute=True) if hasattr(self.dataset, "filename") else None
 
     def split(self, every: int) -> tuple[Images, Images]:
         """(training, validation): each `every`-th image of each class validates, the same ones on any machine.

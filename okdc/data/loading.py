@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from okdc.data.batches import OrderedBatches, RawImages, ShuffledBatches
+from okdc.data.batchwise import Law
 from okdc.data.images import Images
 from okdc.data.names import listed
 from okdc.data.pixel_bits import find_bits
 from okdc.data.pose_batches import load_poses
 from okdc.data.poses import PoseSource
 from okdc.data.readable import BadImages, check_readable
-from okdc.data.resident import keep, law
+from okdc.data.resident import Decoded, keep, law
 from okdc.data.samples import Order, Part, TrainImages, ValidationImages
 from okdc.data.streams import Stream, load_stream
 from okdc.data.transforms import BatchAugmentation, image_transform, preprocessing
@@ -83,12 +84,14 @@ def load(
         for split, whole in (("training", source.train), ("validation", source.validation))
     )
 
+    resident: tuple[Decoded, Law] | None = None
+
     def in_order(these: Images, bad: BadImages) -> OrderedBatches:
         dataset = ValidationImages(these, image_transform(settings, config, False), config)
-        kept = keep(these, settings, config, False, bad, device, timeout)
+        # Where training reads image by image, so does validation: decoding it all at the start would make that late.
+        kept = keep(these, settings, config, False, bad, device, timeout) if resident else None
         return OrderedBatches(dataset, validation_batch_size, settings.workers, config, bad, device, kept)
 
-    resident = None
     if kept := keep(images, settings, config, True, bad, device, timeout):
         resident = kept, law(settings, config)
     else:

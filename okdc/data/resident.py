@@ -19,23 +19,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from okdc.data.batchwise import FILTERS, Law, mix
+from okdc.data.batchwise import FILTERS, Law
 from okdc.data.images import Images
 from okdc.data.readable import BadImages
 from okdc.data.samples import as_loaded
 from okdc.data.transforms import image_transform, read, training_interpolation
 from okdc.data.values import BadImage, Batch, log
 from okdc.errors import DataError
-from okdc.ranks import rank
+from okdc.ranks import local_world, rank
 from okdc.recipe import DataSettings
-from okdc.system.randomness import derive_seed
+from okdc.system import memory
+from okdc.system.randomness import derive_seed, mix
 from okdc.system.signals import leave_signals
 from okdc.system.waiting import limited
 
 if TYPE_CHECKING:
     from okdc.data.samples import TrainImages
 
-FITS = 2**30  # bytes, decoded
+FITS = 2**30  # bytes, decoded, of which no machine runs short
+SHARE = 8  # each how-manieth part of the machine's memory all decoded images of a split may take, in all its processes
 SMALL = 128  # pixels a side: larger ones are decoded and cropped by the loader's processes, beside the training
 FEW = 4096  # images that are not worth starting processes for
 CHUNK = 256
@@ -138,6 +140,9 @@ def _decode(
     size = len(split) * example.nbytes
     if settings.resident == "auto" and (size > _room(device) or max(*example.shape, *config["input_size"]) > SMALL):
         return "they are too many, or too large"
+    if settings.resident == "auto" and size > (memory.free() or size):
+        log.warning("the images of %s are not kept decoded, as they usually would be: memory is short", split.origin)
+        return "memory is short"
     images = torch.empty(len(split), *example.shape, dtype=torch.uint8)
     readable = torch.zeros(len(split), dtype=torch.bool)
     unread: list[BadImage] = []
@@ -154,7 +159,12 @@ def _decode(
 
 
 def _room(device: torch.device) -> int:
-    return min(FITS, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else FITS
+    """Bytes that decoded images may take.
+
+    Of the machine's whole memory, and not of what is free, so that a run that is resumed here does as it did before.
+    """
+    room = max(FITS, (memory.total() or 0) // SHARE // local_world())
+    return min(room, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else room
 
 
 class _Decoding(Dataset):

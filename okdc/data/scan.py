@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -71,6 +72,17 @@ class Files:
                 image.info[DEEP_COLOURS] = ";16" in str(image.tile) and not image.mode.startswith("I")
                 image.load()
         return image, self.targets[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Packed: of millions of images, lists of paths and labels take time to send to other processes."""
+        return {
+            "folder": self.folder, "count": len(self), "paths": os.fsencode("\0".join(self.paths)),
+            "targets": self.labels,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        paths = os.fsdecode(state["paths"]).split("\0") if state["count"] else []
+        self.folder, self.paths, self.targets = state["folder"], paths, state["targets"].tolist()
 
     def filename(self, index: int, absolute: bool = True) -> str:
         """The path of an image, from the split on where it is not to be `absolute`."""

@@ -19,11 +19,12 @@ from okdc.data.hints import check_file, of_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
 from okdc.data.keypoints import open_keypoints
 from okdc.data.poses import PoseSource
-from okdc.data.scan import is_visible
+from okdc.data.scan import Files, is_visible
 from okdc.data.streams import Stream, stream_classes
 from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
+from okdc.ranks import first
 from okdc.recipe import DataSettings
 from okdc.tasks.task import MAPS, Task
 
@@ -36,6 +37,21 @@ TORCH_NAMES = (
 VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data sets that have no folders
 
 Split = TypeVar("Split")
+
+
+def open_together(settings: DataSettings, seed: int, task: Task | None = None) -> Source | PoseSource:
+    """`open_source` for all ranks: files are found by the first one, which tells the others; what else there is opens
+    itself on each, when the first has it (and has downloaded it).
+    """
+    own: list[Source | PoseSource] = []
+
+    def find() -> Source | PoseSource | None:
+        own.append(open_source(settings, seed, task))
+        splits = (own[0].train, own[0].validation)
+        return own[0] if all(isinstance(getattr(split, "dataset", None), Files) for split in splits) else None
+
+    found = first(find)
+    return own[0] if own else found or open_source(settings, seed, task)
 
 
 def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source | PoseSource:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -21,10 +23,11 @@ SEED = 0
 def draw(data: Any, count: int, apart: bool = True, further: int = 0) -> tuple[np.ndarray, Calibration]:
     """Up to `count` training images (N, C, H, W) float32 as the network takes them, and where they come from.
 
-    data: an okdc.data.Data. Images that are equal to one of the validation images are left out and counted, if they are
-    to be `apart`. A stream or a shuffled loader of the user's gives the images of its first batches, as it trains on
-    them; one that comes in a fixed order, perhaps class by class, those of places that are drawn from the whole of it.
-    After those may come up to `further` images, of which the facts do not tell. Raises ExportError when there are none.
+    data: an okdc.data.Data. Images that are validation images too, the same file or, where they have no files, the same
+    pixels, are left out and counted, if they are to be `apart`. A stream or a shuffled loader of the user's gives the
+    images of its first batches, as it trains on them; one that comes in a fixed order, perhaps class by class, those of
+    places that are drawn from the whole of it. After those may come up to `further` images, of which the facts do not
+    tell. Raises ExportError when there are none.
     """
     plain = getattr(getattr(data, "train", None), "plain", None)  # of crops that predict.py would need a box for
     augmented, shared = getattr(data, "training_images", None) is None and plain is None, None
@@ -33,7 +36,7 @@ def draw(data: Any, count: int, apart: bool = True, further: int = 0) -> tuple[n
     elif augmented:
         images = _as_trained(data, count + further)
     else:
-        known = {_digest(image) for image, _ in (data.validation_images or () if apart else ())}
+        known = _Validated(data.validation_images or () if apart else ())
         images, shared = _raw(data, count + further, known)
     if len(images) < 2:
         raise ExportError(
@@ -49,7 +52,7 @@ def draw(data: Any, count: int, apart: bool = True, further: int = 0) -> tuple[n
     return array, facts
 
 
-def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], int]:
+def _raw(data: Any, count: int, known: _Validated) -> tuple[list[np.ndarray], int]:
     predict = shipped.load(shipped.folder("export") / "predict.py")  # equal to the evaluation transform, bit for bit
     images: list[np.ndarray] = []
     shared = 0
@@ -61,7 +64,7 @@ def _raw(data: Any, count: int, known: set[bytes]) -> tuple[list[np.ndarray], in
             pixels = predict.preprocess(image, data.preprocess)
         except Exception:  # unreadable, or of a kind that is not trained on; training has named it
             continue
-        if _digest(image) in known:
+        if known.has(data.training_images, position, image):
             shared += 1
         else:
             images.append(pixels)
@@ -87,6 +90,36 @@ def _one_by_one(data: Any) -> Iterator[np.ndarray]:
 
 def _shuffled(count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
+
+
+class _Validated:
+    """The images that are validated on: known by the content of their files, else by their pixels.
+
+    Of files those alone are read that are as large as the one that is asked about, and none is decoded.
+    """
+
+    def __init__(self, images: Any) -> None:
+        files: list[str | None] = images.files() if hasattr(images, "files") else []
+        self.by_size: dict[int, list[str]] = {}
+        self.pixels: set[bytes] | None = None
+        if files and all(file and os.path.isfile(file) for file in files):
+            for file in filter(None, files):
+                self.by_size.setdefault(os.path.getsize(file), []).append(file)
+        else:
+            self.pixels = {_digest(image) for image, _ in images}
+        self.content = cache(_content)
+
+    def has(self, images: Any, position: int, image: Image.Image) -> bool:
+        """Whether the image in this position of others is one of them."""
+        if self.pixels is not None:
+            return _digest(image) in self.pixels
+        file = images.file(position)
+        return any(self.content(other) == _content(file) for other in self.by_size.get(os.path.getsize(file), ()))
+
+
+def _content(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").digest()
 
 
 def _digest(image: Image.Image) -> bytes:

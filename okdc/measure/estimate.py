@@ -15,7 +15,7 @@ from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
-from okdc.methods import Method
+from okdc.methods import Method, batch_of
 from okdc.needs import NOTHING, Needs
 from okdc.pipeline import assemble_cohort, teachers
 from okdc.recipe import Recipe
@@ -121,16 +121,6 @@ def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = Fa
         activations=_kept(method, batch) // IMAGES,
         teacher_stands_in=teacher_stands_in,
     )
-
-
-def batch_of(method: Method, needs: Needs, size: int = IMAGES) -> tuple[Tensor, ...]:
-    """Noise and labels as the method asks for them."""
-    anatomy, first = method.cohort.anatomy, next(method.parameters())
-    views = (len(method.cohort),) if needs.views else ()
-    images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
-    indices = torch.arange(size, device=first.device)
-    labels = method.task.made_up(indices // 2, anatomy.num_classes)
-    return (images, labels, indices) if needs.indices else (images, labels)
 
 
 def _kept(method: Method, batch: tuple[Tensor, ...]) -> int:

@@ -118,7 +118,7 @@ def profile(recipe: Recipe, *, rounds: int = 7, with_data: bool = False) -> Prof
         if data:
             recipe = replace(recipe, network=replace(recipe.network, num_classes=len(data.classes)))
         method, _ = estimate.built(recipe)
-        batch = estimate.batch_of(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
+        batch = methods.batch_of(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
         subjects = {layout: _Subjects(method, recipe, layout) for layout in (False, True)}
         flops = subjects[False].flops(batch)
         rows = _rows(subjects, recipe.train, batch, rounds, flops[1] / flops[0])

@@ -132,7 +132,7 @@ def _share_and_grow(network: nn.Module, images: Tensor, anatomy: Anatomy) -> dic
     deeper = (1,) * len(anatomy.stages_after(cut))
     before, keys = _logits(network, images), list(network.state_dict())
     row: dict[str, Any] = {"shared": "exact", "reason": ""}
-    taps = ("feature_map", "embedding")
+    taps = ("feature_maps", "embeddings")
     try:
         cohort = Cohort(network, images, [Branch(cut, deeper)], taps=taps, anatomy=anatomy)
     except OkdcError as error:

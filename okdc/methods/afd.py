@@ -67,7 +67,7 @@ class Afd(Method):
     """Adversarial Feature-map Distillation: each network learns from the one before it in a ring; the target ships."""
 
     share = "none"
-    taps = ("feature_map",)
+    taps = ("feature_maps",)
     tasks = ("classify", "multilabel", "pose")
 
     def __init__(

@@ -90,7 +90,7 @@ class Ahbf(Method):
 
     members = 4
     extra_blocks = 4
-    taps = ("feature_map",)
+    taps = ("feature_maps",)
     tasks = ("classify", "multilabel", "pose")
 
     def __init__(

@@ -21,6 +21,7 @@ class Baseline(Method):
     """Cross entropy of the target."""
 
     members = 1
+    compares = False
     tasks = ("classify", "multilabel", "pose")
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class Fusion(nn.Module):
 class Ffl(Method):
     """Feature Fusion Learning: fused classifier and sub-networks teach each other; the target ships (FFL-S)."""
 
-    taps = ("feature_map",)
+    taps = ("feature_maps",)
     tasks = ("classify", "multilabel", "pose")
 
     def __init__(

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
+from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.needs import Needs
 from okdc.ranks import mean_
@@ -65,7 +65,7 @@ class Kdcl(Method):
         taught = self.teach(out.logits, labels)
         parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(self.cohort.names, out.logits, strict=True)}
         for name, z in zip(self.cohort.names, out.logits, strict=True):
-            parts[f"kd/{name}"] = self.weight * kl(z, taught, self.temperature)
+            parts[f"kd/{name}"] = self.weight * self.task.distance(z, taught, labels, self.temperature)
         return parts
 
     @torch.no_grad()

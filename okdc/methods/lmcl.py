@@ -27,7 +27,7 @@ from torch.nn.utils import parameters_to_vector
 
 from okdc.cohort import Cohort, Cost
 from okdc.errors import NetworkError, RecipeError, first_line
-from okdc.losses import cross_entropy, kl
+from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank, mutual_contrast
 from okdc.methods.shared.lookahead import descend, hypergradient
@@ -106,7 +106,9 @@ class Lmcl(Method):
         for name, network, mixed in zip(names, taps, aggregated, strict=True):
             parts[f"ce/{name}"] = self._labelled(network, labels)
             parts[f"ce/{name}_mixed"] = cross_entropy(mixed, labels)
-            taught = [kl(network.logits[-1], teacher, self.temperature) for teacher in aggregated]
+            taught = [
+                self.task.distance(network.logits[-1], teacher, labels, self.temperature) for teacher in aggregated
+            ]
             parts[f"kd/{name}"] = torch.stack(taught).sum()
         with torch.no_grad():
             matched = self.matching([network.features for network in taps])

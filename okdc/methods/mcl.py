@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl
+from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast
 from okdc.needs import Needs
@@ -33,7 +33,7 @@ class Mcl(Method):
     """Mutual Contrastive Learning on the last embedding: within the batch, or with `memory` against a memory bank."""
 
     share = "none"
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Mcl(Method):
         self.weights = {"vcl": vcl, "soft_vcl": soft_vcl, "icl": icl, "soft_icl": soft_icl}
         self.tau = tau
         self.temperature = temperature
-        self.logit_kd = logit_kd
+        self.logit_kd = self.compares = logit_kd
         self.heads = nn.ModuleList(EmbeddingHead(inputs, width) for inputs in cohort.embedding_widths)
         self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
 
@@ -91,7 +91,7 @@ class Mcl(Method):
         if self.logit_kd:
             teacher = torch.stack(logits).mean(0)
             for name, z in list(zip(self.cohort.names, logits))[: 2 if len(logits) == 2 else 1]:
-                parts[f"kd/{name}"] = kl(z, teacher, self.temperature)
+                parts[f"kd/{name}"] = self.task.distance(z, teacher, labels, self.temperature)
         terms = mutual_contrast(
             [e[None] for e in embeddings], labels, rows, tau=self.tau, temperature=self.temperature
         )._asdict()

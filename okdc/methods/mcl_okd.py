@@ -10,15 +10,16 @@ Differs: The one member that learns from the mean of all, and ships, is your net
     last). Banks are saved, so that a run resumes exactly. Heads take each member's own width. negatives is 256, as the
     authors set it for ResNet and DenseNet; their code's default, which they also set for larger networks, is 16384. As
     in their CIFAR code, an image is drawn once at most, unless the classes have too few others. replacement=true is
-    their ImageNet code, and the cheaper draw where there are very many images.
+    their ImageNet code.
 Costs: Each branch runs the tail (the last two stages) once more, and each member has a linear head. Memory: banks take
     members x N x width x 4 bytes (0.1 GB for CIFAR, 2.6 GB for ImageNet), also in checkpoints. A step takes members x B
-    x (1 + negatives) x width x 4 bytes, and without replacement B x N random numbers.
+    x (1 + negatives) x width x 4 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.cohort import Cohort, CohortOutput
-from okdc.losses import cross_entropy, kl, memory_scores, nce
+from okdc.losses import all_memory_scores, cross_entropy, nce
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank
 from okdc.needs import Needs
@@ -37,7 +38,7 @@ class MclOkd(Method):
     """Multi-view Contrastive Learning: each member's embeddings are held against the others' memory of all images."""
 
     members = 4
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,
@@ -99,10 +100,10 @@ class MclOkd(Method):
         names, mean = self.cohort.names, torch.stack(list(logits)).mean(0)
         parts = {f"ce/{name}": self.gamma * cross_entropy(z, labels) for name, z in zip(names, logits, strict=True)}
         for name, z in zip(names if self.distill_all else names[:1], logits):
-            parts[f"kd/{name}"] = self.alpha * kl(z, mean, self.temperature)
+            parts[f"kd/{name}"] = self.alpha * self.task.distance(z, mean, labels, self.temperature)
         found: list[list[Tensor]] = [[] for _ in names]
-        for i, memory in enumerate(self.bank.gather(rows)):
-            for j, embedding in enumerate(embeddings):
-                if j != i:
-                    found[j].append(nce(memory_scores(memory, embedding, self.tau), len(self.bank.order)))
+        memories, pairs = self.bank.gather(rows), list(permutations(range(len(names)), 2))
+        scores = all_memory_scores([(memories[i], embeddings[j]) for i, j in pairs], self.tau)
+        for (_, j), each in zip(pairs, scores, strict=True):
+            found[j].append(nce(each, len(self.bank.order)))
         return parts | {f"nce/{name}": self.beta * torch.stack(x).sum() for name, x in zip(names, found, strict=True)}

@@ -39,7 +39,7 @@ class Oemc(Method):
     """Online Ensemble Model Compression: the target is the widest student; the narrower ones are byproducts."""
 
     members = 5
-    taps = ("stages",)
+    taps = ("stage_maps",)
     tasks = ("classify", "multilabel", "pose")
 
     def __init__(

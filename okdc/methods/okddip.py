@@ -47,7 +47,7 @@ class Okddip(Method):
     """Online Knowledge Distillation with Diverse Peers: member 0 is the leader, which ships, the others are peers."""
 
     members = 4
-    taps = ("embedding",)
+    taps = ("embeddings",)
     tasks = ("classify", "multilabel", "pose")
 
     def __init__(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from okdc.cohort import Cohort, CohortOutput, Cost
-from okdc.losses import cross_entropy, kl
+from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import ramp
 from okdc.needs import Needs
@@ -56,7 +56,7 @@ class Pcl(Method):
     """Peer Collaborative Learning: labels teach all, the ensemble teaches each, and the averages of the others do."""
 
     members = 3
-    taps = ("embedding",)
+    taps = ("embeddings",)
 
     def __init__(
         self,
@@ -100,9 +100,9 @@ class Pcl(Method):
         weight = self.kd_weight * ramp(self, self.rampup_epochs)
         parts = {"ce/ensemble": cross_entropy(ensemble, labels)}
         for i, (name, z) in enumerate(zip(self.cohort.names, members, strict=True)):
-            others = [kl(z, mean, self.temperature) for j, mean in enumerate(means) if j != i]
+            others = [self.task.distance(z, mean, labels, self.temperature) for j, mean in enumerate(means) if j != i]
             parts[f"ce/{name}"] = cross_entropy(z, labels)
-            parts[f"kd/{name}"] = weight * kl(z, ensemble, self.temperature)
+            parts[f"kd/{name}"] = weight * self.task.distance(z, ensemble, labels, self.temperature)
             parts[f"mean/{name}"] = weight * torch.stack(others).mean()
         return parts
 

@@ -28,7 +28,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.cohort.birth import reborn
 from okdc.errors import RecipeError
-from okdc.losses import attention_transfer, cross_entropy, feature_mse, kl, similarity
+from okdc.losses import attention_transfer, cross_entropy, feature_mse, similarity
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import on_one_grid
 
@@ -41,7 +41,7 @@ class Sokd(Method):
 
     members = 1
     needs_teacher = True
-    taps = ("feature_map",)  # looked at where the distance is one of maps
+    taps = ("feature_maps",)  # looked at where the distance is one of maps
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Sokd(Method):
         self.bridge_teacher_weight = bridge_teacher_weight
         self.bridge_target_weight = bridge_target_weight
         self.distance = distance
+        self.compares = distance == "logits"
         self.bridge_lr = bridge_lr
         self.teacher_mode = teacher_mode
         if bridge_depth < 1:
@@ -88,10 +89,10 @@ class Sokd(Method):
         target, teacher, bridge = self._compared(out, beside)
         return {
             "ce/target": self.ce_weight * cross_entropy(out.logits[0], labels),
-            "kd/target": self.kd_weight * self._apart(target, bridge),
+            "kd/target": self.kd_weight * self._apart(target, bridge, labels),
             "ce/bridge": self.bridge_ce_weight * cross_entropy(beside.logits[1], labels),
-            "kd/bridge_from_teacher": self.bridge_teacher_weight * self._apart(bridge, teacher),
-            "kd/bridge_from_target": self.bridge_target_weight * self._apart(bridge, target),
+            "kd/bridge_from_teacher": self.bridge_teacher_weight * self._apart(bridge, teacher, labels),
+            "kd/bridge_from_target": self.bridge_target_weight * self._apart(bridge, target, labels),
         }
 
     def _compared(self, out: CohortOutput, beside: CohortOutput) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,9 +103,9 @@ class Sokd(Method):
         target, teacher, bridge = on_one_grid([*out.feature_maps, *beside.feature_maps], height / width)
         return self.adapter(target), teacher, bridge
 
-    def _apart(self, learner: Tensor, model: Tensor) -> Tensor:
+    def _apart(self, learner: Tensor, model: Tensor, labels: Tensor) -> Tensor:
         if self.distance == "logits":
-            return kl(learner, model, self.temperature)
+            return self.task.distance(learner, model, labels, self.temperature)
         distance, weight = _OF_MAPS[self.distance]
         return weight * distance(learner, model)
 

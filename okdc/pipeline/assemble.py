@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from okdc import deploy, networks, tasks
 from okdc.anatomy.modes import keep_modes
-from okdc.data import Data, load, open_source, wrap
+from okdc.data import Data, load, open_together, wrap
 from okdc.errors import DataError, NetworkError
 from okdc.networks import stem
 from okdc.pipeline import opening, saved_classes
@@ -92,9 +92,7 @@ def _named_data(model: Any, validation: Any, recipe: Recipe, task: Task) -> Prep
         raise DataError(
             "a validation loader was given without a training loader: okdc.compress(model, loader, validation)."
         )
-    if recipe.data.dataset_download:  # by one process, and then it is there
-        first(lambda: open_source(recipe.data, recipe.train.seed, task) and None)
-    source = open_source(recipe.data, recipe.train.seed, task)
+    source = open_together(recipe.data, recipe.train.seed, task)
     target = _target(model, recipe, source.classes)
     config = networks.data_config(
         target, recipe.network, mean=recipe.data.mean, std=recipe.data.std,

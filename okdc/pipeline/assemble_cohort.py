@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as python_inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from okdc import methods, networks, tasks
-from okdc.anatomy import inspect
-from okdc.cohort import Branch, Cohort
 from okdc.data import Data
 from okdc.errors import RecipeError
 from okdc.methods import Method
@@ -57,52 +54,30 @@ def build_method(
     branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
     are those of the training images, where they are known; `noted` is what the data tell the task.
     """
-    kind, task = methods.get(recipe.method["name"]), task_of(recipe, input_size, noted)
-    refuse_task(recipe.method["name"], task)
+    name, task = recipe.method["name"], task_of(recipe, input_size, noted)
+    methods.refuse_task(name, task)
+    if task.distances:
+        task.compare_by(recipe.train.distance, recipe.train.distance_kwargs)
     cohort, network = recipe.cohort, recipe.network
     first = next(target.parameters())
     example = torch.randn(2, *input_size, device=first.device, dtype=first.dtype)
-    _refuse_contradictions(cohort, kind)
-    given: dict[str, Any] = {}
-    if teacher is not None:
-        given["teacher"] = teacher.to(first.device)
-    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
-        given["train_labels"] = train_labels
-    planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
-    apart = kind.members == 1 or bool(cohort.peers) or (cohort.share or kind.share) == "none"
-    anatomy = inspect(target, example, logits_only=apart and not kind.taps, task=task)
-    plan = kind.plan(
-        anatomy, members=cohort.members, extra_blocks=cohort.extra_blocks,
-        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
-        peers=[_peer(name, network, input_size, classes, task).to(first.device) for name in cohort.peers],
-        **{key: value for key, value in _settings(recipe).items() if key in planned},
-    )  # fmt: skip
+    _refuse_contradictions(cohort, methods.get(name))
     maker = replace(network, pretrained=False, checkpoint=None)
     # What is frozen keeps the target's weights, in branches too: they are copies then, redrawn where they learn.
     remade = named and network.model in networks.names() and not recipe.train.freeze
-    fresh = (lambda: networks.load(maker, classes)) if remade else None
-    started = network.pretrained or network.checkpoint is not None
-    _refuse_ignored(cohort, plan)
-    built = Cohort(
-        target, example, plan, taps=kind.taps, pretrained=started, fresh=fresh, trunk_gradient=kind.trunk_gradient,
-        anatomy=anatomy, task=task,
+    method = methods.build(
+        target, example, name, members=cohort.members, extra_blocks=cohort.extra_blocks,
+        private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
+        peers=[_peer(peer, network, input_size, classes, task).to(first.device) for peer in cohort.peers],
+        teacher=None if teacher is None else teacher.to(first.device), train_labels=train_labels,
+        pretrained=network.pretrained or network.checkpoint is not None,
+        fresh=(lambda: networks.load(maker, classes)) if remade else None, task=task,
+        soft_labels=bool(recipe.data.mixup or recipe.data.cutmix or recipe.data.smoothing), **_settings(recipe),
     )  # fmt: skip
-    try:
-        return kind(built, **given, **_settings(recipe)).to(first.device)
-    except BaseException:
-        built.strip()
-        raise
-
-
-def refuse_task(name: str, task: Task) -> None:
-    """RecipeError for a method that does not serve the task."""
-    if task.name in methods.get(name).tasks:
-        return
-    others = ", ".join(each for each in methods.names() if task.name in methods.get(each).tasks)
-    raise RecipeError(
-        f"{name} is no method for --task {task.name}: its losses are made for {' and '.join(methods.get(name).tasks)}. "
-        f"Those for {task.name}: {others}."
-    )
+    if not (method.compares or task.compares_as_usual):
+        method.strip()
+        raise RecipeError(f"--distance {recipe.train.distance}: {name} compares no outputs as it is set. Leave it out.")
+    return method
 
 
 def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
@@ -125,19 +100,6 @@ def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
     if apart and given:
         words = " and ".join(given)
         raise RecipeError(f"{words} cannot apply with {apart}, whose networks share nothing: leave it out.")
-
-
-def _refuse_ignored(cohort: CohortSettings, plan: list[Branch]) -> None:
-    """RecipeError where the method planned its branches without a setting that was given."""
-    ignored = []
-    if not any(branch.cut for branch in plan):
-        ignored += [name for name in ("cut", "private_stages") if getattr(cohort, name)]
-    if cohort.extra_blocks and not any(any(branch.extra_blocks) for branch in plan):
-        ignored.append("extra_blocks")
-    if ignored:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        why = "are all as deep as the target" if ignored == ["extra_blocks"] else "share nothing with the target"
-        raise RecipeError(f"{flags} has no effect here: the members of this method {why}. Leave it out.")
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

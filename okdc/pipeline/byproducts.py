@@ -17,6 +17,7 @@ from okdc.anatomy.modes import at_rest
 from okdc.data import Data
 from okdc.errors import OkdcError
 from okdc.methods import Method
+from okdc.ranks import rank
 from okdc.recipe import ExportSettings
 from okdc.tasks.task import Task
 from okdc.training import checkpoint
@@ -32,11 +33,14 @@ def take(
 ) -> tuple[dict[str, nn.Module], str | None]:
     """The by-products of a finished run, and why there are none where they cannot be had.
 
-    They are those of the best epoch, which the method goes back to; `settle` takes them to the target's device.
+    They are those of the best epoch, which the method goes back to; `settle` takes them to the target's device. Of
+    several ranks the first alone has them.
     """
-    best = checkpoint.load(folder / checkpoint.BEST)
-    if "okdc" in best:
-        method.load_state_dict(best["okdc"]["method"])
+    if rank() or not method.has_byproducts():
+        return {}, None
+    best = checkpoint.load(folder / checkpoint.BEST, mapped=True)
+    if kept := best.get("method") or best.get("okdc", {}).get("method"):  # the second, of an older okdc
+        method.load_state_dict(kept)
     try:
         networks = method.eval().byproducts()
     except Exception as error:  # whatever it is, the student is trained and must come out

@@ -59,7 +59,7 @@ def compress(
     *,
     recipe: Recipe | str | Path | None = None,
     preset: str | None = None,
-    method: str | None = None,
+    method: str | type[Method] | None = None,
     output: str | Path = "runs",
     experiment: str | None = None,
     resume: str | None = None,
@@ -69,6 +69,7 @@ def compress(
 
     model: a name (timm, torchvision/NAME, package.module:function) or any module that returns logits (B, classes).
     loader, validation: any re-iterable of (images (B, C, H, W), labels (B,)); without them `data` names the images.
+    method: a name, package.module:Class, path/to/file.py:Class, or the class itself.
     recipe, preset: what the settings change: a recipe, or finetune (from pre-trained weights, 20 epochs) or scratch.
     settings: any setting of a recipe by its bare name (epochs=3, batch_size=64, members=4), and method_kwargs.
 
@@ -95,7 +96,7 @@ def compress(
             named = not isinstance(model, nn.Module)
             trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
             task = trained.task
-            target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
+            target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST, mapped=True)))
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort), task)
             metrics |= choice(resolved.train, state)
             if leads and task.settles:
@@ -116,11 +117,11 @@ def _resolved(
     loader: Any,
     recipe: Recipe | str | Path | None,
     preset: str | None,
-    method: str | None,
+    method: str | type[Method] | None,
     settings: dict[str, Any],
 ) -> Recipe:
     """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
-    flat = {"method": method, **settings}
+    flat: dict[str, Any] = {"method": methods.name_of(method) if method is not None else None, **settings}
     if isinstance(model, str):
         flat["model"] = model
     elif model is not None:
@@ -144,7 +145,7 @@ def _resolved(
         resolved = replace(resolved, data=_said_of_loader(resolved.data, recipe, settings))
     resolved = replace(resolved, train=launch.as_started(resolved.train))
     name, task = resolved.method["name"], tasks.get(resolved.network.task)
-    assemble_cohort.refuse_task(name, task)
+    methods.refuse_task(name, task)
     _refuse_settings(resolved, task)
     resolved = replace(resolved, train=replace(resolved.train, eval_metric=tasks.metric(resolved)))
     teachers.check(resolved.cohort, name, methods.get(name).needs_teacher)

@@ -204,7 +204,9 @@ def load(
 
 
 def runs_code(name: str) -> bool:
-    """Whether a network or method is named as `package.module:function`, which runs Python that is not okdc's."""
+    """Whether a network or method is named as package.module:function or file.py:Class, which run somebody's Python."""
+    if name.endswith(".py") or ".py:" in name:
+        return True
     return re.fullmatch(r"[^\W\d]\w+(\.\w+)*:\w+(\.\w+)*", name) is not None and not name.startswith("hf_hub:")
 
 

@@ -244,6 +244,11 @@ class TrainSettings:
         None, "multilabel: weights of labels that are there, in the loss with labels: auto (as many times as images "
         "without outnumber those with it), or a FILE of lines CLASS WEIGHT",
     )  # fmt: skip
+    distance: str = _setting(
+        "kl", "how members' outputs are compared, of one class: kl (as published), standardized (KL of standardised "
+        "logits), dkd (decoupled) or dist (correlation)", choices=("kl", "standardized", "dkd", "dist"),
+    )  # fmt: skip
+    distance_kwargs: dict[str, Any] = _setting({}, "weights in it, key=value: alpha, beta of dkd; beta, gamma of dist")
     eval_metric: str | None = _setting(
         None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
         "recalls), map of several labels, pck@0.1, pck@0.05, pck@0.2, error or ap of key points; the task's first "

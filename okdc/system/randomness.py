@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_everything(*position: int, rank: int = 0) -> None:
@@ -87,3 +88,24 @@ def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
             except StopIteration:
                 return
         yield batch
+
+
+def uniform(keys: Tensor, count: int) -> Tensor:
+    """Random numbers (B, count) in [0, 1), float64, from keys (B,) int64: splitmix64 (Steele et al. 2014)."""
+    steps = torch.arange(1, count + 1, device=keys.device) * _GOLDEN
+    return _shift(mix(keys[:, None] + steps), 11).double() * 2.0**-53
+
+
+def mix(x: Tensor) -> Tensor:
+    """A random-looking number for each int64, always the same for the same one."""
+    x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift(x, 31)
+
+
+_GOLDEN = -0x61C8864680B583EB
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """To the right, with zeros coming in from the left; torch's int64 would bring in the sign."""
+    return (x >> by) & (2 ** (64 - by) - 1)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okdc.losses import cross_entropy, kl, soft_cross_entropy
+from okdc.errors import RecipeError
+from okdc.losses import correlation, cross_entropy, decoupled, kl, soft_cross_entropy, standardized
 from okdc.tasks.shared import confusion
 from okdc.tasks.shared.class_labels import checked_labels
 from okdc.tasks.shared.class_scores import ClassScorer, ClassTally
@@ -26,6 +27,7 @@ class Classify(Task):
         "balanced": Metric("balanced accuracy", "balanced", "the mean of all classes' recalls"),
     }
     scores = ("top1", "top5")
+    distances = {"kl": (), "standardized": (), "dkd": ("alpha", "beta"), "dist": ("beta", "gamma")}
     is_share = True
     unsupported = {"pos_weight": "it weighs labels that are there or not, and an image has one class: --class-weights"}
     same = "the same class"
@@ -74,11 +76,22 @@ class Classify(Task):
         eps: float = 0.0,
         detach: bool = True,
     ) -> Tensor:
-        return kl(student, teacher, temperature, eps=eps, detach=detach)
+        if self.compares_by == "dkd":
+            weights = self.weights_of_distance
+            return decoupled(student, teacher, labels, temperature, detach=detach, **weights)
+        if self.compares_by == "dist":
+            return correlation(student, teacher, temperature, detach=detach, **self.weights_of_distance)
+        measured = standardized if self.compares_by == "standardized" else kl
+        return measured(student, teacher, temperature, eps=eps, detach=detach)
 
     def soft(
         self, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0, *, detach: bool = True
     ) -> Tensor:
+        if not self.compares_as_usual:
+            raise RecipeError(
+                f"--distance {self.compares_by}: with these settings the method has a cross-entropy with soft labels "
+                "in place of a distance. Choose the variant of the method that has one (okdc methods NAME)."
+            )
         return soft_cross_entropy(student, teacher, temperature, detach=detach)
 
     def scorer(self, outputs: int, others: int = 0) -> ClassScorer:

@@ -28,6 +28,8 @@ class Multilabel(Task):
     unsupported = {
         "mixup": _MIXED, "cutmix": _MIXED, "smoothing": "it shares one label among all classes",
         "balanced_sampling": "an image has no one class to draw it by: --pos-weight auto weighs rare labels",
+        "distance": "it compares the classes of an image with one another, and labels do not depend on each other",
+        "distance_kwargs": "it has one distance, without weights",
         "class_weights": "it weighs the one class of an image: --pos-weight",
     }  # fmt: skip
     loss = "binary_cross_entropy"

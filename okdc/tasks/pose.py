@@ -44,6 +44,7 @@ class Pose(Task):
         "interpolation": "images are cropped by one bilinear map", "train_interpolation": "it is bilinear always",
         "crop_pct": "the box says what is cropped, with a margin", "class_map": _CLASSES, "label_column": _CLASSES,
         "path_column": _CLASSES, "holdout": "neighbouring frames are alike: give images to validate with",
+        "distance": "maps are compared as distributions over their pixels", "distance_kwargs": "it has one distance",
         "embed_preprocess": "the crop needs a box, which is not in the image",
     }  # fmt: skip
     loss = "mse of tasks.shared.heatmaps"

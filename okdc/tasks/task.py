@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeGuard
 
 from torch import Tensor
 
+from okdc.errors import RecipeError
 from okdc.tasks.shared.outputs import alone
 from okdc.tasks.shared.scorer import Scorer
 from okdc.tasks.shared.tally import Tally
@@ -38,6 +40,10 @@ class Task:
     metrics: ClassVar[dict[str, Metric]]  # of an epoch; the first, per cent, picks the best one and is what gates count
     scores: ClassVar[tuple[str, ...]]  # those of the metrics that a file is given, too
     unsupported: ClassVar[dict[str, str]] = {}  # settings that have no meaning here, and why
+    distances: ClassVar[
+        Mapping[str, Sequence[str]]
+    ] = {}  # how outputs may be compared, and its weights; the first is usual
+    compares_by: str | None = None  # which of them `distance` is, where that was said
     loss: ClassVar[str] = "cross_entropy"  # the function of okdc.losses that `supervised` is
     weighing: ClassVar[str] = "class_weights"  # the setting that weighs the outputs in it
     is_share: ClassVar[bool] = False  # whether its metric is the share of images that are right: it has that error
@@ -128,6 +134,23 @@ class Task:
         raise NotImplementedError
 
     # What teaches.
+
+    def compare_by(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Let `distance` be the one of its `distances` that has this name, with these keywords; RecipeError."""
+        takes = self.distances[name]
+        if wrong := [key for key in settings if key not in takes]:
+            known = f"expected {' or '.join(takes)}" if takes else "it has none"
+            raise RecipeError(f"--distance-kwargs {wrong[0]}: --distance {name} has no such setting; {known}.")
+        if wrong := [
+            key for key, value in settings.items() if not (isinstance(value, int | float) and 0 <= value < math.inf)
+        ]:
+            raise RecipeError(f"--distance-kwargs {wrong[0]}={settings[wrong[0]]}: expected a number of 0 or more.")
+        self.compares_by, self.weights_of_distance = name, dict(settings)
+
+    @property
+    def compares_as_usual(self) -> bool:
+        """Whether `distance` is the task's own, the one that methods were published with."""
+        return self.compares_by is None or self.compares_by == next(iter(self.distances))
 
     def supervised(self, out: Tensor, labels: Tensor) -> Tensor:
         """The loss of outputs (B, C, ...) with their labels."""

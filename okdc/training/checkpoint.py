@@ -18,6 +18,7 @@ from okdc.system.files import atomically, duplicate, history
 
 LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"
+ZIP = b"PK\x03\x04"  # what torch.save writes begins with
 
 _logger = logging.getLogger(__name__)
 
@@ -42,16 +43,18 @@ class UnusableError(RunError):
     """A checkpoint that is missing, damaged or foreign, in whose place another may stand."""
 
 
-def load(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint to the CPU with `weights_only`.
+def load(path: Path | str, mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint to the CPU with `weights_only`; `mapped`, its tensors only when they are looked at.
 
+    What is mapped must be copied soon: the file takes its place on the disk for as long, also when it is replaced.
     UnusableError when it is missing, damaged, foreign or holds code; RunError when the system cannot read it now.
     """
     path = Path(path)
     if os.path.isdir(path):
         raise UnusableError(f"there is no checkpoint {path}. It is a folder: give {path / LAST}.")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and os.name == "posix" and _is_zip(path)  # Windows replaces no file that is mapped
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch tells damage by half a dozen types
         raise _refusal(path, error) from error
     if not isinstance(payload, dict) or "state_dict" not in payload:
@@ -60,7 +63,7 @@ def load(path: Path | str) -> dict[str, Any]:
 
 
 def load_run(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint that a run can continue from; in place of a damaged or foreign one the newest good one that was
+    """Map a checkpoint that a run can continue from; in place of a damaged or foreign one the newest good one that was
     kept beside it, loudly. That takes the bad one's name too, so that the next save does not push it out instead.
 
     Of several ranks the first chooses, so that all continue from the same one.
@@ -93,7 +96,7 @@ def _newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _load_state(path: Path) -> dict[str, Any]:
-    payload = load(path)
+    payload = load(path, mapped=True)
     if "okdc" not in payload:
         raise UnusableError(
             f"{path} holds weights but no okdc training state, so a run cannot continue from it. "
@@ -131,6 +134,11 @@ def _check_readable(temporary: Path, path: Path) -> None:
         )
 
 
+def _is_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(ZIP)) == ZIP
+
+
 def _refusal(path: Path, error: Exception) -> RunError:
     """What to tell a person when `torch.load` raised `error`."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
@@ -152,8 +160,8 @@ def _why_not(path: Path, error: Exception) -> str:
     """Why the file is not one to load, for a person."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04":
+        start = file.read(len(ZIP))
+    if start == ZIP:
         try:
             unsafe = sorted(get_unsafe_globals_in_checkpoint(str(path)))
         except Exception:

@@ -29,15 +29,15 @@ def evaluate(
     # Not inference_mode: a network that caches tensors, say position embeddings, could then not train on.
     state.method.eval()
     task, cohort = state.method.task, state.method.cohort
-    names = [*cohort.names, "ensemble"]
+    names = [*state.method.learners, "ensemble"]
     scorer = task.scorer(cohort.anatomy.num_classes, len(names))
     for images, labels in takewhile(lambda _: not stop.signal, validation):
         images, labels = machine.move(images, labels)
         with machine.autocast():
             out = cohort(images)
-            ensemble = state.method.ensemble(out)
+            said, ensemble = state.method.said(out), state.method.ensemble(out)
             student = out.logits[0] if state.student is cohort.target else task.result(state.student(images))
-        scorer.update(student, labels, (*out.logits, ensemble))
+        scorer.update(student, labels, (*said, ensemble))
     if world() > 1:
         scorer.add_up(lambda told: world() * told.new_tensor(stop.agree(told.to(machine.device))))
     # Where it did give some before.

@@ -26,7 +26,8 @@ from okdc.training.lost_data import data_that_stops
 from okdc.training.machine import Machine, fast_arithmetic
 from okdc.training.parallel import synchronised
 from okdc.training.progress import Display, Row, faster_data, write_summary
-from okdc.training.state import Run, TrainState, build, restore, save
+from okdc.training.restoring import restore
+from okdc.training.state import Run, TrainState, build, save
 from okdc.training.step import Batch, put, stepper
 from okdc.training.watch import Watch
 
@@ -132,11 +133,12 @@ def _train(
     step = stepper(state, run, stop)
     clock = None
     while not state.is_over(settings):
-        method.epoch.fill_(state.epoch)
+        method.begin_epoch(state.epoch, settings.epochs)
         _begin_epoch(state, data, run, waiting, watch)
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         batches = waiting.over(watch.over(batches, "training", state))
+        state.late = None
         now = time.perf_counter()
         state.between, clock = now - clock if clock else state.between, now
         waiting.taken()
@@ -189,7 +191,9 @@ def _count(state: TrainState, losses: dict[str, float], group: list[Batch], cloc
     now = time.perf_counter()
     images = world() * sum(len(labels) for _, labels, *_ in group)
     counts: dict[str, float] = {"steps": bool(losses), "skipped": not losses, "images": images}
-    counts |= {"seconds": now - clock, "waited": waiting.taken()}
+    waited = waiting.taken()
+    state.late = waited if state.late is None else state.late
+    counts |= {"seconds": now - clock, "waited": waited}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
         state.sums[name] = state.sums.get(name, 0) + value
     return now
@@ -200,7 +204,7 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     sums = state.sums
     losses = {name: value / sums["steps"] for name, value in sums.items() if name.startswith("loss/")}
     task = state.method.task
-    members = [f"{task.metric}/{name}" for name in (*state.method.cohort.names, "ensemble")]
+    members = [f"{task.metric}/{name}" for name in (*state.method.learners, "ensemble")]
     return {
         "epoch": state.epoch,
         "train_loss": sum(losses.values()) if losses else math.nan,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import timm.optim
 import timm.scheduler
 import torch
+from torch.utils._pytree import tree_map_only
 
 from okdc.errors import RecipeError, nearest
 from okdc.recipe import TrainSettings
@@ -115,3 +116,5 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
         for name, value in remembered.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 remembered[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:  # a copy too, because what is read from a checkpoint is mapped from its file
+                remembered[name] = tree_map_only(torch.Tensor, torch.clone, value)

@@ -34,6 +34,7 @@ from okdc.verification.schema import VERSION, Figures, Latency, Row, Verificatio
 TOLERANCE = 1e-4  # largest relative difference of the logits, fp32; an export target may state its own TOLERANCE
 ROUNDING = 1e-5  # the same, of one sum added up in another order
 PIPELINE_TOLERANCE = 1e-2  # the same for a whole pipeline, whose decoding and resizing of images may round differently
+PIPELINE_IMAGES = 1024  # raw images that whole pipelines are run on, one after another: a sample where there are more
 RANDOM_IMAGES = 64  # how many stand in for validation images that are not there
 _BETWEEN_LINES = 10.0  # seconds between two lines that say how far a long comparison is
 PROBED_BATCHES = (1, 3, 32)  # run besides the batches of the data: proves that the batch size is free
@@ -63,7 +64,8 @@ def compare(
     data: has `validation`, batches of (images, labels) or None, and `validation_images`, (PIL image, label) in the same
     order or None. Without validation data, random images are compared and the verdict is at most "parity_only".
     images: how many of the validation images, drawn as `sample` says; all when None.
-    pipelines: judged on every raw image. golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
+    pipelines: judged on raw images, where there are more on `PIPELINE_IMAGES` of them, drawn as `sample` says.
+    golden: inputs (B, C, H, W) and the logits (B, C) that they are known to give.
     alone: a module that can run the student in a process of its own, so that torch too is timed there, and its file.
     task: what the outputs are, by default classes.
     "skipped" holds the targets whose own device is not here, "environment" and "data" nothing: only the caller knows.
@@ -72,7 +74,10 @@ def compare(
     session = _Session(student, targets, pipelines or {}, device, task)
     labelled = data is not None and data.validation is not None
     data = sample.take(data, images)
-    first = session.stream(_batches(data, input_size, raw=bool(pipelines)))
+    few = sample.fewer(data, PIPELINE_IMAGES)
+    first = session.stream(_batches(data, input_size, raw=bool(pipelines) and few is data))
+    if pipelines and few is not data:
+        session.stream_raw(_batches(few, input_size, raw=True))
     session.probe(first, golden)
     rows = session.rows(labelled, gates)
     if batch_sizes:
@@ -114,6 +119,7 @@ class _Session:
         self.layers: dict[str, dict[str, int]] = {}
         self.problems = {name: exported.problem for name, exported in targets.items() if exported.problem}
         self.tallies = {name: task.tally() for name in ("torch", *targets, *pipelines)}
+        self.alike = self.tallies["torch"]  # torch on the images that pipelines are run on
         self.count = 0
         self.labels: list[Any] = []
         self.absent: dict[str, str] = {}
@@ -159,6 +165,16 @@ class _Session:
         if first is None:
             raise DataError("The validation data is empty: give data with at least one image.")
         return first
+
+    def stream_raw(self, batches: Iterator[Batch]) -> None:
+        """Give a sample of the raw images to every pipeline, and the same ones to torch, to compare its score."""
+        self.alike = self.task.tally()
+        for images, labels, raw in batches:
+            reference = self.reference(images) if self.reference is not None else None
+            if reference is not None:
+                self.alike.score(reference, labels)
+            for name, pipeline in self.pipelines.items() if raw is not None else ():
+                self._run(name, pipeline, raw, labels, reference)
 
     def _run(
         self,
@@ -217,19 +233,26 @@ class _Session:
             made_for = getattr(exported.module, "MADE_FOR", None)
             if row["pass"] and made_for and made_for != torch.device(self.devices[name]).type:
                 row["worth_shipping"], row["reason"] = None, f"made for {made_for}: what its speed is here says nothing"
-        for name, pipeline in self.pipelines.items():
-            if self.tallies[name].images or name in self.problems:
-                path, precision = getattr(pipeline, "path", None), getattr(pipeline, "precision", "fp32")
-                row = self._row(name, path.name if path else name, _size(path) if path else None, labelled)
-                drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
-                if precision == "fp32":
-                    ties = 100 * row["ties"] / max(self.tallies[name].images, 1)
-                    drop, tolerance = ties if gates.max_drop is None else gates.max_drop, PIPELINE_TOLERANCE
-                    least = 100.0 if gates.min_agreement is None else gates.min_agreement
-                rows.append(
-                    judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance, task=task)
-                )
-        return rows
+        tried = [name for name in self.pipelines if self.tallies[name].images or name in self.problems]
+        return rows + [self._pipeline_row(name, expected, gates, labelled) for name in tried]
+
+    def _pipeline_row(self, name: str, expected: float | None, gates: Gates, labelled: bool) -> Row:
+        """The judged row of a pipeline: against torch on the same images, where it was run on a sample of them."""
+        pipeline, images = self.pipelines[name], self.tallies[name].images
+        path, precision = getattr(pipeline, "path", None), getattr(pipeline, "precision", "fp32")
+        row = self._row(name, path.name if path else name, _size(path) if path else None, labelled)
+        if self.student is None:
+            gates = replace(gates, margin=chance(gates, range(images)))
+        elif labelled and self.alike.images:
+            expected = self.alike.scores()[self.task.metric]
+        drop, least, tolerance = gates.drop(precision), gates.agreement(precision), math.inf
+        if precision == "fp32":
+            drop, tolerance = 100 * row["ties"] / max(images, 1) if gates.max_drop is None else drop, PIPELINE_TOLERANCE
+            least = 100.0 if gates.min_agreement is None else least
+        row = judge(row, expected, replace(gates, max_drop=drop, min_agreement=least), tolerance, task=self.task)
+        if row["pass"] and images < self.count:
+            row["reason"] = f"run on {images:,} of the {self.count:,} images, spread over the classes"
+        return row
 
     def _precision(self, name: str) -> str:
         if name not in self.targets:

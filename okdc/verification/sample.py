@@ -25,8 +25,9 @@ SEED = 0
 class Sampled:
     """Data with fewer validation images; all else is the whole data's."""
 
-    def __init__(self, whole: Any, places: list[int], images: int, by_class: bool) -> None:
-        self.whole, self.images, self.by_class = whole, images, by_class
+    def __init__(self, whole: Any, places: list[int], images: int, labels: Tensor | None) -> None:
+        self.whole, self.places, self.images, self.labels = whole, places, images, labels
+        self.by_class = labels is not None
         self.validation = _only(whole.validation, places, _Batches)
         raw = whole.validation_images
         self.validation_images = None if raw is None else _only(raw, places, _Items)
@@ -41,7 +42,18 @@ def take(data: Any | None, count: int | None) -> Any | None:
         return data
     labels = _labels(data.validation)
     images = len(labels) if labels is not None else data.sizes[1]
-    return data if count >= images else Sampled(data, places(images, labels, count), images, labels is not None)
+    return data if count >= images else Sampled(data, places(images, labels, count), images, labels)
+
+
+def fewer(data: Any | None, count: int) -> Any | None:
+    """The data with `count` of the validation images that it still has; as it is where these are no more."""
+    if not isinstance(data, Sampled):
+        return take(data, count)
+    if count >= len(data.places):
+        return data
+    labels = None if data.labels is None else data.labels[data.places]
+    chosen = [data.places[place] for place in places(len(data.places), labels, count)]
+    return Sampled(data.whole, chosen, data.images, data.labels)
 
 
 def places(images: int, labels: Tensor | None, count: int) -> list[int]:

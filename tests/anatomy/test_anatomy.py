@@ -117,7 +117,7 @@ def test_a_classifier_of_every_token() -> None:
     network = Pooled()
     anatomy = inspect(network, (3, 32, 32))
     assert (anatomy.classifier, anatomy.embedding) == ("proj", 16)
-    cohort = Cohort(network, torch.randn(2, 3, 32, 32), [Branch("early")], taps=("embedding",))
+    cohort = Cohort(network, torch.randn(2, 3, 32, 32), [Branch("early")], taps=("embeddings",))
     assert cohort(torch.randn(2, 3, 32, 32)).embeddings[1].shape == (2, 16)
 
 

@@ -77,6 +77,7 @@ COMMANDS = [
     "inspect",
     "profile",
     "methods",
+    "check",
     "recipes",
     "doctor",
 ]

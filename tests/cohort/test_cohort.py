@@ -113,7 +113,7 @@ def test_networks_of_every_kind(name: str) -> None:
         assert anatomy.cut(2 if len(anatomy.stages) >= 4 else 1) == expected_cut
     assert anatomy.find_cut(cut).flops_after >= 0.05
     stages = len(anatomy.stages_after(cut))
-    taps = ("feature_map", "embedding")
+    taps = ("feature_maps", "embeddings")
     cohort = Cohort(target, images, [Branch(cut, (1,) * stages), Branch(cut, (2,) * stages)], taps=taps)
     assert all(cohort.grown), "every branch grew"
     out = cohort.train()(images)
@@ -183,7 +183,7 @@ def test_own_block_or_fallback() -> None:
 def test_share_none_is_whole_peer_networks() -> None:
     torch.manual_seed(0)
     peer = networks.Tokens()
-    cohort = Cohort(networks.Tiny(), example(), [Branch(), Branch(network=peer)], taps=("embedding", "feature_map"))
+    cohort = Cohort(networks.Tiny(), example(), [Branch(), Branch(network=peer)], taps=("embeddings", "feature_maps"))
     out = cohort.eval()(example())
     assert cohort.costs[1].own_params == cohort.costs[0].params and cohort.costs[2].own_params > 0
     assert not any(isinstance(m, Replay) for m in cohort.modules())
@@ -244,7 +244,7 @@ def test_pretrained_branches_stay_near_and_differ() -> None:
 
 
 def test_a_copy_of_a_cohort_has_its_own_tape() -> None:
-    cohort = Cohort(networks.Tiny(), example(), [Branch("early")], taps=("embedding",)).eval()
+    cohort = Cohort(networks.Tiny(), example(), [Branch("early")], taps=("embeddings",)).eval()
     twin = copy.deepcopy(cohort)
     with torch.no_grad():
         before = cohort(example())
@@ -270,7 +270,7 @@ def test_the_trunk_runs_once() -> None:
 def test_the_cohort_compiles_to_one_graph() -> None:
     target = timm.create_model("resnet18", num_classes=4)
     images = example(64)
-    cohort = Cohort(target, images, [Branch("layer2", (1, 1)), Branch("layer2", (2, 1))], taps=("feature_map",)).eval()
+    cohort = Cohort(target, images, [Branch("layer2", (1, 1)), Branch("layer2", (2, 1))], taps=("feature_maps",)).eval()
     compiled = torch.compile(cohort, fullgraph=True, backend="aot_eager")  # a graph break raises
     with torch.no_grad():
         for mine, theirs in zip(compiled(images).logits, cohort(images).logits, strict=True):
@@ -320,7 +320,9 @@ def test_what_the_branches_share_can_be_looked_at() -> None:
         assert shared is not None and shared.shape == shape and cohort.shared_width == 16
         expected = seen[-1].transpose(1, 2).unsqueeze(-1) if kind is networks.Tokens else seen[-1]
         assert torch.equal(shared, expected)
-        assert Cohort(kind(), example(), [Branch(cut)]).eval()(example()).shared is None
+        untapped = Cohort(kind(), example(), [Branch(cut)]).eval()(example()).shared
+        with pytest.raises(CutError, match=r"out.shared is looked at, and not tapped.*taps = \(\"shared\",\)"):
+            torch.relu(untapped)
     with pytest.raises(CutError, match=r"nothing is shared.*--share none"):
         Cohort(networks.Tiny(), example(), [Branch()], taps=("shared",))
     with pytest.raises(CutError, match=r"'pair' gives no single tensor.*--cut"):
@@ -427,9 +429,9 @@ def test_modules_left_out_at_random() -> None:
     with pytest.raises(CutError, match=r"'one' is called in some passes and not in others.*--cut.*--share none"):
         Cohort(networks.LeftOut("trunk"), example(), [Branch("one")])
     with pytest.raises(CutError, match=r"'two' of LeftOut.* not called in every pass.*--method dml"):
-        Cohort(networks.LeftOut("tail"), example(), [Branch("early")], taps=("feature_map",))
+        Cohort(networks.LeftOut("tail"), example(), [Branch("early")], taps=("feature_maps",))
     for where, cut in (("tail", "early"), ("trunk", "stem")):
-        cohort = Cohort(networks.LeftOut(where), example(), [Branch(cut)], taps=("embedding",)).train()
+        cohort = Cohort(networks.LeftOut(where), example(), [Branch(cut)], taps=("embeddings",)).train()
         for _ in range(4):
             sum(z.sum() for z in cohort(example()).logits).backward()
 
@@ -443,7 +445,7 @@ def test_what_the_proof_could_not_see_is_said_when_it_happens() -> None:
             again = self.rare and not isinstance(self.early, nn.Sequential)  # in a branch
             return self.head(self.late(early if not again else self.early(self.stem(x))).mean((2, 3)))
 
-    cohort = Cohort(Rare(), example(), [Branch("early")], taps=("feature_map",))
+    cohort = Cohort(Rare(), example(), [Branch("early")], taps=("feature_maps",))
     Rare.rare = True
     with pytest.raises(CutError, match=r"calls 'stem', and in this pass the target has not again.*--share none"):
         cohort(example())
@@ -538,7 +540,7 @@ def test_every_pooling_of_tokens_leaves_the_blocks_to_grow(pool: str) -> None:
     )
     anatomy = inspect(target, example())
     assert anatomy.cut() == "blocks.2" and anatomy.embedding == 48
-    cohort = Cohort(target, example(), [Branch("blocks.2", (1,))], taps=("embedding", "feature_map"))
+    cohort = Cohort(target, example(), [Branch("blocks.2", (1,))], taps=("embeddings", "feature_maps"))
     assert cohort.grown == ["1 x Block after blocks.3"]
     sum(z.sum() for z in cohort.train()(example()).logits).backward()
     assert all(p.grad is not None for p in cohort.parameters())

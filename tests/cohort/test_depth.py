@@ -130,7 +130,7 @@ def test_blocks_of_two_streams_are_repeated() -> None:
 
 def test_embedding_of_a_convolutional_classifier_is_averaged() -> None:
     network = networks.Convolutional()
-    cohort = Cohort(network, IMAGES, [Branch("early")], taps=("embedding",))
+    cohort = Cohort(network, IMAGES, [Branch("early")], taps=("embeddings",))
     assert inspect(network, IMAGES).embedding == 32 and cohort.embedding_widths == (32, 32)
 
 

@@ -27,7 +27,7 @@ KINDS = {  # network, side of its images, where it is cut
     ),
     "resnext50": (lambda: timm.create_model("resnext50_32x4d", num_classes=4), 32, "layer3"),
 }
-TAPS = ("feature_map", "embedding", "stages")
+TAPS = ("feature_maps", "embeddings", "stage_maps")
 
 
 def example(size: int = 32) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_narrow_branches_have_weights_of_their_own(pretrained: bool) -> None:
 def test_narrow_and_deeper_cohorts_compile_to_one_graph() -> None:
     images = example()
     plan = [Branch("stem", (1,), width=0.5), Branch("stem", (2,))]
-    cohort = Cohort(networks.Tiny(), images, plan, taps=("stages",)).eval()
+    cohort = Cohort(networks.Tiny(), images, plan, taps=("stage_maps",)).eval()
     compiled = torch.compile(cohort, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         mine, theirs = compiled(images), cohort(images)
@@ -156,7 +156,7 @@ def test_members_of_every_kind_stand_alone(kind: type[nn.Module], plan: Branch) 
     torch.manual_seed(0)
     target = kind()
     target.register_forward_hook(lambda module, args, output: output * 2)  # the user's own stays
-    cohort = Cohort(target, example(), [plan, plan] if plan.network is None else [plan], taps=("embedding",))
+    cohort = Cohort(target, example(), [plan, plan] if plan.network is None else [plan], taps=("embeddings",))
     cohort.train()(example())
     expected = cohort.eval()(example()).logits
     modes = [m.training for m in cohort.train().modules()]

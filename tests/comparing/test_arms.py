@@ -51,6 +51,8 @@ def test_methods_that_cost_about_the_same_share_a_control_that_costs_no_less() -
         "one": "baseline-40-epochs", "dml": "baseline-40-epochs", "ffl": "baseline",
     }  # fmt: skip
     assert [arm.name for arm in arms.plan(["one"], make, costing({"one": 2.0}), False)] == ["baseline", "one"]
+    dml = methods.get("dml")  # a class stands for its name
+    assert [arm.name for arm in arms.plan([dml], make, costing({"dml": 2.0}), False)] == ["baseline", "dml"]
 
 
 def test_a_teacher_costs_a_forward_pass_alone() -> None:

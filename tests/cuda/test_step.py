@@ -17,7 +17,8 @@ from okdc.system.randomness import own_randomness, seed_everything
 from okdc.system.signals import StopSignal
 from okdc.training import checkpoint
 from okdc.training.machine import Machine
-from okdc.training.state import Run, TrainState, build, restore
+from okdc.training.restoring import restore
+from okdc.training.state import Run, TrainState, build
 from okdc.training.step import stepper
 from tests.helpers import training
 from tests.methods import test_contract

@@ -90,6 +90,22 @@ def test_every_class_of_a_batch_has_a_pair(classes: int, batch_size: int, expect
         assert len(batch.unique()) == batch_size
 
 
+def test_pairs_are_drawn_evenly_and_in_either_order() -> None:
+    sizes = torch.tensor([0, 3, 1, 4, 2, 0])
+    labels = torch.arange(len(sizes)).repeat_interleave(sizes).repeat(400)  # the classes' sizes are 400 times these
+    for count in (2, 3):
+        order = paired_order(labels, 2 * count, count, torch.Generator().manual_seed(1)).reshape(-1, count)
+        drawn = labels[order[:, 0]].bincount(minlength=len(sizes))
+        assert (drawn[sizes > 0] - len(order) / 4).abs().max() < 5 * (len(order) / 4) ** 0.5
+        assert ((order[:, 0] < order[:, 1]).float().mean() - 0.5).abs() < 5 * 0.5 / len(order) ** 0.5
+    few = torch.tensor([0] * 3 + [1] * 5000)
+    order = paired_order(few, 6, 3, torch.Generator().manual_seed(1)).reshape(-1, 3)
+    every = order[few[order[:, 0]] == 0]  # the three images of a class in each of their six orders
+    assert len(every) > 800 and every.sort(1).values.unique(dim=0).tolist() == [[0, 1, 2]]
+    counts = every.unique(dim=0, return_counts=True)[1]
+    assert len(counts) == 6 and (counts - len(every) / 6).abs().max() < 5 * (len(every) / 6) ** 0.5
+
+
 @pytest.mark.parametrize("needs", [Needs(pairs=True, indices=True), Needs(indices=True)], ids=["pairs", "any"])
 def test_an_unreadable_image_is_stood_in_for(needs: Needs, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = set(range(0, 1437, 7))
@@ -142,7 +158,7 @@ def test_each_member_sees_its_own_view(network: type[torch.nn.Module]) -> None:
     target, example = network(), torch.randn(2, 3, 32, 32)
     cut = {"Tiny": "early", "Depthwise": "early"}.get(network.__name__)
     anatomy = Cohort(network(), example).anatomy
-    cohort = Cohort(target, example, [Branch(cut or anatomy.cut(1))] * 2, taps=("embedding",))
+    cohort = Cohort(target, example, [Branch(cut or anatomy.cut(1))] * 2, taps=("embeddings",))
     views = torch.randn(3, 8, 3, 32, 32)
     cohort.eval()
     out = cohort(views)

@@ -20,12 +20,13 @@ from torchvision.transforms import InterpolationMode
 
 import okdc
 from okdc.data import Data, load, open_source, resident
-from okdc.data.batchwise import DRAWS, Law, crop_boxes, mix, resized_crop, uniform
+from okdc.data.batchwise import DRAWS, Law, crop_boxes, resized_crop
 from okdc.data.resident import Decoded, ResidentTraining
 from okdc.errors import DataError
 from okdc.needs import NOTHING, Needs
 from okdc.recipe import DataSettings
 from okdc.recipe.strict import parse
+from okdc.system.randomness import mix, uniform
 
 CONFIG = {
     "input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3),
@@ -246,3 +247,23 @@ def test_on_and_off_are_words_in_recipes() -> None:
     assert parse("resident: on\nhere: off\namp: true\nyes: no", "it") == {
         "resident": "on", "here": "off", "amp": True, True: False,
     }  # fmt: skip
+
+
+def test_how_many_are_kept_is_a_share_of_the_memory_and_free_memory_is_asked_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("okdc.system.memory.total", lambda: 80 * 2**30)
+    assert resident._room(cpu) == 10 * 2**30
+    monkeypatch.setattr(resident, "local_world", lambda: 4)
+    assert resident._room(cpu) == 2.5 * 2**30
+    monkeypatch.setattr("okdc.system.memory.total", lambda: None)
+    assert resident._room(cpu) == 2**30
+    monkeypatch.setattr("okdc.system.memory.free", lambda: 1000)
+    read = data(resident="auto")
+    assert read.train.kept is None and "as they usually would be: memory is short" in caplog.text
+
+
+def test_validation_is_not_decoded_before_a_training_that_reads_image_by_image() -> None:
+    read = data(resident="auto", aa="rand-m9-mstd0.5")
+    assert read.train.kept is None and read.validation.kept is None and data(resident="auto").validation.kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from okdc.data import Data, open_source
+from okdc.data import Data, open_source, sources
+from okdc.data.scan import Files
+from okdc.recipe import DataSettings
 from tests.data.test_data import loaded, settings, write, write_split
 
 CLASSES = ("cat", "dog")
@@ -90,3 +94,22 @@ def test_folders_that_look_like_copies_are_said(tmp_path: Path, caplog: pytest.L
     assert len(open_source(settings(tmp_path), 0).classes) == 16
     said = caplog.text.partition("classes of their own: ")[2].splitlines()[0]
     assert said == "cat (1), cat - Copy, cat - Copy (2), cat copy, cat copy 2 and 3 more"
+
+
+def test_the_first_rank_finds_the_files_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        for name in ("cat/1.png", "dog/ü ☃.png", os.fsdecode(b"dog/\xff.png")):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path, format="png")
+    given = DataSettings(data=str(tmp_path))
+    alone = sources.open_together(given, 0)
+    sent = pickle.dumps(sources.open_source(given, 0))
+    monkeypatch.setattr(sources, "first", lambda work: pickle.loads(sent))
+    monkeypatch.setattr(sources, "open_source", None)  # which another rank does not call
+    told = sources.open_together(given, 0)
+    for mine, theirs in ((alone.train, told.train), (alone.validation, told.validation)):
+        assert [mine.name(i) for i in range(3)] == [theirs.name(i) for i in range(3)]
+        assert theirs[2][0].size == (8, 8) and mine.dataset.targets == theirs.dataset.targets
+    assert told.classes == ("cat", "dog")
+    assert pickle.loads(pickle.dumps(Files(tmp_path, [], []))).paths == []

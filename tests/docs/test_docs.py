@@ -9,10 +9,13 @@ import warnings
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from okdc import methods
 from okdc.cli import main, timm_flags
@@ -138,15 +141,41 @@ def test_errors_that_the_page_on_trouble_quotes_are_the_codes() -> None:
     assert [piece for piece in pieces if piece not in code and piece != "No such option"] == []
 
 
-def test_a_method_trains_in_the_loop_that_the_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
-    block = page.partition("## In a loop of your own")[2].partition("```python\n")[2].partition("```")[0]
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    torch.manual_seed(0)
-    network, images, labels = Tiny(), torch.randn(64, 3, 32, 32), torch.arange(64) % 4
-    before = network.state_dict().copy() | {key: value.clone() for key, value in network.state_dict().items()}
-    space = {"network": network, "images": images, "labels": labels}
-    exec(block, space)
-    assert space["student"] is network and not any(module._forward_hooks for module in network.modules())
+LOOPS = {"**okdc's**": None, "**Plain PyTorch.**": None, "**Lightning:**": "lightning"}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_method_trains_in_the_loops_that_the_page_shows(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if LOOPS[loop]:
+        pytest.importorskip(LOOPS[loop], reason=f"the loop of docs/methods.md is not run: pip install {LOOPS[loop]}")
+    network = Tiny()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    images = torch.randn(64, 3, 32, 32)
+    student = _run(loop, network, images, tmp_path, monkeypatch)["student"]
+    assert student is network and not any(module._forward_hooks for module in network.modules())
     assert all(not torch.equal(before[name], p) for name, p in network.named_parameters() if not name.endswith("bias"))
     assert torch.isfinite(network(images)).all()
+
+
+def test_the_tests_that_the_page_on_methods_shows_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run("## Test it", Tiny(), torch.randn(64, 3, 32, 32), tmp_path, monkeypatch)["case"].size == 16
+
+
+def _run(after: str, network: Tiny, images: Tensor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page's first block of Python after some words leaves behind, run with a network and data."""
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    block = page.partition(f"\n{after}")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    labels = torch.arange(len(images)) % 4
+    loader = DataLoader(TensorDataset(images, labels), 32)
+    space: dict[str, Any] = {"network": network, "images": images, "labels": labels, "loader": loader}
+    space |= {"validation": loader, "torch": torch}
+    with warnings.catch_warnings():
+        if "lightning" in after.lower():
+            warnings.simplefilter("ignore")  # what it says of workers and devices is not ours
+        exec(block, space)
+    return space

@@ -115,6 +115,23 @@ def test_negatives_are_drawn_evenly_from_the_other_classes(settings: dict, disti
     assert torch.equal(made.draw(indices), rows)  # a step that is done again draws the same
 
 
+@pytest.mark.parametrize("negatives", [60, 130])  # of 240 others or more: fewer than half of them, and more
+def test_no_image_is_drawn_twice_for_another(negatives: int) -> None:
+    labels = LABELS.repeat(10)
+    bank, indices = method(2, labels, negatives=negatives).bank, torch.arange(400).repeat(10)
+    torch.manual_seed(0)
+    rows = bank.draw(indices)[:, 2:]
+    assert all(len(row.unique()) == negatives for row in rows) and (labels[rows] != labels[indices, None]).all()
+    drawn = rows[labels[indices] == 1].flatten().bincount(minlength=400).float()[labels != 1]
+    assert (drawn - drawn.mean()).abs().max() < 5 * drawn.mean().sqrt()
+
+
+def test_a_step_does_not_draw_a_number_for_each_image() -> None:
+    bank = method(2, torch.arange(1_000_000) % 1000, negatives=256, width=1).bank
+    assert not bank.replacement and 256 < bank.draws < 300
+    assert len(bank.draw(torch.tensor([5]))[0].unique()) == 258
+
+
 def test_a_relaxed_positive_is_any_image_of_the_class() -> None:
     made = method(2, positive="relax")
     for image in range(10):

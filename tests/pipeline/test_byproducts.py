@@ -53,7 +53,7 @@ def test_the_report_and_the_terminal_name_it(result: okdc.Result, capsys: pytest
 
 
 def test_it_is_that_of_the_best_epoch(result: okdc.Result) -> None:
-    best = checkpoint.load(result.path / checkpoint.BEST)["okdc"]["method"]
+    best = checkpoint.load(result.path / checkpoint.BEST)["method"]
     fused = result.byproducts["fused"]
     for key, value in fused.state_dict().items():
         assert torch.equal(value, best[key.removeprefix("method.")])

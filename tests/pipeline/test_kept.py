@@ -26,7 +26,7 @@ EARLY = torch.ones(1, 8, 4, 4)  # what Tiny's second part takes
 
 def trained(network: nn.Module, branch: Branch, images: torch.Tensor = IMAGES) -> Cohort:
     """A cohort after one step of plain SGD on all that requires a gradient."""
-    cohort = Cohort(network, images, [branch], taps=("feature_map",))
+    cohort = Cohort(network, images, [branch], taps=("feature_maps",))
     optimizer = torch.optim.SGD([p for p in cohort.parameters() if p.requires_grad], 0.1)
     sum(z.square().mean() for z in cohort.train()(images).logits).backward()
     optimizer.step()

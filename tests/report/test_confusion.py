@@ -55,14 +55,15 @@ def test_the_counts_are_those_of_the_epoch_that_ships(tmp_path: Path) -> None:
     state = run(tmp_path)
     best = checkpoint.load(tmp_path / "model_best.pth.tar")
     method = Tiny()
-    method.load_state_dict(best["okdc"]["method"])
+    method.cohort.target.load_state_dict(best["state_dict"])
     images, labels = (torch.cat(parts) for parts in zip(*tiny_data().validation))
     with torch.no_grad():
         named = method.eval().cohort(images).logits[0].argmax(1)
     expected = torch.zeros(3, 3, dtype=torch.int32)
     for true, guess in zip(labels, named):
         expected[true, guess] += 1
-    assert torch.equal(state.confusion, expected) and torch.equal(best["okdc"]["run"]["confusion"], expected)
+    kept = checkpoint.load(tmp_path / "last.pth.tar")["okdc"]["run"]["confusion"]
+    assert torch.equal(state.confusion, expected) and torch.equal(kept, expected)
     row = state.history[state.best_epoch]
     assert row["eval_balanced"] == pytest.approx((100 * expected.diag() / expected.sum(1)).mean().item())
 

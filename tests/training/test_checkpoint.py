@@ -59,6 +59,17 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         checkpoint.save(tmp_path / "gone" / "last.pth.tar", PAYLOAD)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_was_read_stays_when_the_file_is_replaced(tmp_path, mapped):
+    path = tmp_path / "last.pth.tar"
+    checkpoint.save(path, PAYLOAD)
+    loaded = checkpoint.load(path, mapped)["state_dict"]["weight"]
+    checkpoint.save(path, {"state_dict": {"weight": torch.zeros(60_000)}})
+    assert torch.equal(loaded, PAYLOAD["state_dict"]["weight"])
+    loaded.zero_()  # of a copy that is its own
+    assert torch.equal(checkpoint.load(path)["state_dict"]["weight"], loaded)
+
+
 def test_earlier_files_are_kept(tmp_path):
     path = tmp_path / "last.pth.tar"
     for i in range(4):

@@ -326,6 +326,23 @@ def test_without_validation_the_last_epoch_is_the_best(tmp_path):
     assert all(torch.equal(best[name], value) for name, value in state.student.state_dict().items())
 
 
+def test_the_time_that_is_left_does_not_count_on_waiting_for_a_first_batch_each_step(tmp_path):
+    left = []
+
+    def late(epoch, index):
+        if (epoch, index) == (0, 0):
+            time.sleep(0.5)
+
+    class Told(Display):
+        def step(self, epoch, step, losses, lr, speed, seconds):
+            left.append(seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("okdc.training.loop.Display", Told)
+        run(tmp_path, data=tiny_data(late))
+    assert left[0] < 0.5 * (STEPS * SETTINGS.epochs - 1) / 2
+
+
 @pytest.mark.parametrize("model_ema", [False, True])
 def test_plain_timm_loads_the_student_from_the_best_checkpoint(tmp_path, model_ema):
     def create(**options) -> nn.Module:

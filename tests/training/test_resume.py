@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from okdc.errors import RunError
+from okdc.needs import Needs
 from okdc.pipeline.facts import metrics_of
 from okdc.system.signals import StopSignal
 from okdc.training import TrainState, checkpoint
@@ -126,6 +127,39 @@ def test_a_complete_run_is_returned_without_training(tmp_path):
     whole = run(tmp_path)
     again = run(tmp_path, resume=tmp_path / "last.pth.tar", data=tiny_data(crash_at(3, 0)))
     assert_same_run(whole, again, tmp_path, tmp_path)
+
+
+def test_a_run_whose_pairs_an_older_okdc_drew_is_told_that_others_come(tmp_path, capsys, monkeypatch):
+    last = tmp_path / "last.pth.tar"
+
+    def told() -> bool:
+        run(tmp_path, resume=last)
+        return "draws the images that the method compares in another order" in capsys.readouterr().err
+
+    run(tmp_path)
+    payload = checkpoint.load(last)
+    del payload["okdc"]["draws"]
+    checkpoint.save(tmp_path / "old.pth.tar", payload)
+    current = last.read_bytes()
+    last.write_bytes((tmp_path / "old.pth.tar").read_bytes())
+    assert not told()
+    monkeypatch.setattr(Tiny, "needs", classmethod(lambda cls, **settings: Needs(pairs=True)))
+    assert told()
+    last.write_bytes(current)
+    assert not told()
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_what_ships_and_what_goes_on_are_two_files_and_none_of_them_stays_open(tmp_path, opt):
+    settings = replace(SETTINGS, opt=opt)
+    run(tmp_path, replace(settings, epochs=2))
+    last, best = (checkpoint.load(tmp_path / name) for name in (checkpoint.LAST, checkpoint.BEST))
+    assert sorted(best) == ["arch", "args", "epoch", "metric", "state_dict", "version"]
+    assert sorted(set(last) - set(best)) == ["okdc", "optimizer"]
+    resumed = run(tmp_path, settings, resume=tmp_path / checkpoint.LAST)
+    if sys.platform == "linux":
+        assert ".pth.tar" not in Path("/proc/self/maps").read_text()
+    assert resumed.epoch == 3
 
 
 def test_a_complete_run_can_be_made_longer(tmp_path):

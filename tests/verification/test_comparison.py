@@ -23,7 +23,7 @@ from okdc.errors import DataError
 from okdc.system import shipped
 from okdc.system.wording import without_paths
 from okdc.tasks.shared.class_scores import ClassTally as Tally
-from okdc.verification import Exported
+from okdc.verification import Exported, comparison
 from okdc.verification.alone import measure_alone
 from okdc.verification.comparison import Gates
 from okdc.verification.latency import measure
@@ -203,6 +203,29 @@ def test_the_whole_pipeline_is_judged_on_raw_images(
         assert row["agreement"] == 100 and row["top1"] > 90
 
 
+def test_pipelines_are_run_on_a_sample_and_held_against_torch_on_the_same(
+    student: torch.nn.Module, exported: Exported, data: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "PIPELINE_IMAGES", 12)
+    run, seen = exported.module.runner(exported.path), []
+
+    def pipeline(images: Any) -> np.ndarray:
+        seen.extend(images)
+        return run(np.ascontiguousarray(np.stack([preprocess(each) for each in images])))
+
+    found = verification.compare(
+        student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), pipelines={"predict.py": pipeline}
+    )
+    *_, row = found["rows"]
+    assert found["images"] == 40 and len(seen) == 12 and row["pass"], row
+    assert row["reason"] == "run on 12 of the 40 images, spread over the classes" and row["agreement"] == 100
+    wrong = verification.compare(
+        student, {"onnx": exported}, data, input_size=SIZE, batch_sizes=(), images=20,
+        pipelines={"predict.py": lambda images: pipeline(images)[:, ::-1]},
+    )  # fmt: skip
+    assert len(seen) == 24 and not wrong["rows"][-1]["pass"] and wrong["images"] == 20
+
+
 class Tie(torch.nn.Module):
     def __init__(self, margin: float) -> None:
         super().__init__()
@@ -330,3 +353,15 @@ def test_waiting_for_others_is_told_and_the_collector_is_off_meanwhile() -> None
 )
 def test_paths_of_this_machine_are_cut_down(text: str, expected: str) -> None:
     assert without_paths(text) == expected
+
+
+def test_classes_are_counted_as_if_all_were_sorted() -> None:
+    draw = np.random.default_rng(0)
+    out = draw.integers(0, 4, (200, 9)).astype(np.float32)  # many are equal: of these the first comes first
+    out[::7, 3] = np.nan
+    labels = draw.integers(0, 10, 200)  # and some are of no class that there is
+    best = np.argsort(-out, axis=1, kind="stable")[:, :5]
+    tally = Tally()
+    tally.count(out, labels)
+    assert tally.top1 == (best[:, 0] == labels).sum() and 0 < tally.top1 < 100
+    assert tally.top5 == (best == labels[:, None]).sum()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.cohort import Branch, Cohort, CohortOutput, Cost
 from okdc.errors import RecipeError
+from okdc.methods.shared.checks import refuse_declared
 from okdc.needs import Needs
 from okdc.tasks.task import Task
 
@@ -21,18 +22,37 @@ class Method(nn.Module):
     A subclass declares what it needs as class attributes, its settings as keywords of `__init__`, and writes `losses`.
     """
 
-    members: ClassVar[int] = 2  # default size of the cohort, the target included
-    extra_blocks: ClassVar[int] = 0  # default number of blocks that each branch has more than the one before it
-    share: ClassVar[str] = "trunk"  # or "none": whole peer networks
-    taps: ClassVar[tuple[str, ...]] = ()  # of "feature_map", "embedding", "stages" and "shared"
-    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"  # what the trunk gets of its members' gradients
-    second_order: ClassVar[bool] = False  # it differentiates the gradients of its networks
-    needs_teacher: ClassVar[bool] = False  # a trained network, which `__init__` then takes after the cohort
-    tasks: ClassVar[tuple[str, ...]] = ("classify",)  # what its networks may be for
+    members: ClassVar[int] = 2
+    """How many members there are if nobody says otherwise, the target included."""
+    extra_blocks: ClassVar[int] = 0
+    """How many blocks each branch has more than the one before it, if nobody says otherwise."""
+    share: ClassVar[str] = "trunk"
+    """"trunk": branches on a trunk; "none": whole peer networks."""
+    taps: ClassVar[tuple[str, ...]] = ()
+    """What `losses` looks at beside logits: of "feature_maps", "embeddings", "stage_maps", "exit_maps" and "shared"."""
+    trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
+    """What the trunk gets of its members' gradients."""
+    second_order: ClassVar[bool] = False
+    """Whether it differentiates the gradients of its networks."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether it needs a trained network, which `__init__` then takes as `teacher`, after the cohort."""
+    compares: bool = True
+    """Whether it compares outputs by `task.distance`, which is what --distance acts on; some settings may change it."""
+    tasks: ClassVar[tuple[str, ...]] = ("classify",)
+    """What its networks may be for."""
 
+    cohort: Cohort
+    """The target and its auxiliary members; `cohort.names` is what they are called."""
     epoch: Tensor
+    """(), the epoch that is being trained, from 0 (`begin_epoch`)."""
     epochs: Tensor
+    """(), how many there will be (`begin_epoch`)."""
     lr: Tensor
+    """(), the learning rate of the first parameter group in this step; the loop fills it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_declared(cls)
 
     def __init__(self, cohort: Cohort) -> None:
         super().__init__()
@@ -40,7 +60,7 @@ class Method(nn.Module):
         # Tensors, so that a compiled step is not compiled again every epoch. The loop fills them.
         self.register_buffer("epoch", torch.zeros(()))
         self.register_buffer("epochs", torch.ones(()))
-        self.register_buffer("lr", torch.zeros(()))  # of the first parameter group, in this step
+        self.register_buffer("lr", torch.zeros(()))
 
     @property
     def task(self) -> Task:
@@ -74,8 +94,25 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def ensemble(self, out: CohortOutput) -> Tensor:
-        """Logits (B, C) of the cohort as a whole; by default the mean of the members' logits."""
-        return torch.stack(out.logits).mean(0)
+        """Logits (B, C) of the cohort as a whole; by default the mean of what all learners say."""
+        return torch.stack(self.said(out)).mean(0)
+
+    @property
+    def learners(self) -> tuple[str, ...]:
+        """What is scored in each validation beside the student and the ensemble, by name; by default the members."""
+        return self.cohort.names
+
+    def said(self, out: CohortOutput) -> tuple[Tensor, ...]:
+        """Logits (B, C) of each of the `learners`, a head of the method's own among them where it has one."""
+        return out.logits
+
+    def begin_epoch(self, epoch: int, of: int) -> None:
+        """Say which epoch begins, from 0, and of how many, which ramps go by.
+
+        okdc's loop does, also where a run goes on within an epoch; a loop of your own has to.
+        """
+        self.epoch.fill_(epoch)
+        self.epochs.fill_(of)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters and their learning rates; by default everything at `lr`."""
@@ -102,6 +139,11 @@ class Method(nn.Module):
         Each is a copy that owes nothing to the cohort; by default there is none.
         """
         return {}
+
+    @classmethod
+    def has_byproducts(cls) -> bool:
+        """Whether `byproducts` may give any, so that the best epoch's are kept."""
+        return cls.byproducts is not Method.byproducts
 
     def strip(self) -> nn.Module:
         """The target, trained, with nothing left on it of all that was built around it."""
@@ -130,8 +172,8 @@ class Method(nn.Module):
         words = {
             "trained teacher": cls.needs_teacher,
             "peer networks": cls.share == "none" and cls.members > 1,
-            "embeddings": "embedding" in cls.taps,
-            "feature maps": "feature_map" in cls.taps or "stages" in cls.taps,
+            "embeddings": "embeddings" in cls.taps,
+            "feature maps": bool({"feature_maps", "stage_maps", "exit_maps"} & set(cls.taps)),
             "map at the cut": "shared" in cls.taps,
             "a view per member": needs.views,
             "class-balanced batches": needs.pairs,

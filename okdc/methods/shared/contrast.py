@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import sqrt
+from math import ceil, log1p, sqrt
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.errors import DataError
-from okdc.ranks import drawn_together, gather
+from okdc.ranks import drawn_together, gather, rank, world
+from okdc.system.randomness import uniform
 
 
 class EmbeddingHead(nn.Module):
@@ -54,29 +55,49 @@ def mutual_contrast(
     Network i gives embeddings (S_i, B, d). Candidates are the batch, labels (B,) or (B, C), or where given `rows`
     (B, K, d) of each network's bank: own, same class, others. `weights[i, j]` (S_i, S_j, B) are those of the anchors.
     """
-    if rows is None:  # the batch is that of all ranks
-        embeddings, labels = [gather(each, 1) for each in embeddings], gather(labels)
-        weights = weights and {pair: gather(each, 2) for pair, each in weights.items()}
+    if rows is None:
+        batch = _Batch([gather(each, 1) for each in embeddings], labels)
     pairs = []
     with torch.autocast(embeddings[0].device.type, enabled=False):
         for i, j in combinations(range(len(embeddings)), 2):
             a, b = embeddings[i], embeddings[j]
             weight = a.new_ones(len(a), len(b), a.shape[1]) if weights is None else weights[i, j]
             if rows is None:
-                pairs.append(_in_batch(a, b, weight, labels, tau, temperature))
+                pairs.append(_in_batch(a, b, weight, batch, i, j, tau, temperature))
             else:
                 pairs.append(_in_banks(a, b, weight, rows[i], rows[j], tau, temperature))
     return Terms(*(torch.stack(values).sum() for values in zip(*pairs, strict=True)))
 
 
-def _in_batch(a: Tensor, b: Tensor, weight: Tensor, labels: Tensor, tau: float, temperature: float) -> Terms:
-    """Anchors (S, B, d) of two networks against the batch; no image is its own candidate, in the other network too."""
-    labels = labels if labels.dim() == 1 else labels.argmax(1)
-    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    positives = others & (labels[:, None] == labels)
-    inter = a[:, None] @ b[None].mT / tau
-    vcl = _both_ways((a @ a.mT / tau)[:, None], (b @ b.mT / tau)[None], positives, others, weight, temperature)
-    icl = _both_ways(inter, inter.mT, positives, others, weight, temperature)
+class _Batch:
+    """The candidates, which are the batch of all ranks: embeddings (S, N, d) of each network, and what of the own
+    anchors (B,) they are; `share` of the whole batch's mean over its anchors is a sum over the own ones.
+    """
+
+    def __init__(self, everyone: list[Tensor], labels: Tensor) -> None:
+        self.everyone = everyone
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
+        every = gather(labels)
+        place = rank() * len(labels) + torch.arange(len(labels), device=labels.device)
+        self.others = torch.arange(len(every), device=labels.device) != place[:, None]  # no image is its own candidate
+        self.positives = self.others & (labels[:, None] == every)
+        ordered = every.sort().values
+        twins = ordered[1:] == ordered[:-1]
+        anchors = (F.pad(twins, (0, 1)) | F.pad(twins, (1, 0))).sum()  # those of all ranks that have a positive
+        self.share = world() / anchors.clamp_min(1)  # over the ranks, losses are averaged
+
+
+def _in_batch(
+    a: Tensor, b: Tensor, weight: Tensor, batch: _Batch, i: int, j: int, tau: float, temperature: float
+) -> Terms:
+    """Own anchors (S, B, d) of networks i and j against the batch, in the other network too."""
+    all_a, all_b = batch.everyone[i], batch.everyone[j]
+    inter = a[:, None] @ all_b[None].mT / tau
+    back = inter.mT if all_b is b else b[None] @ all_a[:, None].mT / tau
+    own = (a @ all_a.mT / tau)[:, None], (b @ all_b.mT / tau)[None]
+    positives, others, share = batch.positives, batch.others, batch.share
+    vcl = _both_ways(*own, positives, others, weight, temperature, share)
+    icl = _both_ways(inter, back, positives, others, weight, temperature, share)
     return Terms(*vcl, *icl)
 
 
@@ -98,24 +119,36 @@ def _in_banks(
 
 
 def _both_ways(
-    first: Tensor, second: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor, temperature: float
+    first: Tensor,
+    second: Tensor,
+    positives: Tensor,
+    candidates: Tensor,
+    weight: Tensor,
+    temperature: float,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    hard = contrast(first, positives, candidates, weight) + contrast(second, positives, candidates, weight)
+    hard = contrast(first, positives, candidates, weight, share) + contrast(
+        second, positives, candidates, weight, share
+    )
     soft = imitation(first, second, weight, temperature) + imitation(second, first, weight, temperature)
     return hard, soft
 
 
-def contrast(logits: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor) -> Tensor:
+def contrast(
+    logits: Tensor, positives: Tensor, candidates: Tensor, weight: Tensor, share: Tensor | None = None
+) -> Tensor:
     """InfoNCE of logits (..., B, K) with masks (B, K) and weights (..., B): mean over positives, then over anchors.
 
-    Anchors without a positive are left out of the mean, which is 0 where there is no other.
+    Anchors without a positive are left out of the mean, which is 0 where there is no other. `share`: what the sum over
+    anchors is multiplied by in place of being divided by their number.
     """
     # A finite floor: a row without a candidate would otherwise have a gradient that is not a number.
     floor = torch.finfo(logits.dtype).min
     log_p = logits - logits.masked_fill(~candidates, floor).logsumexp(-1, keepdim=True)
     count = positives.sum(-1)
     each = -log_p.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
-    return (weight * each).sum() / (count > 0).sum().clamp_min(1)
+    share = 1 / (count > 0).sum().clamp_min(1) if share is None else share
+    return (weight * each).sum() * share
 
 
 def imitation(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -159,7 +192,10 @@ class Bank(nn.Module):
         spread = 1 / sqrt(width / 3)
         self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
         counts = labels.bincount()
-        self.replacement = replacement or negatives > len(labels) - int(counts.max())
+        others = len(labels) - int(counts.max())
+        self.replacement = replacement or negatives > others
+        self.most = not self.replacement and 2 * negatives > others  # nearly all others are drawn for each image
+        self.draws = len(labels) if self.most else negatives if self.replacement else draws_for(negatives, others)
         for name, value in {
             "order": labels.argsort(stable=True), "starts": (counts.cumsum(0) - counts)[labels],
             "counts": counts[labels],
@@ -168,20 +204,25 @@ class Bank(nn.Module):
 
     def draw(self, indices: Tensor) -> Tensor:
         """Of each image (B,): itself, one of its class, and `negatives` of other classes, (B, 2 + negatives)."""
-        return drawn_together(self._draw, indices)
-
-    def _draw(self, indices: Tensor) -> Tensor:
+        # Each row's key is drawn for the whole batch of all ranks, its many numbers by its own rank alone.
+        keys = drawn_together(lambda every: torch.randint(2**62, (len(every),), device=every.device), indices)
         start, count = self.starts[indices, None], self.counts[indices, None]
-        alike = self.order[start + self._below(count, 1)]
         others = len(self.order) - count
-        if self.replacement:
-            place = self._below(others, self.negatives)
-        else:
-            chance = torch.rand(len(indices), len(self.order), device=indices.device)
-            beyond = torch.arange(len(self.order), device=indices.device) >= others
-            place = chance.masked_fill(beyond, -1).topk(self.negatives).indices
+        chance = uniform(keys, 1 + self.draws)
+        alike = self.order[start + (chance[:, :1] * count).long()]
+        place = self._places(chance[:, 1:], others)
         # Places are counted over the images of the class itself.
         return torch.cat([indices[:, None], alike, self.order[place + (place >= start) * count]], 1)
+
+    def _places(self, chance: Tensor, others: Tensor) -> Tensor:
+        """`negatives` numbers below each of `others` (B, 1)."""
+        if self.most:
+            beyond = torch.arange(self.draws, device=chance.device) >= others
+            return chance.masked_fill(beyond, -1).topk(self.negatives).indices
+        place = (chance * others).long()
+        if self.replacement:
+            return place
+        return place.gather(1, doubled(place).sort(dim=1, stable=True).indices[:, : self.negatives])
 
     def gather(self, drawn: Tensor) -> list[Tensor]:
         """The rows of images (B, K) in each network's bank, M times (B, K, d)."""
@@ -198,6 +239,15 @@ class Bank(nn.Module):
             moved = F.normalize(self.momentum * old + (1 - self.momentum) * new[last])
             rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old)
 
-    @staticmethod
-    def _below(limit: Tensor, draws: int) -> Tensor:
-        return torch.randint(2**62, (len(limit), draws), device=limit.device) % limit
+
+def doubled(numbers: Tensor) -> Tensor:
+    """Which of the numbers (B, n) stands further to the left in its row already, as 0 and 1."""
+    ordered, at = numbers.sort(dim=1, stable=True)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)).to(torch.uint8)
+    return torch.empty_like(again).scatter(1, at, again)
+
+
+def draws_for(distinct: int, population: int) -> int:
+    """How many draws from a population give so many distinct ones; that they do not has a chance below 1e-12."""
+    expected = -population * log1p(-distinct / population)
+    return ceil(expected + 10 * sqrt(max(0, expected - distinct)) + 16)

@@ -86,7 +86,7 @@ def _tower(
     places = tap_places(anatomy)
     plans = [Branch(p, tuple(-_spare(network, s, p) for s in anatomy.stages_after(p)) if short else ()) for p in places]
     try:
-        return Cohort(network, example, plans, taps=("embedding",), pretrained=pretrained, anatomy=anatomy)
+        return Cohort(network, example, plans, taps=("embeddings",), pretrained=pretrained, anatomy=anatomy)
     except CutError as error:
         reason = re.split(" (?:Cut elsewhere|Train whole)", str(error))[0]  # here the user has no say in where
         raise CutError(

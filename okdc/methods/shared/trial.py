@@ -1,0 +1,198 @@
+"""One step of a method on noise, before training and undone: who learns, from what, and what would be forgotten."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from okdc.anatomy.modes import unchanged
+from okdc.errors import MethodError, OkdcError, first_line
+from okdc.methods.shared.checks import refuse_losses
+from okdc.methods.shared.memory import forgotten, kept, put_back, refuse_hidden
+from okdc.needs import NOTHING, Needs
+from okdc.system.randomness import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from okdc.methods.shared.base import Method
+
+IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs
+ABSURD = 1e4  # of a loss on noise; the cross-entropy of a million classes is 14
+
+log = logging.getLogger("okdc")
+
+
+def batch_of(method: Method, needs: Needs = NOTHING, size: int = IMAGES) -> tuple[Tensor, ...]:
+    """Noise and labels as the method asks for them."""
+    anatomy, first = method.cohort.anatomy, next(method.parameters())
+    views = (len(method.cohort),) if needs.views else ()
+    images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
+    indices = torch.arange(size, device=first.device)
+    labels = method.task.made_up(indices // 2, anatomy.num_classes)
+    return (images, labels, indices) if needs.indices else (images, labels)
+
+
+def try_step(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) -> None:
+    """MethodError for what cannot be meant, a warning of `okdc` for what could; the method is left as it was.
+
+    `soft_labels`: labels will be class probabilities (B, C), so they are tried too.
+    """
+    for problem in problems(method, needs, soft_labels):
+        log.warning("%s", problem)
+
+
+def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) -> list[str]:
+    """What `try_step` warns of."""
+    kind = type(method)
+    refuse_hidden(method)
+    _refuse_groups(method)
+    with _undone(method):
+        batch = batch_of(method, needs)
+        before = kept(method)
+        soft = _softened(method, batch) if soft_labels and batch[1].dim() == 1 else None
+        parts = refuse_losses(kind, _soft_losses(method, batch, soft) if soft else method.train()(*batch))
+        found = _sizes(kind, parts, method.cohort.anatomy.num_classes) + _idle(method, parts)
+        found += forgotten(method, before, kept(method))
+        return found + (_other_losses(method, batch, soft) if soft else [])
+
+
+@contextmanager
+def _undone(method: Method) -> Iterator[None]:
+    """Buffers, modes and random numbers are afterwards what they were, and what is remembered beside them."""
+    before = kept(method)
+    try:
+        with unchanged(method):
+            yield
+    finally:
+        put_back(method, before)
+
+
+def _refuse_groups(method: Method) -> None:
+    """MethodError where the optimizer would be given nothing of the target."""
+    if method.student is not method.cohort.target:  # an average, for example
+        return
+    given = {id(p) for group in method.param_groups(0.1) for p in _listed(group)}
+    learning = [p for p in method.cohort.target.parameters() if p.requires_grad]
+    if learning and not any(id(p) in given for p in learning):
+        raise MethodError(
+            f"param_groups of {type(method).__name__} has no parameter of the target, which ships: it would stay as it "
+            "is. Begin from self.parameters(), which has all."
+        )
+
+
+def _listed(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group; a generator in it is not used up."""
+    group["params"] = list(group["params"]) if not isinstance(group["params"], Tensor) else [group["params"]]
+    return group["params"]
+
+
+def _sizes(kind: type[Method], parts: dict[str, Tensor], classes: int) -> list[str]:
+    """Losses of an absurd size, and those that have no gradient."""
+    found = []
+    for name, value in parts.items():
+        size = value.item()
+        if not math.isfinite(size) or abs(size) > ABSURD:
+            found.append(
+                f"{kind.__name__}: the loss {name!r} is {size:,.0f} for {IMAGES} images of noise before the first "
+                f"step, and a cross-entropy of {classes} classes is about {math.log(max(2, classes)):.1f}. Take means, "
+                "not sums, over images and pixels."
+            )
+        if not value.requires_grad:
+            found.append(
+                f"{kind.__name__}: the loss {name!r} has no gradient, so nothing learns from it. Leave out .detach() "
+                "and torch.no_grad() if something should."
+            )
+    return found
+
+
+def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
+    """Members and modules of the method that no loss reaches; MethodError where that is the student."""
+    groups = _groups(method)
+    total = torch.stack([value.float() for value in parts.values() if value.requires_grad]).sum()
+    reached = _reached(total, [p for parameters in groups.values() for p in parameters])
+    idle = [name for name, parameters in groups.items() if parameters and not any(id(p) in reached for p in parameters)]
+    kind = type(method).__name__
+    if "target" in idle and method.student is method.cohort.target:
+        raise MethodError(
+            f"no loss of {kind} ({', '.join(parts)}) reaches the target, out.logits[0], which ships: it would not "
+            "learn. Give it a loss, and leave out .detach() on the way to it."
+        )
+    return [
+        f"{kind}: no loss reaches {name}, so nothing trains it. Give it one, or freeze it: .requires_grad_(False)."
+        for name in idle
+    ]
+
+
+def _reached(total: Tensor, learning: list[nn.Parameter]) -> set[int]:
+    """The ids of the parameters that a loss reaches; their gradients are afterwards what they were."""
+    before = [p.grad for p in learning]
+    for parameter in learning:
+        parameter.grad = None
+    total.backward()  # not autograd.grad, which gradient checkpointing may refuse
+    reached = {id(p) for p in learning if p.grad is not None}
+    for parameter, gradient in zip(learning, before, strict=True):
+        parameter.grad = gradient
+    return reached
+
+
+def _groups(method: Method) -> dict[str, list[nn.Parameter]]:
+    """The learning parameters of each member, those that are its own, and of each further module of the method."""
+    cohort, taken = method.cohort, set[int]()
+    parts: list[tuple[str, nn.Module]] = list(zip(cohort.names, cohort.members, strict=True))
+    parts += [(f"self.{name}", child) for name, child in method.named_children() if child is not cohort]
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, part in parts:
+        groups[name] = [p for p in part.parameters() if p.requires_grad and id(p) not in taken]
+        taken |= {id(p) for p in groups[name]}
+    return groups
+
+
+_ADVICE = (
+    "With --mixup, --cutmix or --smoothing labels are probabilities (batch, classes): okdc.losses.cross_entropy takes "
+    "both, and labels.argmax(1) are classes. Or leave these flags out."
+)
+
+
+def _softened(method: Method, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    images, labels, *indices = batch
+    return (images, F.one_hot(labels, method.cohort.anatomy.num_classes).to(images.dtype), *indices)
+
+
+def _soft_losses(method: Method, batch: tuple[Tensor, ...], soft: tuple[Tensor, ...]) -> Any:
+    """What the losses are of class probabilities; MethodError where they only take classes."""
+    try:
+        return method.train()(*soft)
+    except OkdcError:
+        raise
+    except Exception as error:
+        method(*batch)  # which raises an error of its own where the labels are not to blame
+        raise MethodError(
+            f"the losses of {type(method).__name__} cannot use labels that are probabilities: {first_line(error)}. "
+            f"{_ADVICE}"
+        ) from error
+
+
+def _other_losses(method: Method, batch: tuple[Tensor, ...], soft: tuple[Tensor, ...]) -> list[str]:
+    """Whether a class and the probability 1 of it give the same losses, in words where they do not."""
+    method.eval()
+    state = random_state()
+    with torch.no_grad():
+        as_soft = method(*soft)
+        set_random_state(state)
+        try:
+            hard = method(*batch)
+        except Exception:  # it is made for probabilities alone
+            return []
+    for name in hard.keys() & as_soft.keys():
+        if not torch.allclose(hard[name], as_soft[name], rtol=1e-3, atol=1e-4):
+            return [
+                f"{type(method).__name__}: the loss {name!r} is {hard[name].item():.4g} of classes, and "
+                f"{as_soft[name].item():.4g} of the same as probabilities. {_ADVICE}"
+            ]
+    return []
