@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,21 @@ def available() -> str | None:
     return None if importlib.util.find_spec("openvino") else "OpenVINO is not installed: pip install openvino"
 
 
-def precisions() -> tuple[str, ...]:
-    """The number types that this CPU computes in: fp32, and the one that OpenVINO takes where it is not told."""
+@cache
+def _core() -> Any:
+    """The one Core of this process, kept for ever.
+
+    Each one gives the main thread another stack for its signal handlers, and back the one it found when it ends: of
+    two that do not end in turn, the last one leaves a stack that is freed, and the next signal ends the process.
+    """
     import openvino
 
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return openvino.Core()
+
+
+def precisions() -> tuple[str, ...]:
+    """The number types that this CPU computes in: fp32, and the one that OpenVINO takes where it is not told."""
+    able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     # Any CPU takes any hint, and what it lacks it computes slowly in another way.
     return ("fp32", *[name for name in ("bf16", "fp16") if name.upper() in able][:1])
 
@@ -51,8 +62,8 @@ class _Compiled:
     def __init__(self, path: Path, threads: int | None, precision: str) -> None:
         import openvino
 
-        self._core, self._hint = openvino.Core(), _HINTS[precision]
-        self._model = self._core.read_model(path)
+        self._hint = _HINTS[precision]
+        self._model = _core().read_model(path)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         self._settings = settings | ({"INFERENCE_NUM_THREADS": threads} if threads else {})
         self._shape: tuple[int, ...] | None = None
@@ -68,9 +79,7 @@ class _Compiled:
 
     def _compile(self, shape: tuple[int, ...]) -> None:
         self._model.reshape(list(shape))
-        compiled = self._core.compile_model(
-            self._model, "CPU", self._settings | {"INFERENCE_PRECISION_HINT": self._hint}
-        )
+        compiled = _core().compile_model(self._model, "CPU", self._settings | {"INFERENCE_PRECISION_HINT": self._hint})
         used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         if used != self._hint:
             raise RuntimeError(f"OpenVINO was asked to compute in {self._hint} and computes in {used}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,9 +236,9 @@ def test_the_real_ones_give_what_torch_gives(written: tuple[torch.nn.Module, Pat
 def test_openvino_is_asked_what_the_cpu_can(
     able: list[str], precisions: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core = SimpleNamespace(get_property=lambda device, name: able)
-    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
-    assert runtimes.known()["openvino"].module.precisions() == precisions
+    module = runtimes.known()["openvino"].module
+    monkeypatch.setattr(module, "_core", lambda: SimpleNamespace(get_property=lambda device, name: able))
+    assert module.precisions() == precisions
 
 
 def test_openvino_computes_in_the_number_type_that_is_asked_for(written: tuple[torch.nn.Module, Path]) -> None:
@@ -249,6 +250,27 @@ def test_openvino_computes_in_the_number_type_that_is_asked_for(written: tuple[t
     assert 1e-4 < np.abs(short(images) - expected).max() / np.abs(expected).max() < 5e-2
     assert exact.provider.endswith(", fp32") and short.provider.endswith(", bf16")
     assert np.array_equal(exact(images[:1]), exact(images[:1])) and exact(images[:1]).shape == (1, 7)
+
+
+SIGNAL_AFTERWARDS = """
+import signal, sys
+import numpy as np
+import run_openvino
+images = np.zeros((1, 3, 32, 32), dtype=np.float32)
+runs = [run_openvino.runner(sys.argv[1], threads=1) for _ in range(2)]
+for run in runs:
+    run(images)
+del run, runs[0], runs[0]
+signal.signal(signal.SIGTERM, lambda *_: print("here"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_process_outlives_signals_when_two_models_in_openvino_are_gone(written: tuple[torch.nn.Module, Path]) -> None:
+    pytest.importorskip("openvino", reason="needs openvino: pip install okdc[openvino]")
+    command, export = [sys.executable, "-c", SIGNAL_AFTERWARDS, written[1]], shipped.folder("export")
+    done = subprocess.run(command, cwd=export, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr
 
 
 RTX = runtimes.known()["onnxruntime_rtx"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +69,7 @@ def test_not_all_images_are_needed_and_there_may_be_none(capsys: pytest.CaptureF
     assert network.seen == teachers.ENOUGH and capsys.readouterr().err.count("\n") == 1
 
 
-def stop_coming() -> None:
+def test_images_that_stop_coming_end_the_trial() -> None:
     class Stops(list):
         """Batches of which the second never comes, once `stopped`."""
 
@@ -87,14 +85,6 @@ def stop_coming() -> None:
     validation.stopped = True
     with pytest.raises(DataError, match=r"no image came for 0\.2 seconds while the teacher looked at .* batch 2\."):
         teachers.check_accuracy(Knows(), "runs/good", images, CPU, timeout=0.2)
-
-
-def test_images_that_stop_coming_end_the_trial() -> None:
-    # In a process of its own: late in a long run of tests the alarm ended the whole process, and it is not known why.
-    code = "from tests.pipeline.test_teacher import stop_coming; stop_coming()"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_teacher_for_a_method_that_takes_none() -> None:
