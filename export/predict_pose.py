@@ -148,12 +148,18 @@ class Predictor(Bundle):
         """The same of images that are `decoded`, as one batch."""
         size = (self.config["input_size"][1], self.config["input_size"][2])
         margin = 1.0 if box is None and self.given else self.margin
-        boxes = [box or (-0.5, -0.5, *image.size) for image in images]
-        matrices = np.stack([fitted(each, size, margin) for each in boxes])
+        matrices = [fitted(box or (-0.5, -0.5, *image.size), size, margin) for image in images]
         inputs = np.stack([self._input(cropped(*each, size)) for each in zip(images, matrices)])
         found = decode(self.run(inputs).astype(np.float64), self.stride, self.official)
-        found[..., :2] = (found[..., :2] - matrices[:, None, :, 2]) / matrices[:, None, :1, 0]
+        there = np.stack(matrices)[:, None]
+        found[..., :2] = (found[..., :2] - there[..., :, 2]) / there[..., :1, 0]
         return found
+
+    def logits(self, images: Sequence[tuple[Image.Image, Sequence[float]]]) -> np.ndarray:
+        """Heat maps (images, K, h, w) of images, each with the box that it is cropped to, as those of training."""
+        size = (self.config["input_size"][1], self.config["input_size"][2])
+        crops = [cropped(decoded(image, self.config), fitted(box, size, self.margin), size) for image, box in images]
+        return self.run(np.stack([self._input(crop) for crop in crops]))
 
     def _input(self, crop: Image.Image) -> np.ndarray:
         channels = self.config["input_size"][0]

@@ -57,6 +57,7 @@ def write(
 ) -> dict[str, Any]:
     """Write `student` as float32 ONNX, "input" (batch, C, H, W) -> "logits" (batch, classes), and say what was written.
 
+    Heat maps of key points are "logits" (batch, points, height, width).
     Only the shape of `example` (B, C, H, W) is used. `student` is left untouched: a copy is put in eval mode on the
     CPU, re-parameterised (`parameters` are left) and exported; `rel_error` is the largest difference from torch over
     the largest logit, on noise. Raises RuntimeError, and leaves what was at `path` alone, when no exporter gives a file
@@ -139,9 +140,12 @@ def _logits(network: torch.nn.Module, images: torch.Tensor) -> np.ndarray:
     import torch
 
     output = network(images)
-    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 4):
         found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
-        raise RuntimeError(f"The network must return one tensor of logits (batch, classes); it returned {found}.")
+        raise RuntimeError(
+            "The network must return one tensor of logits (batch, classes), or of heat maps (batch, points, height, "
+            f"width); it returned {found}."
+        )
     return output.numpy()
 
 

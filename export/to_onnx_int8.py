@@ -75,9 +75,11 @@ def write(
     calibration: (N, C, H, W) float32, training images as the network takes them; one half sets the ranges, the other
     tries what comes of it. Steps, each only while less than `enough` per cent of the predictions agree: ranges by
     minimum and maximum; by percentile; then the layers that do most damage by themselves stay in float, half of them at
-    most. `enough` is more than a gate asks for, as a network is surest on training images. `same` says on which images
-    (B,) two outputs predict the same; without it, where the largest logit is the same one. `preset`: "cpu" or
-    "tensorrt". Raises RuntimeError when there are no images to calibrate on, or onnxruntime cannot quantise the graph.
+    most. Of a network of heat maps the last convolution always does: where a peak is says less than 8 bits tell between
+    two pixels. `enough` is more than a gate asks for, as a network is surest on training images. `same` says on which
+    images (B,), or points of them, two outputs predict the same; without it, where the largest logit is the same one.
+    `preset`: "cpu" or "tensorrt". Raises RuntimeError when there are no images to calibrate on, or onnxruntime cannot
+    quantise the graph.
     """
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
@@ -119,8 +121,9 @@ def _search(bench: _Bench, enough: float) -> tuple[onnx.ModelProto, dict[str, An
     steps: list[dict[str, Any]] = []
 
     def attempt(method: str, kept: Sequence[str]) -> _Try:
-        tried = bench.attempt(method, kept)
-        step = {"method": method, "kept_in_float": len(kept), "agreement": tried.agreement, "sqnr_db": tried.sqnr_db}
+        whole = [*bench.ends, *kept]
+        tried = bench.attempt(method, whole)
+        step = {"method": method, "kept_in_float": len(whole), "agreement": tried.agreement, "sqnr_db": tried.sqnr_db}
         steps.append(step)
         return tried
 
@@ -133,7 +136,7 @@ def _search(bench: _Bench, enough: float) -> tuple[onnx.ModelProto, dict[str, An
             method, best = "percentile", other
     if best.agreement < enough:
         damage = bench.damage(method)
-        worst = sorted(damage, key=lambda unit: -damage[unit])
+        worst = sorted((unit for unit in damage if unit not in bench.ends), key=lambda unit: -damage[unit])
         best, kept = _exclude(lambda kept: attempt(method, kept), worst, best, enough)
     return best.proto, {
         "method": method,
@@ -144,7 +147,7 @@ def _search(bench: _Bench, enough: float) -> tuple[onnx.ModelProto, dict[str, An
         "agreement": best.agreement,
         "sqnr_db": best.sqnr_db,
         "layers": len(bench.layers),
-        "kept_in_float": [{"layer": unit, "damage": damage[unit]} for unit in kept],
+        "kept_in_float": [{"layer": unit, "damage": damage.get(unit)} for unit in (*bench.ends, *kept)],
         "steps": steps,
     }
 
@@ -202,6 +205,7 @@ class _Bench:
         self.operators = list(preset.operators) or sorted({*QDQRegistry, *QLinearOpsRegistry})
         self.layers = [node.name for node in self.model.graph.node if node.op_type in _LAYERS]
         self.units = self._units()
+        self.ends = self.layers[-1:] if self.expected.ndim == 4 else []
         self.reduce_range = not preset.symmetric and _saturates()
         self._ranges: dict[str, Any] = {}
 

@@ -195,7 +195,8 @@ def inspect(
     """
     task = task or tasks.get()
     images = _example(network, example)
-    calls, logits = watch(network, images)
+    calls, given = watch(network, images)
+    logits = task.result(given)
     if not task.is_output(logits):
         raise NetworkError(
             f"{type(network).__name__} returned {described(logits)} for images {tuple(images.shape)}; "

@@ -55,8 +55,8 @@ def benchmark(source: str, output: tuple[str, ...], compiled: bool, **_: Any) ->
     shell_complete=completion.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")
-@flags.settings("network.img_size", "network.in_chans", "network.small_input")
-@flags.settings("network.num_classes", "network.model_kwargs", "cohort")
+@flags.settings("network.img_size", "network.in_chans", "network.small_input", "network.task", "network.head")
+@flags.settings("network.head_width", "network.num_classes", "network.model_kwargs", "cohort")
 @flags.settings("train.batch_size")
 @click.option(
     "--all", "everything", is_flag=True, help="Examine every network by name: see what okdc can do with each."
@@ -104,7 +104,7 @@ def inspect(
         _examine_all(**options)
         return
     assert model is not None
-    from okdc import anatomy, methods, networks
+    from okdc import anatomy, methods, networks, tasks
     from okdc.cli import tables
     from okdc.measure import estimate
 
@@ -115,16 +115,17 @@ def inspect(
         built = estimate.estimate(asked)
         show(tables.facts_of_estimate(asked, built), lambda: tables.show_estimate(asked, built))
         return
-    settings = ("model", "img_size", "in_chans", "small_input", "num_classes", "model_kwargs", "cut")
-    if method_kwargs or typed.keys() - set(settings):
+    settings = {*vars(recipe.NetworkSettings()), "cut"}
+    if method_kwargs or typed.keys() - settings:
         raise RecipeError("these settings say what a method builds: add --method NAME (okdc methods lists them).")
     cut = typed.pop("cut", None)
     network_settings = recipe.override(recipe.Recipe(), typed).network
     network = networks.load(network_settings)
     input_size = networks.data_config(network, network_settings)["input_size"]
-    networks.check_input(network, input_size)
-    found = anatomy.inspect(network, input_size)
-    refusal = estimate.refusal(network, found, found.find_cut(cut).name if cut else found.cut())
+    task = tasks.get(network_settings.task)
+    networks.check_input(network, input_size, task)
+    found = anatomy.inspect(network, input_size, task=task)
+    refusal = estimate.refusal(network, found, found.find_cut(cut).name if cut else found.cut(), task)
     show(tables.facts_of_anatomy(model, found, cut, refusal), lambda: tables.show_anatomy(model, found, cut, refusal))
 
 

@@ -85,7 +85,7 @@ def compress(
         typed["data"] = _one_place(folder, typed.get("data"))
     if log_wandb:
         typed["log"] = [*typed.get("log", []), "wandb"]
-    early.announce(typed.get("data") or recipe_name or resume or recipe.DEFAULT)
+    early.announce(typed.get("data") or recipe_name or resume or recipe.base(typed))
     refuse_address(resume, "--resume")
     preset = early.choose_preset(preset, recipe_name, typed, sets, resume)
 

@@ -102,7 +102,7 @@ class Cohort(nn.Module):
         try:
             self._record({name: module for trunk in trunks.values() for name, module in trunk.items()}, self.tape)
             ways = ways_in_training(target, example) if trunks or taps else []
-            prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, one_way=mean)
+            prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, self.task, one_way=mean)
             self.branches = nn.ModuleList(siblings)
             self.grown = self._grow(branches, trunks, example, redrawn, mean)
             self._resting = [module for member in self.members for module in resting(member)]
@@ -144,11 +144,12 @@ class Cohort(nn.Module):
             )
         tape.start(alone=views)
         try:
-            logits = []
+            given = []
             for i, member in enumerate(self.members):
                 tape.rewind()
-                logits.append(member(images[i] if views else images))
-            return CohortOutput(tuple(logits), **{**UNTAPPED, **self._tapped.found(views)})
+                given.append(member(images[i] if views else images))
+            logits, earlier = tuple(map(self.task.result, given)), tuple(map(self.task.earlier, given))
+            return CohortOutput(logits, **{**UNTAPPED, **self._tapped.found(views)}, earlier=earlier)
         finally:
             tape.clear()
 

@@ -63,6 +63,8 @@ class CohortOutput:
     """Of each member, its stages' outputs after the cut, as maps above."""
     exit_maps: tuple[Tensor, ...] = ()
     """Of the target, what its modules gave after which it could be left early (`Anatomy.exits`), as maps above."""
+    earlier: tuple[tuple[Tensor, ...], ...] = ()
+    """Of each member, what its stages before the last said, where its task lets them: lists of heat maps."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import unchanged
 from okdc.cohort.replay import Proof, Replay, Tape
-from okdc.cohort.trunk import stand_in
+from okdc.cohort.trunk import all_of, stand_in
 from okdc.errors import CutError, NetworkError, first_line
 from okdc.system.randomness import random_state
 from okdc.tasks.shared.outputs import described
+from okdc.tasks.task import Task
 
 TOLERANCE = 1e-5  # of the largest logit; measured: nearly every network is bit-equal
 PASSES = 4  # in training mode, of a network that draws random numbers: blocks may be left out in some of them
@@ -31,6 +32,7 @@ def prove_all(
     tape: Tape,
     ways: list[Counter[str]],
     example: Tensor,
+    task: Task,
     one_way: bool,
 ) -> None:
     """Prove every cut, the late ones first, on a copy of the target for each, then each with what the others need.
@@ -42,16 +44,18 @@ def prove_all(
         refuse_by_chance(ways, trunks[cut], anatomy, cut)
     for cut, network in proofs.items():
         stand_in(network, trunks[cut], tape, cut)
-        prove(target, network, anatomy, cut, tape, example)
+        prove(target, network, anatomy, cut, tape, example, task)
         if one_way:  # what was found until now is of this cut, and of later ones alone
             refuse_other_ways(network, anatomy, cut, tape, [cut])
     for cut, network in proofs.items() if len(proofs) > 1 else ():
-        prove(target, network, anatomy, cut, tape, example)
+        prove(target, network, anatomy, cut, tape, example, task)
         if one_way:
             refuse_other_ways(network, anatomy, cut, tape, proofs)
 
 
-def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor) -> None:
+def prove(
+    target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape, example: Tensor, task: Task
+) -> None:
     """Learn how each recorded output must be handled, then show that the branch computes what the target computes."""
     if not _named(network):
         raise CutError(
@@ -62,13 +66,13 @@ def prove(target: nn.Module, network: nn.Module, anatomy: Anatomy, cut: str, tap
             try:
                 _learn_handling(target, network, tape, example)
                 with unchanged(target), unchanged(network):  # what a wrong branch does to its buffers is no trial
-                    difference = _differences(target, network, tape, example)
+                    difference = _differences(target, network, tape, example, task)
             except (CutError, *_RAISED_BY_NETWORKS):
                 difference = math.inf
             if not difference <= TOLERANCE:  # an output that seemed not to matter does: carry everything, cloned
                 for replay in (m for m in network.modules() if isinstance(m, Replay)):
                     tape.handling[replay.name].add(True, True, True)
-                difference = _differences(target, network, tape, example)
+                difference = _differences(target, network, tape, example, task)
             idle = _idle_in_training(target, network, tape, example)
         except CutError:  # of a replay that has nothing to give, in words already
             raise
@@ -177,7 +181,7 @@ def _learning(
     tape.proof = Proof()
     tape.start()
     with torch.enable_grad():
-        logits = [member(example) for member in (target.train(training), network.train(training))]
+        logits = [all_of(member(example)) for member in (target.train(training), network.train(training))]
     tape.clear()  # as when training: a checkpoint that computes again across the cut fails here, not there
     found = []
     for member, said in zip((target, network), logits, strict=True):
@@ -215,7 +219,7 @@ def _learn_handling(target: nn.Module, network: nn.Module, tape: Tape, example: 
     with torch.enable_grad():
         target(example)
         changed_by_target = {name for name, tensor, version in proof.recorded if tensor._version != version}
-        logits = network(example)
+        logits = all_of(network(example))
     changed_by_branch = {name for name, tensor, version in proof.replayed if tensor._version != version}
     grads = torch.autograd.grad(logits.sum(), [leaf for _, leaf in proof.leaves], allow_unused=True)
     live = {name for (name, _), grad in zip(proof.leaves, grads, strict=True) if grad is not None}
@@ -262,7 +266,7 @@ def _outputs(network: nn.Module, example: Tensor) -> list[tuple[str, Tensor]]:
     return seen
 
 
-def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor) -> float:
+def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Tensor, task: Task) -> float:
     """The largest difference of logits, in evaluation and in training mode (same random numbers), over the largest.
 
     In evaluation mode also for other images, as far as the target gives them finite logits.
@@ -273,13 +277,13 @@ def _differences(target: nn.Module, network: nn.Module, tape: Tape, example: Ten
         tape.proof = Proof()
         tape.start()
         with torch.no_grad():
-            reference = target(images)
-            if not (isinstance(reference, Tensor) and reference.dim() == 2):
+            said = target(images)
+            if not task.is_output(task.result(said)):
                 raise NetworkError(
-                    f"{type(target).__name__} returns {described(reference)} in training mode; expected one tensor of "
-                    "logits (batch, classes) as in evaluation mode. Turn its auxiliary outputs off."
+                    f"{type(target).__name__} returns {described(said)} in training mode; expected {task.output} as in "
+                    "evaluation mode. Turn its auxiliary outputs off."
                 )
-            logits = network(images)
+            reference, logits = all_of(said), all_of(network(images))
         tape.clear()
         if images is not example and not reference.isfinite().all():
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def tie_unused(network: nn.Module, lineage: Sequence[nn.Module], tape: Tape, exa
         for each in lineage:
             each(example)
             tape.rewind()
-        logits = network(example)
+        logits = all_of(network(example))
         tape.clear()
         named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(logits.sum(), [p for _, p in named], allow_unused=True) if named else ()
@@ -89,3 +90,8 @@ def tie_unused(network: nn.Module, lineage: Sequence[nn.Module], tape: Tape, exa
         if grad is None and name in own:
             parent, _, leaf = name.rpartition(".")
             network.get_submodule(parent)._parameters[leaf] = own[name]
+
+
+def all_of(said: Any) -> Tensor:
+    """What a network returned, as one tensor: of several outputs all are proved and learn."""
+    return said if isinstance(said, Tensor) else torch.cat([each.flatten(1) for each in said], 1)

@@ -52,17 +52,18 @@ def plan(
     its problem. RecipeError where a name is no method, or none can be trained.
     """
     plain = Arm(PLAIN, make(PLAIN))
-    arms = [_arm(name, plain, make, measure) for name in _chosen(names) if name != PLAIN]
+    arms = [_arm(name, plain, make, measure) for name in _chosen(names, plain.recipe.network.task) if name != PLAIN]
     if arms and all(arm.problem for arm in arms):
         told = "\n".join(f"{arm.name}: {arm.problem}" for arm in arms)
         raise RecipeError(f"none of the methods can be compared:\n{told}")
     return [plain, *(_controlled(arms, plain) if equal_compute else arms)]
 
 
-def _chosen(names: Sequence[str | type[Method]]) -> list[str]:
-    """The methods by name, each once; `all` stands for every one of okdc's."""
+def _chosen(names: Sequence[str | type[Method]], task: str) -> list[str]:
+    """The methods by name, each once; `all` stands for every one of okdc's that serves the task."""
     known = methods.names()
-    every = [name for given in map(methods.name_of, names) for name in (known if given == "all" else [given])]
+    serving = [name for name in known if task in methods.get(name).tasks]
+    every = [name for given in map(methods.name_of, names) for name in (serving if given == "all" else [given])]
     for name in every:
         if ":" not in name and not name.endswith(".py") and name not in known:
             raise RecipeError(f"--methods: no method {name!r}.{nearest(name, known)}")

@@ -104,7 +104,8 @@ def compare(
     failed = run([job for of_arm in _by_seed(runs, seeds) for job in of_arm])
     found = table.lines(planned, runs, failed)
     some = next((facts for of_arm in runs.values() for job in of_arm.values() if (facts := job.facts())), {})
-    images = (some.get("data") or {}).get("validation_images")
+    shares = tasks.get(plain.network.task).is_share  # only then is there an error by the number of images
+    images = (some.get("data") or {}).get("validation_images") if shares else None
     comparison = Comparison(
         folder, tasks.metric(plain), found, table.verdict(found), images, planned[0].recipe.to_dict()
     )
@@ -146,8 +147,12 @@ def _recipe(
     if loader is not None:
         flat |= {"data": LOADER, "batch_size": settings.get("batch_size") or getattr(loader, "batch_size", None)}
     resolved = resolve(recipe, sets=sets, flat=flat, method_settings=known.settings, source="okdc.compare")
-    train = replace(resolved.train, eval_metric=tasks.metric(resolved))
-    return replace(resolved, export=NOTHING, train=train)
+    metric, task = tasks.metric(resolved), tasks.get(resolved.network.task)
+    if metric in task.metrics and task.metrics[metric].best == "min":
+        raise RecipeError(
+            f"--eval-metric {metric} is better when it is less, and okdc compare looks for more: {task.metric}."
+        )
+    return replace(resolved, export=NOTHING, train=replace(resolved.train, eval_metric=metric))
 
 
 def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
@@ -163,7 +168,10 @@ def _measured(plain: Recipe) -> Callable[[Recipe], Estimate]:
 
 def _training_images(plain: Recipe) -> int:
     """How many there are to set some aside; RecipeError for a stream, of which none can be."""
-    source = open_source(plain.data, plain.train.seed, tasks.get(plain.network.task))
+    task = tasks.get(plain.network.task)
+    if "holdout" in task.unsupported:
+        raise RecipeError(f"--tune lr sets training images aside, which is not for --task {task.name}: give --lr.")
+    source = open_source(plain.data, plain.train.seed, task)
     if hasattr(source.train, "split"):
         return len(source.train)
     raise RecipeError(
@@ -180,7 +188,7 @@ def _measured_own(model: Any, loader: Any, recipe: Recipe) -> Estimate:
     if loader is not None:
         images, _ = next(iter(loader))
         size = tuple(images.shape[1:])
-    classes = networks.check_input(target, size).shape[1]
+    classes = networks.check_input(target, size, tasks.get(recipe.network.task)).shape[1]
     method = assemble_cohort.build_method(target, recipe, size, classes, named=False)
     return estimate.measure(method, assemble_cohort.needs(recipe)[0])
 
@@ -230,7 +238,9 @@ def _run_and_tell(
 def _figure(job: Job, score: Score) -> str:
     metric, task = tasks.metric(job.recipe), tasks.get(job.recipe.network.task)
     value = score(job.facts() or {}, metric)
-    return "without a figure" if value is None else f"{task.metrics[metric].word} {value:.2f} %"
+    return (
+        "without a figure" if value is None else f"{task.metrics[metric].word} {value:.2f} {task.metrics[metric].unit}"
+    )
 
 
 def _work(job: Job) -> float:

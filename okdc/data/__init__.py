@@ -8,7 +8,8 @@ To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan
 which everything below reads; `loading.load` makes `batches` of it. `samples` says which image comes when (`pairs` and
 `balance`: by their classes) and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments
 whole batches. `streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the
-images of the latter.
+images of the latter. Images with key points are opened by `keypoints` (`coco_keypoints`, `deeplabcut`, `yolo_pose`,
+`figures`), cropped by `affine` and batched by `pose_batches`.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`, `tasks`.
 """

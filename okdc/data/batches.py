@@ -54,7 +54,7 @@ class CountedBatches:
                 yield images, targets
 
 
-def _loader(
+def batch_loader(
     dataset: Dataset,
     order: Any,
     workers: int,
@@ -63,6 +63,7 @@ def _loader(
     device: torch.device,
     full: int | None = None,
 ) -> PrefetchLoader:
+    """Batches that a data set loads whole, in this order, normalised on the device; `full`: images that each has."""
     loader: DataLoader = DataLoader(
         dataset,
         batch_sampler=order,
@@ -98,7 +99,7 @@ class ShuffledBatches:
         self.loader: Any = (
             ResidentTraining(*resident, dataset, self.places, config, device)
             if resident
-            else _loader(dataset, self.places, workers, config, bad, device, part.size)
+            else batch_loader(dataset, self.places, workers, config, bad, device, part.size)
         )
         self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
 
@@ -137,7 +138,7 @@ class OrderedBatches:
         self.loader: Any = (
             ResidentInOrder(kept, self.order, config, device)
             if kept
-            else _loader(dataset, self.order, workers, config, bad, device)
+            else batch_loader(dataset, self.order, workers, config, bad, device)
         )
 
     def __len__(self) -> int:

@@ -12,6 +12,8 @@ from okdc.data.batchwise import Law
 from okdc.data.images import Images
 from okdc.data.names import listed
 from okdc.data.pixel_bits import find_bits
+from okdc.data.pose_batches import load_poses
+from okdc.data.poses import PoseSource
 from okdc.data.readable import BadImages, check_readable
 from okdc.data.resident import Decoded, keep, law
 from okdc.data.samples import Order, Part, TrainImages, ValidationImages
@@ -26,7 +28,7 @@ HELD_OUT = 20  # each how-manieth image of a class is set aside where a method n
 
 
 def load(
-    source: Source,
+    source: Source | PoseSource,
     settings: DataSettings,
     config: dict[str, Any],
     *,
@@ -49,9 +51,14 @@ def load(
     seconds (0: never).
     """
     device = torch.device(device)
-    config = preprocessing(settings, config)
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}; expected 1 or more: -b 128")
+    if isinstance(source, PoseSource):
+        return load_poses(
+            source, settings, config, batch_size=batch_size, validation_batch_size=validation_batch_size or batch_size,
+            seed=seed, device=device, part=Part(batch_size, rank, world),
+        )  # fmt: skip
+    config = preprocessing(settings, config)
     augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
     part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size

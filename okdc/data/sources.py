@@ -17,6 +17,8 @@ from okdc.data.cells import TABLES
 from okdc.data.folders import open_folder
 from okdc.data.hints import check_file, of_folder
 from okdc.data.images import Images, check, labels_of, names_by_index, split_in_two
+from okdc.data.keypoints import open_keypoints
+from okdc.data.poses import PoseSource
 from okdc.data.scan import Files, is_visible
 from okdc.data.streams import Stream, stream_classes
 from okdc.data.tables import is_table, open_table
@@ -24,7 +26,7 @@ from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.ranks import first
 from okdc.recipe import DataSettings
-from okdc.tasks.task import Task
+from okdc.tasks.task import MAPS, Task
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 TORCH_NAMES = (
@@ -37,13 +39,13 @@ VALIDATION_NAMES = ("validation", "val", "valid", "test")  # of splits, in data 
 Split = TypeVar("Split")
 
 
-def open_together(settings: DataSettings, seed: int, task: Task | None = None) -> Source:
+def open_together(settings: DataSettings, seed: int, task: Task | None = None) -> Source | PoseSource:
     """`open_source` for all ranks: files are found by the first one, which tells the others; what else there is opens
     itself on each, when the first has it (and has downloaded it).
     """
-    own: list[Source] = []
+    own: list[Source | PoseSource] = []
 
-    def find() -> Source | None:
+    def find() -> Source | PoseSource | None:
         own.append(open_source(settings, seed, task))
         splits = (own[0].train, own[0].validation)
         return own[0] if all(isinstance(getattr(split, "dataset", None), Files) for split in splits) else None
@@ -52,7 +54,7 @@ def open_together(settings: DataSettings, seed: int, task: Task | None = None) -
     return own[0] if own else found or open_source(settings, seed, task)
 
 
-def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source:
+def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> Source | PoseSource:
     """Open and check the data set that `settings.data` names; raises DataError for what could not be trained on.
 
     `digits`, a folder, labels as .csv, .tsv, .jsonl or .json, arrays as .npz, `torch/NAME` (files in ./data, or in ROOT
@@ -60,6 +62,9 @@ def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> 
     see okdc.data.streams for what that costs. `seed` shuffles the streams; it never decides which images validate.
     """
     prefix = settings.data.partition("/")[0].lower() if "/" in settings.data else ""
+    if task is not None and task.dims == MAPS:
+        boxes: Any = settings.boxes
+        return open_keypoints(settings.data, boxes, settings.flip_pairs or "", settings.exif)
     several = task is not None and task.several
     if several and not (is_table(settings) and Path(settings.data).expanduser().is_file()):
         raise DataError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,19 +55,20 @@ class Data:
     """Batches to train and to validate with.
 
     `validation` gives (images (B, C, H, W) float32, labels (B,) int64), every readable image once and in order;
-    `validation_images` gives the same images raw, as (PIL image, class index), or is None where only the user's own
-    loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes` counts the training and the
-    validation images. `bad_images` maps each image that this process could not read so far to the reason, and
-    `image_counts` counts them beside all images, by split (`training`, with those set aside, and `validation`) and
-    class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of the training
-    images, in the order of their indices, `held_out` gives the images that were set aside for the method, as
-    `validation` does, and `training_images` are those that are trained on, raw, by position; each is None where it is
-    not known. `test` gives the validation images where others, set aside (`holdout`), are the `validation`.
+    `validation_images` gives the same images raw, as (PIL image, class index), of key points ((image, box), points),
+    or is None where only the user's own loader knows them. `preprocess` has the keys of timm's pretrained_cfg. `sizes`
+    counts the training and the validation images. `bad_images` maps each image that this process could not read so far
+    to the reason, and `image_counts` counts them beside all images, by split (`training`, with those set aside, and
+    `validation`) and class; it is empty where images are not known one by one. `train_labels` (N,) are the classes of
+    the training images, in the order of their indices, `held_out` gives the images that were set aside for the
+    method, as `validation` does, and `training_images` are those that are trained on, raw, by position; each is None
+    where it is not known. `test` gives the validation images where others, set aside (`holdout`), are the
+    `validation`. `noted` is what the task must be told of the data (`tasks.get`).
     """
 
     train: TrainBatches
     validation: Iterable[Batch] | None
-    validation_images: Iterable[tuple[Image.Image, Any]] | None
+    validation_images: Iterable[tuple[Any, Any]] | None
     classes: tuple[str, ...]
     preprocess: dict[str, Any]
     name: str
@@ -78,6 +79,7 @@ class Data:
     test: Iterable[Batch] | None = None
     training_images: RawTraining | None = None
     image_counts: Counts = field(default_factory=dict)
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     def leave_device(self) -> None:
         """Keep decoded images on the CPU from now on; batches still come on the device."""

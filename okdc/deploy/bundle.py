@@ -22,9 +22,12 @@ from timm.models._hub import save_config_for_hf  # its public caller refuses cha
 from torch import nn
 
 import okdc
+from okdc import networks
 from okdc.errors import ExportError
 from okdc.networks import stem
-from okdc.networks.saved import CONFIG, config_of
+from okdc.networks.pose_head import PoseNetwork
+from okdc.networks.saved import CONFIG, config_of, of_bundle
+from okdc.recipe import NetworkSettings
 from okdc.system.wording import one_line, portable, without_paths
 from okdc.verification import torch_runner
 
@@ -127,7 +130,8 @@ def write_config(
     labels, images = list(classes), {key: preprocess[key] for key in IMAGES if key in preprocess}
     preprocess = {key: value for key, value in preprocess.items() if key not in IMAGES}
     cfg = getattr(student, "pretrained_cfg", None) or {}
-    if timm.is_model(cfg.get("architecture") or ""):
+    head = student.made if isinstance(student, PoseNetwork) else None
+    if timm.is_model(cfg.get("architecture") or "") and head is None:
         extra = {"label_names": labels}
         save_config_for_hf(student, str(path), extra, model_args=model_args, data_config=preprocess)
         config = read_json(path)
@@ -139,8 +143,11 @@ def write_config(
         config = {"architecture": arch, "model_args": model_args or {}} | known
     own: dict[str, Any] = {"version": okdc.__version__, "loader": "state_dict"} | ({"images": images} if images else {})
     own |= task
-    changes = stem.changes(student)
-    if changes:  # timm must not take the network for one that it can build by that name
+    changes = stem.changes(student.backbone if isinstance(student, PoseNetwork) else student)
+    if head:
+        own |= {"base": config["architecture"], "head": head} | ({"changes": changes} if changes else {})
+        config["architecture"] = f"{config['architecture']} (with a head of heat maps, see okdc.head)"
+    elif changes:  # timm must not take the network for one that it can build by that name
         own |= {"base": config["architecture"], "changes": changes}
         config["architecture"] = f"{config['architecture']} (changed, see okdc.changes)"
     write_json(path, config | {"okdc": own})
@@ -207,6 +214,8 @@ def _library(architecture: str) -> str:
 
 def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     """The network of config.json with the weights of model.safetensors, whatever other weights lie there."""
+    if "head" in config["okdc"]:
+        return networks.load(of_bundle(folder, config, NetworkSettings()), config["num_classes"])
     name, changes = base(config), config["okdc"].get("changes")
     arguments = {**(config.get("model_args") or {}), "num_classes": config["num_classes"]}
     if name.startswith("torchvision/"):

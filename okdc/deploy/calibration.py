@@ -29,8 +29,11 @@ def draw(data: Any, count: int, apart: bool = True, further: int = 0) -> tuple[n
     places that are drawn from the whole of it. After those may come up to `further` images, of which the facts do not
     tell. Raises ExportError when there are none.
     """
-    augmented, shared = getattr(data, "training_images", None) is None, None
-    if augmented:
+    plain = getattr(getattr(data, "train", None), "plain", None)  # of crops that predict.py would need a box for
+    augmented, shared = getattr(data, "training_images", None) is None and plain is None, None
+    if plain is not None:
+        images = [image for batch, _ in plain(_shuffled(data.sizes[0])[: count + further]) for image in batch.numpy()]
+    elif augmented:
         images = _as_trained(data, count + further)
     else:
         known = _Validated(data.validation_images or () if apart else ())

@@ -32,6 +32,7 @@ _FILES = {  # beside those of the export targets
     "requirements.txt": "what predict.py needs: `pip install -r requirements.txt`",
     "export-errors.txt": "all that exporters said of what they could not write",
     "verification.json": "what was measured, on which machine",
+    "keypoints.json": "the key points' names, and how heat maps become points on an image",
     "golden.npz": "two random inputs and the logits that they must give",
     "SHA256SUMS": "`sha256sum --check SHA256SUMS` finds damage; who changes files on purpose can make the sums anew",
 }
@@ -50,13 +51,13 @@ def write_card(
 def _head(arch: str, config: dict, info: Mapping[str, Any], task: Task) -> str:
     size = "x".join(str(side) for side in config["pretrained_cfg"]["input_size"])
     changes = config["okdc"].get("changes")
-    library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not changes else ""
+    library = "library_name: timm\n" if config["okdc"]["loader"] == "timm" and not _is_changed(config) else ""
     changed = f" Its first layers are not the architecture's: {stem.described(changes)}." if changes else ""
     return (
         f"---\n{yaml.safe_dump({'license': info.get('licence') or 'other'})}{library}"
         f"pipeline_tag: {task.hub}\ntags:\n- {task.hub}\n- okdc\n---\n\n"
         f"# {info.get('title') or portable(arch)}\n\n"
-        f"{portable(arch)}, {config['num_classes']} classes, input {size}, trained and exported by "
+        f"{portable(arch)}, {config['num_classes']} {task.nouns[1]}, input {size}, trained and exported by "
         f"okdc {config['okdc']['version']}.{changed}"
     )
 
@@ -136,7 +137,7 @@ def _run(folder: Path, arch: str, config: dict) -> str:
 def _loading(arch: str, config: dict, has_program: bool) -> list[str]:
     """The lines of Python that load the weights, or the whole program where nobody else can build the network."""
     loader, name, classes = config["okdc"]["loader"], config["architecture"], config["num_classes"]
-    changed = "changes" in config["okdc"]
+    changed = _is_changed(config)
     if has_program and (changed or loader not in ("timm", "torchvision")) and ":" not in name:
         return ["import torch", "", f'network = torch.export.load("{PROGRAM}").module()']
     if changed and loader in ("timm", "torchvision"):
@@ -153,6 +154,11 @@ def _loading(arch: str, config: dict, has_program: bool) -> list[str]:
         build = f'torchvision.models.get_model("{name.removeprefix("torchvision/")}", num_classes={classes}{arguments})'
         imports = ["import torchvision", *imports]
     return [*imports, "", f"network = {build}", f'network.load_state_dict(load_file("{WEIGHTS}"))', "network.eval()"]
+
+
+def _is_changed(config: dict) -> bool:
+    """Whether okdc alone builds the network: it changed an architecture, or gave it a head."""
+    return bool({"changes", "head"} & config["okdc"].keys())
 
 
 def _is_timms_own(architecture: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from okdc import tasks
+from okdc import networks, tasks
 from okdc.deploy import bundle, pipelines, runtimes, statement, torch_runner
 from okdc.deploy.calibration import draw
 from okdc.deploy.card import write_card
@@ -77,18 +77,18 @@ def export_bundle(
     bundle.refuse_foreign(folder)
     failed = failed_folder(folder)
     bundle.refuse_foreign(failed)
-    _check_student(student, preprocess, classes, task)
+    network = _exportable(student, preprocess, classes, task)
     lacking = runtimes.not_installed(settings)  # and a name that is none's, before anything is written
     part = folder.absolute().with_name(f".{folder.name}.{os.getpid()}")  # absolute: so it is cut out of all messages
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.[0-9]*"):  # by an export that was killed
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        skipped = _write_student(part, student, arch, model_args, classes, preprocess, task)
+        skipped = _write_student(part, student, network, arch, model_args, classes, preprocess, task)
         data = take(data, settings.images)
         calibration, drawn, without = _draw(data, settings)
         exported, unavailable, notes = write(
-            part, student, arch, settings, classes, preprocess, info, calibration, without, device, task
+            part, network, arch, settings, classes, preprocess, info, calibration, without, device, task
         )
         if unavailable and not exported and (folder / CONFIG).is_file():
             reasons = "; ".join(f"{each['target']}: {each['reason']}" for each in unavailable)
@@ -97,7 +97,7 @@ def export_bundle(
         reached = info.get("metrics", {}).get(task.metric)
         known_from = _data_facts(data)["images"] if settings.images else None
         verification = compare(
-            student,
+            network,
             files | further(files, device) | runtimes.rows(files, settings),
             data,
             input_size=preprocess["input_size"],
@@ -213,30 +213,44 @@ def failures(verification: Verification) -> str:
     return f"{len(bad)} of {len(verification['rows'])} checks failed, so this is not fit to ship. {' '.join(bad)}"
 
 
-def _check_student(student: nn.Module, preprocess: Mapping[str, Any], classes: Sequence[str], task: Task) -> None:
-    """Raise ExportError unless the student gives one output per class for an image of the stated size."""
+def _exportable(student: nn.Module, preprocess: Mapping[str, Any], classes: Sequence[str], task: Task) -> nn.Module:
+    """The student as a network of one output; ExportError unless it has one per class for an image of the stated size.
+
+    It is the student itself, but for one that gives several outputs.
+    """
     if "input_size" not in preprocess:
         raise ExportError("Export needs the size of the images: give data, or preprocess with input_size (C, H, W).")
     size = tuple(preprocess["input_size"])
+    student = networks.single(student, size, task)
     with torch.inference_mode():
         shape = tuple(run_torch(student)(np.zeros((2, *size), dtype=np.float32)).shape)
     if shape[:2] != (2, len(classes)) or len(shape) != task.dims:
-        raise ExportError(f"The network gives {shape} for two images of {size}, but there are {len(classes)} classes.")
+        several = task.nouns[1]
+        raise ExportError(
+            f"The network gives {shape} for two images of {size}, but there are {len(classes)} {several}."
+        )
+    return student
 
 
 def _write_student(
     part: Path,
     student: nn.Module,
+    network: nn.Module,
     arch: str,
     model_args: dict | None,
     classes: Sequence[str],
     preprocess: dict,
     task: Task,
 ) -> list[Skipped]:
-    """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries."""
+    """Weights, configuration, classes and golden outputs; returns what of it cannot be had, as "skipped" entries.
+
+    network: the student as `_exportable` gives it.
+    """
     bundle.write_weights(student, part / bundle.WEIGHTS)
-    bundle.write_golden(student, preprocess["input_size"], part / bundle.GOLDEN)
+    bundle.write_golden(network, preprocess["input_size"], part / bundle.GOLDEN)
     bundle.write_config(student, part / CONFIG, arch, classes, preprocess, model_args, task.facts())
+    for name, facts in task.files(torch.from_numpy(bundle.read_golden(part)[1])).items():
+        bundle.write_json(part / name, facts)
     statement.write_preprocess(part, preprocess)
     statement.write_labels(part / statement.LABELS, classes)
     reason = bundle.settle_loader(part)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from okdc import tasks
 from okdc.deploy import bundle, statement
 from okdc.deploy.targets import Target, known
 from okdc.system import shipped
@@ -41,8 +42,13 @@ def unchecked(folder: Path, pipelines: Mapping[str, Pipeline], verification: Ver
     return [{"target": name, "reason": reason} for name in here if name not in tried]
 
 
-def _module() -> ModuleType:
-    return shipped.load(shipped.folder("export") / _PREDICT)
+def _program(folder: Path) -> str:
+    """The file of export/ that is the predict.py of a bundle's task."""
+    return tasks.of(bundle.read_config(folder).get("okdc", {})).program
+
+
+def _module(program: str = _PREDICT) -> ModuleType:
+    return shipped.load_program(shipped.folder("export") / program)
 
 
 def _predict(folder: Path) -> dict[str, Pipeline]:
@@ -55,7 +61,7 @@ def _predict(folder: Path) -> dict[str, Pipeline]:
         return {}
     target = min(fit, key=lambda target: target.precision != "fp32")
     # Loaded when first run, so that its errors become its row's.
-    predictor = functools.cache(lambda: _module().load(folder, model=target.file))
+    predictor = functools.cache(lambda: _module(_program(folder)).load(folder, model=target.file))
 
     def pipeline(images: Sequence[Any]) -> np.ndarray:
         return predictor().logits(images)

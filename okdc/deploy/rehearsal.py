@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from okdc import networks, tasks
 from okdc.deploy import targets
 from okdc.errors import ExportError
 from okdc.recipe import ExportSettings
 from okdc.system.randomness import own_randomness
 from okdc.system.wording import all_lines, one_line
+from okdc.tasks.task import Task
 
 
-def refuse_unexportable(network: nn.Module, input_size: tuple[int, int, int], settings: ExportSettings) -> None:
+def refuse_unexportable(
+    network: nn.Module, input_size: tuple[int, int, int], settings: ExportSettings, task: Task | None = None
+) -> None:
     """Raise ExportError where `settings` ask for ONNX, or what is made of it, and `network` cannot be written to it.
 
     input_size: (C, H, W). All that the exporters said is on stderr then.
@@ -27,6 +31,7 @@ def refuse_unexportable(network: nn.Module, input_size: tuple[int, int, int], se
         return
     try:
         with tempfile.TemporaryDirectory() as folder, own_randomness():
+            network = networks.single(network, input_size, task or tasks.get())
             onnx.module.write(network, torch.zeros(2, *input_size), Path(folder) / onnx.file, opset=settings.opset)
     except Exception as error:  # exporters raise anything
         whole = all_lines(error)

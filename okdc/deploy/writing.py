@@ -70,7 +70,7 @@ def write(
             except Exception as error:  # an exporter may raise anything; the other files are still written
                 problem = f"it could not be written: {one_line(error)}{_kept(part, target, error)}"
         exported[target.row] = Exported(path, target.module, problem, target.own(device))
-    _add_programs(part, wanted, exported, bundle.is_known(preprocess))
+    _add_programs(part, wanted, exported, bundle.is_known(preprocess), task.program)
     if settings.triton:
         triton.write(part, without_paths(arch), preprocess["input_size"], classes, largest)
     return exported, [{"target": name, "reason": reason} for name, reason in reasons.items()], notes
@@ -174,13 +174,16 @@ def _kept(part: Path, target: Target, error: Exception) -> str:
     return f" (all of it: {ERRORS})"
 
 
-def _add_programs(part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool) -> None:
+def _add_programs(
+    part: Path, wanted: Sequence[Target], exported: Mapping[str, Exported], known: bool, program: str
+) -> None:
     """The export targets that are of use on the device, and predict.py where there is a file that it runs.
 
-    known: whether the preprocessing is; predict.py would have to guess it.
+    known: whether the preprocessing is; predict.py would have to guess it. program: that of the task.
     """
     if known and any(target.predict and target.row in exported for target in wanted):
-        shutil.copyfile(shipped.folder("export") / "predict.py", part / "predict.py")
+        text = shipped.program(shipped.folder("export") / program)
+        (part / "predict.py").write_text(text, encoding="utf-8", newline="\n")
         files = [part / target.file for target in wanted if target.predict and (part / target.file).is_file()]
         (part / "requirements.txt").write_text(requirements.text(files), encoding="utf-8")
     for target in wanted:

@@ -20,6 +20,7 @@ from okdc.needs import NOTHING, Needs
 from okdc.pipeline import assemble_cohort, teachers
 from okdc.recipe import Recipe
 from okdc.system.randomness import own_randomness, seed_everything
+from okdc.tasks.task import Task
 
 IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs
 
@@ -59,10 +60,10 @@ def estimate(recipe: Recipe) -> Estimate:
         return measure(method, assemble_cohort.needs(recipe)[0], stands_in)
 
 
-def refusal(network: nn.Module, anatomy: Anatomy, cut: str) -> str | None:
+def refusal(network: nn.Module, anatomy: Anatomy, cut: str, task: Task | None = None) -> str | None:
     """Why no branch can part from the network after `cut`, found by letting one part; None where one can."""
     try:
-        Cohort(network, torch.randn(2, *anatomy.input_size), [Branch(cut)], anatomy=anatomy).strip()
+        Cohort(network, torch.randn(2, *anatomy.input_size), [Branch(cut)], anatomy=anatomy, task=task).strip()
     except OkdcError as error:
         return str(error)
     return None

@@ -156,7 +156,7 @@ class _Subjects:
 
         def step() -> None:
             with machine.autocast():
-                logits = network(images)
+                logits = task.result(network(images))
             task.supervised(logits.float(), labels).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -68,7 +68,7 @@ class Afd(Method):
 
     share = "none"
     taps = ("feature_maps",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

@@ -66,9 +66,10 @@ class Fusion(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, assistant: tuple[Tensor, Tensor], branch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Feature map (B, D, H, W) and logits (B, C) of both, in that order; the same of the new assistant."""
+        """Feature map (B, D, H, W) and logits (B, C, ...) of both, in that order; the same of the new assistant."""
         feature = self.attention(self.bn(self.conv(torch.cat([assistant[0], branch[0]], 1))))
         gate = self.gate(feature)
+        gate = gate.view(*gate.shape, *[1] * (branch[1].dim() - 2))  # heat maps have pixels, too
         return feature, gate[:, :1] * assistant[1] + gate[:, 1:] * branch[1]
 
     def gate(self, feature: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Ahbf(Method):
     members = 4
     extra_blocks = 4
     taps = ("feature_maps",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

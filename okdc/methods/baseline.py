@@ -22,7 +22,7 @@ class Baseline(Method):
 
     members = 1
     compares = False
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         return {"ce/target": self.task.supervised(out.logits[0], labels)}

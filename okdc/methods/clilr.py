@@ -34,7 +34,7 @@ class Clilr(Method):
 
     members = 4
     trunk_gradient = "mean"
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class Dml(Method):
 
     members = 2
     share = "none"
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

@@ -22,37 +22,41 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.cohort import Cohort, CohortOutput
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import Ensemble, on_one_grid, ramp
+from okdc.tasks.task import MAPS
 
 
 class Fusion(nn.Module):
-    """Logits (B, C) of the feature maps (B, D_i, H, W) of all members: `inputs` is the sum of their D_i."""
+    """Logits (B, C) of the feature maps (B, D_i, H, W) of all members, or `maps` (B, C, H, W); `inputs`: sum of D_i."""
 
-    def __init__(self, inputs: int, width: int, classes: int) -> None:
+    def __init__(self, inputs: int, width: int, classes: int, maps: bool = False) -> None:
         super().__init__()
         self.dw = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
         self.bn_dw = nn.BatchNorm2d(inputs)
         self.pw = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn_pw = nn.BatchNorm2d(width)
-        self.fc = nn.Linear(width, classes)
+        self.fc = nn.Conv2d(width, classes, 1) if maps else nn.Linear(width, classes)
+        self.maps = maps
         # The code counts all outputs of the depthwise convolution, not those of one group.
         nn.init.normal_(self.dw.weight, std=math.sqrt(2 / (9 * inputs)))
         nn.init.normal_(self.pw.weight, std=math.sqrt(2 / width))
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = self.bn_dw(self.dw(torch.cat(list(maps), 1))).relu()
-        return self.fc(self.bn_pw(self.pw(x)).relu().mean((2, 3)))
+        x = self.bn_pw(self.pw(x)).relu()
+        return self.fc(x if self.maps else x.mean((2, 3)))
 
 
 class Ffl(Method):
     """Feature Fusion Learning: fused classifier and sub-networks teach each other; the target ships (FFL-S)."""
 
     taps = ("feature_maps",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class Ffl(Method):
         self.eps = eps
         self.fusion_weight_decay = fusion_weight_decay
         widths = cohort.feature_widths
-        self.fusion = Fusion(sum(widths), widths[0], cohort.anatomy.num_classes)
+        self.fusion = Fusion(sum(widths), widths[0], cohort.anatomy.num_classes, self.task.dims == MAPS)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         return self.mutual_losses(out.logits, self.ensemble(out), labels)
@@ -88,7 +92,9 @@ class Ffl(Method):
 
     def ensemble(self, out: CohortOutput) -> Tensor:
         height, width = self.cohort.anatomy.input_size[1:]
-        return self.fusion(on_one_grid(out.feature_maps, height / width))
+        fused = self.fusion(on_one_grid(out.feature_maps, height / width))
+        size = out.logits[0].shape[2:]  # of heat maps, which may be larger than the feature maps
+        return fused if fused.shape[2:] == size else F.interpolate(fused, size, mode="bilinear")
 
     def byproducts(self) -> dict[str, nn.Module]:
         """The fused classifier with all sub-networks (the paper's FFL)."""

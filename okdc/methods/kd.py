@@ -28,7 +28,7 @@ class Kd(Method):
 
     members = 1
     needs_teacher = True
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,
@@ -48,8 +48,9 @@ class Kd(Method):
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            taught = self._teacher[0](images)
-        return self.losses(CohortOutput(self.cohort(images).logits, teacher=taught), labels)
+            taught = self.task.result(self._teacher[0](images))
+        out = self.cohort(images)
+        return self.losses(CohortOutput(out.logits, teacher=taught), labels) | self._earlier(out, labels)
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         assert out.teacher is not None

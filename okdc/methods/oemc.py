@@ -40,7 +40,7 @@ class Oemc(Method):
 
     members = 5
     taps = ("stage_maps",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

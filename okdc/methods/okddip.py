@@ -48,7 +48,7 @@ class Okddip(Method):
 
     members = 4
     taps = ("embeddings",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class Okddip(Method):
         return self.two_level_losses(leader, peers, targets, teaching.mean(1), labels)
 
     def mixtures(self, peers: Tensor, embeddings: Tensor) -> Tensor:
-        """What each peer is taught, as logits (B, P, C): all peers' logits (B, P, C), weighed by their attention."""
+        """What each peer is taught, as logits (B, P, C, ...): all peers' logits, weighed by their attention."""
         attention = self.attention(embeddings)
         peers = peers.to(attention.dtype)
         if self.mix == "logits":
-            return attention @ peers
+            return (attention @ peers.flatten(2)).unflatten(2, peers.shape[2:])
         # Softened, these logits are exactly the mixture of the softened probabilities.
         log_p = F.log_softmax(peers / self.temperature, dim=2)
         return self.temperature * torch.logsumexp(attention.log().unsqueeze(3) + log_p.unsqueeze(1), dim=2)

@@ -41,7 +41,7 @@ class One(Method):
 
     members = 3
     taps = ("shared",)
-    tasks = ("classify", "multilabel")
+    tasks = ("classify", "multilabel", "pose")
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from okdc.networks import (
     weights,
 )
 from okdc.networks.input import data_config
+from okdc.networks.pose_head import POSE, PoseNetwork, with_pose_head
 from okdc.networks.saved import CONFIG, config_of, is_folder, settings_of
 from okdc.recipe import NetworkSettings, runs_code
 
@@ -44,6 +45,8 @@ def load(settings: NetworkSettings, num_classes: int | None = None, *, typed: Co
     if is_folder(settings.model):
         return load(settings_of(Path(settings.model), settings, typed), num_classes)
     classes = _agreed_classes(settings, num_classes)
+    if settings.task == POSE and not runs_code(settings.model):
+        return _with_head(settings, classes or 1)
     network = _build(settings, classes)
     refuse_address(settings.checkpoint, "--checkpoint")
     heads = _classifiers(network, settings) if settings.checkpoint is not None else []
@@ -101,6 +104,24 @@ def _agreed_classes(settings: NetworkSettings, num_classes: int | None) -> int |
 
 def _classifiers(network: nn.Module, settings: NetworkSettings) -> list[str]:
     return weights.classifier_names(network, data_config(network, settings)["input_size"])
+
+
+def _with_head(settings: NetworkSettings, keypoints: int) -> PoseNetwork:
+    """The backbone of that name with a head of heat maps; a checkpoint may be of the backbone or of both."""
+    backbone = _build(settings, None)
+    refuse_address(settings.checkpoint, "--checkpoint")
+    heads = _classifiers(backbone, settings)
+    whole = settings.checkpoint is None or not weights.fits(backbone, settings.checkpoint, heads)
+    if settings.checkpoint is not None and not whole:
+        weights.load(backbone, settings.checkpoint, heads)
+    if settings.small_input:
+        _small_input(backbone, settings)
+    size = data_config(backbone, settings)["input_size"]
+    head: Any = settings.head
+    network = with_pose_head(backbone, keypoints, size, head=head, width=settings.head_width)
+    if settings.checkpoint is not None and whole:
+        weights.load(network, settings.checkpoint, [network.maps])
+    return network
 
 
 def _small_input(network: nn.Module, settings: NetworkSettings) -> None:

@@ -69,7 +69,7 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task
     channels, height, width = input_size
     task = task or tasks.get()
     _refuse_meta(network)
-    logits = _try_input(network, input_size)
+    logits = task.result(_try_input(network, input_size))
     if isinstance(logits, Tensor) and task.is_output(logits) and len(logits) == 1:
         return logits
     if not isinstance(logits, Exception):
@@ -90,6 +90,23 @@ def check_input(network: nn.Module, input_size: tuple[int, int, int], task: Task
     raise NetworkError(
         f"{name_of(network)} cannot take images of {channels}x{height}x{width}: {first_line(logits)}. {advice}"
     )
+
+
+class Counting(nn.Module):
+    """A network that gives several outputs, as one that gives the one that counts."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.network, self.result = network, task.result
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.result(self.network(images))
+
+
+def single(network: nn.Module, input_size: tuple[int, int, int], task: Task) -> nn.Module:
+    """The network itself if it gives one output; around one that gives several, such as a list of maps, `Counting`."""
+    given = _try_input(network, input_size)
+    return network if task.result(given) is given else Counting(network, task)
 
 
 def _refuse_meta(network: nn.Module) -> None:

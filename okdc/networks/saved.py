@@ -33,7 +33,7 @@ def settings_of(folder: Path, asked: NetworkSettings, typed: Collection[str | No
     """The settings that rebuild, with its weights, the network saved in a bundle or run folder."""
     recipe, best = folder / "recipe.yaml", folder / "model_best.pth.tar"
     if (config := config_of(folder)) is not None:
-        saved = _of_bundle(folder, config, asked)
+        saved = of_bundle(folder, config, asked)
     elif recipe.is_file() and best.is_file():
         network = load_recipe(recipe, typed=None).network
         saved = _merged(replace(network, pretrained=False, checkpoint=asked.checkpoint or str(best)), asked)
@@ -50,16 +50,20 @@ def settings_of(folder: Path, asked: NetworkSettings, typed: Collection[str | No
     return saved
 
 
-def _of_bundle(folder: Path, config: dict[str, Any], asked: NetworkSettings) -> NetworkSettings:
+def of_bundle(folder: Path, config: dict[str, Any], asked: NetworkSettings) -> NetworkSettings:
     own = config.get("okdc", {})
     name = own.get("base") or config.get("architecture", "")
-    if timm.is_model(name) and not own.get("changes"):
+    if timm.is_model(name) and not (own.get("changes") or own.get("head")):
         return replace(asked, model=f"local-dir:{folder}", pretrained=True)
     saved = NetworkSettings(model=name, checkpoint=asked.checkpoint or str(folder / "model.safetensors"))
+    channels, _, side = (config.get("pretrained_cfg") or {}).get("input_size") or (3, 0, 0)
     if own.get("changes"):  # made again from the settings that made them
-        channels, _, side = config["pretrained_cfg"]["input_size"]
         small = any("stride" in (change or ["stride"]) for change in own["changes"].values())
         saved = replace(saved, in_chans=channels, small_input=small, img_size=side if small else None)
+    if head := own.get("head"):  # which is built on a map of this size
+        saved = replace(
+            saved, task=own["task"], in_chans=channels, img_size=side, head=head["head"], head_width=head["width"]
+        )
     arguments = {k: v for k, v in (config.get("model_args") or {}).items() if k not in ("num_classes", "in_chans")}
     return _merged(replace(saved, model_kwargs=arguments), asked)
 

@@ -35,14 +35,14 @@ def refuse_unsteady(network: nn.Module, input_size: tuple[int, int, int], task: 
     images = _noise(network, input_size)
     with unchanged(network), torch.no_grad(), _awake(network):
         network.eval()
-        once = _logits(network, images)
-        if (apart := _difference(once, _logits(network, images))) > _SAME:
+        once = _logits(network, images, task)
+        if (apart := _difference(once, _logits(network, images, task))) > _SAME:
             raise NetworkError(
                 f"{name_of(network)} gives other logits for the same images each time (by {apart:.0%} of the largest) "
                 f"in evaluation mode, so that nothing made of it could be verified.{_begins(network, images, images)} "
                 "Dropout and noise are for training alone: F.dropout(x, p, self.training), if self.training: ..."
             )
-        if (apart := _difference(once[:1], _logits(network, images[:1]))) > _ALONE:
+        if (apart := _difference(once[:1], _logits(network, images[:1], task))) > _ALONE:
             raise NetworkError(
                 f"{name_of(network)} gives other logits for an image alone than beside others (by {apart:.0%} of the "
                 "largest) in evaluation mode, so that its answer would depend on which images come together."
@@ -60,7 +60,7 @@ def refuse_probabilities(network: nn.Module, name: str, input_size: tuple[int, i
     """
     images = _noise(network, input_size)
     with unchanged(network), torch.no_grad():
-        logits = _logits(network.eval(), images)
+        logits = _logits(network.eval(), images, task)
         _refuse_probabilities(network, images, logits, task, name, "whoever learns from it takes logits")
 
 
@@ -95,9 +95,9 @@ def _awake(network: nn.Module) -> Iterator[None]:
             parameter.copy_(value)
 
 
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
+def _logits(network: nn.Module, images: Tensor, task: Task) -> Tensor:
     try:
-        return network(images)
+        return task.result(network(images))
     except Exception as error:  # whatever a stranger's forward raises; of one image alone it gave logits
         raise NetworkError(
             f"{name_of(network)} takes one image, and cannot take {len(images)} at once: {first_line(error)}. Does its "

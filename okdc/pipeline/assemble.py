@@ -144,9 +144,10 @@ def refuse_unfit(target: nn.Module, input_size: tuple[int, int, int], recipe: Re
 
     An export on trial takes seconds; networks of timm and torchvision are known to do it (tests/zoo).
     """
-    networks.refuse_unsteady(target, input_size, tasks.get(recipe.network.task))
+    task = tasks.get(recipe.network.task)
+    networks.refuse_unsteady(target, input_size, task)
     if type(target).__module__.partition(".")[0] not in _KNOWN:
-        first(lambda: deploy.refuse_unexportable(target, input_size, recipe.export))
+        first(lambda: deploy.refuse_unexportable(target, input_size, recipe.export, task))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +20,15 @@ from okdc.tasks.task import Task
 from okdc.training.machine import choose_device
 
 
+def task_of(recipe: Recipe, input_size: tuple[int, int, int], noted: Mapping[str, Any] | None = None) -> Task:
+    """What the recipe's networks are for, with what its data tell (`Data.noted`) and the size of their images."""
+    told = {**(noted or {}), "input_size": input_size, "encoding": recipe.network.encoding}
+    return tasks.get(recipe.network.task, told)
+
+
 def load_teacher(recipe: Recipe, data: Data, proved: bool = False) -> nn.Module | None:
     """The trained network that the recipe names, None where there is none; it is tried on the data unless `proved`."""
-    name, task = recipe.cohort.teacher, tasks.get(recipe.network.task)
+    name, task = recipe.cohort.teacher, task_of(recipe, data.preprocess["input_size"], data.noted)
     if name is None:
         return None
     network = teachers.load(name, data.preprocess["input_size"], len(data.classes), recipe.network.model, task)
@@ -39,14 +46,15 @@ def build_method(
     named: bool,
     teacher: nn.Module | None = None,
     train_labels: Tensor | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
     `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
     branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
-    are those of the training images, where they are known.
+    are those of the training images, where they are known; `noted` is what the data tell the task.
     """
-    name, task = recipe.method["name"], tasks.get(recipe.network.task)
+    name, task = recipe.method["name"], task_of(recipe, input_size, noted)
     methods.refuse_task(name, task)
     if task.distances:
         task.compare_by(recipe.train.distance, recipe.train.distance_kwargs)

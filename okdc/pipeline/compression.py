@@ -154,10 +154,10 @@ def _resolved(
 
 def _refuse_settings(recipe: Recipe, task: Task) -> None:
     """RecipeError for settings that have no meaning for the task, and for a metric that it does not have."""
-    sections = recipe.to_dict()
+    sections, defaults = recipe.to_dict(), Recipe().to_dict()
     for name, reason in task.unsupported.items():
-        section, field = flat_settings()[name]
-        if sections[section][name] not in (None, field.default):
+        section, _ = flat_settings()[name]
+        if sections[section][name] not in (None, defaults[section][name]):
             raise RecipeError(f"--{name.replace('_', '-')} is not for --task {task.name}: {reason}.")
     chosen = recipe.train.eval_metric
     if chosen is not None and chosen not in task.metrics:
@@ -213,7 +213,14 @@ def _train(
     with assemble.at_home(target, recipe.train) as settle, losses.weighted(weights):
         teacher = assemble_cohort.load_teacher(recipe, data, proved=last is not None)
         method = assemble_cohort.build_method(
-            target, recipe, data.preprocess["input_size"], len(data.classes), named, teacher, data.train_labels
+            target,
+            recipe,
+            data.preprocess["input_size"],
+            len(data.classes),
+            named,
+            teacher,
+            data.train_labels,
+            data.noted,
         )
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
         if rank() == 0:
@@ -255,7 +262,7 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         result.verification = error.verification
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
-        shown = {"examples": examples.of(result), "byproducts": further}
+        shown = {"examples": examples.of(result), "pictured": examples.pictured(result), "byproducts": further}
         report.write(folder, facts_of(result, method, state) | shown)
         logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
     if result.verification and not deploy.is_known(data.preprocess):

@@ -18,6 +18,7 @@ from okdc.errors import OkdcError
 from okdc.pipeline import run_folder
 from okdc.system.saying import say
 from okdc.system.wording import one_line
+from okdc.tasks.pose import Pose
 from okdc.training import checkpoint
 from okdc.training.machine import Machine
 
@@ -54,7 +55,7 @@ def of(result: Result) -> dict[str, Any] | None:
     for images, labels in data.validation:
         moved, labels = machine.move(images, labels)
         with machine.autocast():
-            outs = [network(moved) for network in networks]
+            outs = [task.result(network(moved)) for network in networks]
         verdict = task.notable(outs[0], labels)
         if verdict is None:
             return None
@@ -63,6 +64,21 @@ def of(result: Result) -> dict[str, Any] | None:
         for name, wanted in _groups(right, None if theirs is None else theirs[0]):
             groups[name] = _kept(groups.get(name, []), wanted, weight, right, moved, labels, outs)
     return _facts(groups, result)
+
+
+@torch.no_grad()
+def pictured(result: Result) -> list[dict[str, Any]] | None:
+    """Key points on some validation images, as plain values; None for another task, or without such images."""
+    data, task = result.data, result.task
+    if data.validation is None or not isinstance(task, Pose):
+        return None
+    images, labels = next(iter(data.validation))
+    places = torch.linspace(0, len(images) - 1, min(EACH, len(images))).long()  # neighbouring frames are alike
+    machine, network = Machine.of(result.recipe.train), copy.deepcopy(result.student).eval()
+    moved, _ = machine.move(images[places], labels[places])
+    maps = task.result(network.to(machine.device)(moved)).float().cpu()
+    edges = task.maps.skeleton.edges
+    return report.pictured(images[places].cpu(), task.maps.decode(maps), labels[places], edges, data.preprocess)
 
 
 def _groups(right: Tensor, theirs: Tensor | None) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from okdc import methods
 from okdc.data import Data
 from okdc.methods import Method
 from okdc.recipe import Recipe
+from okdc.tasks.task import Task
 from okdc.training.machine import choose_device
 
 _WIDTH, _INDENT = 79, 10
@@ -26,7 +27,7 @@ def opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
     rows = {
         "network": f"{recipe.network.model}, {costs[0].params:,} parameters, images of {width} x {height} pixels",
         "data": f"{data.name}: {_count(data.sizes[0], 'training image')} and "
-        f"{_count(data.sizes[1], 'validation image')}, {_count(len(data.classes), 'class', 'es')}",
+        f"{_count(data.sizes[1], 'validation image')}, {_outputs(method.task, len(data.classes))}",
         "method": f"{recipe.method['name']}, {_count(len(costs), 'member')}. {_first_line(recipe.method['name'])}",
         "training": f"{_count(settings.epochs, 'epoch')} of {_count(steps, 'step')}, {settings.images_per_step:,} "
         f"images per step, learning rate {settings.peak_lr:.3g}, {_device(recipe)}",
@@ -86,6 +87,10 @@ def _device(recipe: Recipe) -> str:
     device, settings = choose_device(recipe.train.device), recipe.train
     count = settings.devices * settings.nodes
     return f"on {device}" if count == 1 else f"{count} processes on {device.type}"
+
+
+def _outputs(task: Task, number: int) -> str:
+    return f"{number:,} {task.nouns[number != 1]}"
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

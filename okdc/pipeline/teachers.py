@@ -108,7 +108,7 @@ def check_accuracy(
     teacher.eval().to(device)
     with own_randomness(), torch.no_grad():
         for images, labels in batches:
-            scorer.update(teacher(images.to(device)), labels.to(device))
+            scorer.update(task.result(teacher(images.to(device))), labels.to(device))
             if scorer.images >= ENOUGH:
                 break
     if not scorer.images:

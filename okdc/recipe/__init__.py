@@ -21,6 +21,7 @@ from okdc.recipe.recipe import (
     MethodSettings,
     Recipe,
     apply_sets,
+    base,
     flat_settings,
     load,
     names,
@@ -31,6 +32,7 @@ from okdc.recipe.recipe import (
     runs_code,
 )
 from okdc.recipe.sections import (
+    FIGURES,
     LOADER,
     STATED,
     CohortSettings,
@@ -42,6 +44,7 @@ from okdc.recipe.sections import (
 
 __all__ = [
     "DEFAULT",
+    "FIGURES",
     "FINETUNE",
     "LOADER",
     "PRESETS",
@@ -55,6 +58,7 @@ __all__ = [
     "Recipe",
     "TrainSettings",
     "apply_sets",
+    "base",
     "default_preset",
     "flat_settings",
     "load",

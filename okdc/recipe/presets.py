@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from okdc.errors import RecipeError, nearest
-from okdc.recipe.recipe import apply_sets, names
-from okdc.recipe.sections import DataSettings
+from okdc.recipe.recipe import OF_TASK, apply_sets, names
+from okdc.recipe.sections import FIGURES, DataSettings
 
 FINETUNE, SCRATCH = "finetune", "scratch"
 PRESETS = (FINETUNE, SCRATCH)
@@ -36,7 +36,7 @@ def preset_recipe(preset: str) -> str:
 def own_path(data: str) -> Path | None:
     """The folder or file that `--data` names; None where it is a data set known by its name."""
     by_name = "/" in data and data.partition("/")[0].lower() in _BY_NAME
-    return None if by_name or data == DataSettings().data else Path(data).expanduser()
+    return None if by_name or data in (DataSettings().data, FIGURES) else Path(data).expanduser()
 
 
 def default_preset(flat: Mapping[str, Any], sets: Iterable[str]) -> tuple[str | None, list[str]]:
@@ -49,7 +49,7 @@ def default_preset(flat: Mapping[str, Any], sets: Iterable[str]) -> tuple[str | 
     typed = {key: value for section in sections.values() for key, value in section.items()}
     typed |= {key: value for key, value in flat.items() if value is not None}
     data = str(typed.get("data") or DataSettings().data)
-    if own_path(data) is None or data.lower().endswith(".npz"):
+    if typed.get("task") in OF_TASK or own_path(data) is None or data.lower().endswith(".npz"):
         return None, []
     if "name" in sections.get("method", {}):
         typed["method"] = sections["method"]["name"]

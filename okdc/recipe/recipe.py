@@ -33,6 +33,8 @@ __all__ = [
 
 # The recipe of `okdc compress` when neither a recipe nor data is given: real images, on any machine, in about a minute.
 DEFAULT = "digits/resnet18-ahbf"
+# The same of a task that is trained in another way, and what its runs on given data begin with.
+OF_TASK = {"pose": ("figures/mobilenetv3_small_050-okdhp", "pose/resnet18-okdhp")}
 
 # The settings of a method by its name: its constructor's keywords, without the cohort.
 MethodSettings = Callable[[str], inspect.Signature]
@@ -284,6 +286,12 @@ def apply_sets(raw: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]:
     return changed
 
 
+def base(given: Mapping[str, Any]) -> str | None:
+    """The recipe that a run begins with where none is named, by what else is; None: the dataclasses' defaults."""
+    without, with_data = OF_TASK.get(given.get("task", ""), (DEFAULT, None))
+    return with_data if "data" in given else without
+
+
 def resolve(
     name_or_path: str | Path | None = None,
     *,
@@ -294,13 +302,14 @@ def resolve(
 ) -> Recipe:
     """The recipe of a run: the named one with `sets` (section.key=value), then `flat` (see `override`), applied to it.
 
-    Without a name it starts from DEFAULT, or from the dataclasses' defaults when the changes say which data to use.
+    Without a name it starts from DEFAULT, or from the dataclasses' defaults when the changes say which data to use;
+    for a task in OF_TASK from one of those.
     Raises RecipeError with every mistake; `source` is where it says that those in `flat` were made.
     """
     flat, sets = {key: value for key, value in (flat or {}).items() if value is not None}, list(sets)
     typed = apply_sets({}, sets)
-    if name_or_path is None and "data" not in flat and "data" not in (typed.get("data") or {}):
-        name_or_path = DEFAULT
+    if name_or_path is None:
+        name_or_path = base({**(typed.get("network") or {}), **(typed.get("data") or {}), **flat})
     raw = read(name_or_path) if name_or_path is not None else {}
     method = flat.get("method")
     if method and method_settings:

@@ -28,8 +28,21 @@ class NetworkSettings:
     pretrained: bool = _setting(False, "start from the pre-trained weights of that name")
     checkpoint: str | None = _setting(None, "start from the weights in this file", "--initial-checkpoint")
     task: str = _setting(
-        "classify", "what its outputs are: classify (one class for each image) or multilabel (several)"
+        "classify",
+        "what its outputs are: classify (one class for each image), multilabel (several) or pose (heat maps of key "
+        "points)",
     )
+    head: str = _setting(
+        "deconv", "pose: what makes the maps larger, deconvolutions or, for int8 in every runtime, upsample",
+        choices=("deconv", "upsample"),
+    )  # fmt: skip
+    head_width: int | None = _setting(
+        None, "pose: channels of the head; 64 or the network's own when not given", at_least=1
+    )
+    encoding: str = _setting(
+        "exact", "pose: how points become maps and back; official is that of the papers, rounded to pixels",
+        choices=("exact", "official"),
+    )  # fmt: skip
     num_classes: int | None = _setting(None, "number of classes; found from the data when not given", at_least=1)
     img_size: int | None = _setting(
         None, "side of the square input image, pixels; the network's own when not given", at_least=1
@@ -98,6 +111,16 @@ class DataSettings:
     ratio: list[float] = _setting([3 / 4, 4 / 3], "random resized crop: aspect ratio range", above=0, length=2)
     hflip: float = _setting(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     vflip: float = _setting(0.0, "probability of a vertical flip", at_least=0, at_most=1)
+    boxes: str = _setting(
+        "given", "pose: crop to the labelled boxes with a margin, or take the whole frame", choices=("given", "frame")
+    )
+    flip_pairs: str | None = _setting(
+        None, "pose: key points that change places in a mirror, left_ear/right_ear,..., or none; those of the data "
+        "when not given",
+    )  # fmt: skip
+    rotation: float = _setting(30.0, "pose: spread of rotation, degrees", at_least=0)
+    zoom: float = _setting(0.125, "pose: spread of scale, as a share", at_least=0, at_most=0.45)
+    shift: float = _setting(0.05, "pose: largest move, as a share of the input's sides", at_least=0, at_most=1)
     color_jitter: float = _setting(0.0, "colour jitter", at_least=0)
     aa: str | None = _setting(None, "AutoAugment policy, such as rand-m9-mstd0.5")
     reprob: float = _setting(0.0, "probability of random erasing", at_least=0, at_most=1)
@@ -228,7 +251,8 @@ class TrainSettings:
     distance_kwargs: dict[str, Any] = _setting({}, "weights in it, key=value: alpha, beta of dkd; beta, gamma of dist")
     eval_metric: str | None = _setting(
         None, "the student's score that picks the epoch that ships: top1, top5 or balanced (the mean of all classes' "
-        "recalls), map of several labels; the task's first when not given",
+        "recalls), map of several labels, pck@0.1, pck@0.05, pck@0.2, error or ap of key points; the task's first "
+        "when not given",
     )  # fmt: skip
     patience: int | None = _setting(
         None, "stop when --eval-metric has not got better for this many epochs; the schedule still counts on --epochs",
@@ -297,3 +321,5 @@ class ExportSettings:
 STATED = ("mean", "std", "interpolation", "crop_pct")  # settings of the data that may stand beside a loader
 
 LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python
+
+FIGURES = "figures"  # the data that okdc draws itself, for key points

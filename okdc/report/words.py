@@ -39,6 +39,12 @@ def percent(value: Any, places: int = 1) -> str:
     return DASH if found is None else f"{found:.{places}f}\u00a0%"
 
 
+def figure(value: Any, unit: str) -> str:
+    """A score in its unit: 97.2 %, 4.1 px."""
+    found = number(value)
+    return DASH if found is None else f"{found:.1f}\u00a0{unit}"
+
+
 def signed(value: Any, places: int = 2) -> str:
     """A difference in points: +1.40."""
     found = number(value)
@@ -114,5 +120,5 @@ def cell(value: Any) -> str:
 
 
 FILTERS = {"counted": counted} | {
-    f.__name__: f for f in (cell, digits, duration, epoch, percent, si, signed, tiny, uncertain, whole)
+    f.__name__: f for f in (cell, digits, duration, epoch, figure, percent, si, signed, tiny, uncertain, whole)
 }

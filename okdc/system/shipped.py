@@ -51,6 +51,15 @@ def _package(folder: Path) -> str:
     return package.__name__
 
 
+@cache
+def load_program(path: Path) -> ModuleType:
+    """The same of a program that may import from a file beside it."""
+    module = ModuleType(f"okdc_shipped_{path.stem}")
+    sys.modules[module.__name__] = module
+    exec(compile(program(path), str(path), "exec"), vars(module))
+    return module
+
+
 def program(path: Path) -> str:
     """The text of a program that stands alone: what it imports from a file beside it takes the place of the import."""
     text = path.read_text(encoding="utf-8")

@@ -14,15 +14,18 @@ from okdc.tasks.shared.outputs import alone
 from okdc.tasks.shared.scorer import Scorer
 from okdc.tasks.shared.tally import Tally
 
+MAPS = 4  # axes of outputs that are maps (B, C, h, w)
+
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is called, also where there is little room, what it is, and whether more of it is better."""
+    """How a figure is called, also where there is little room, what it is, its unit, and whether more is better."""
 
     word: str
     short: str = ""
     about: str = ""
     best: Literal["max", "min"] = "max"
+    unit: str = "%"
 
 
 class Task:
@@ -34,7 +37,7 @@ class Task:
     name: ClassVar[str]
     dims: ClassVar[int] = 2
     output: ClassVar[str]  # what a network gives, in words
-    metrics: ClassVar[dict[str, Metric]]  # of an epoch, per cent; the first picks the best one and is what gates count
+    metrics: ClassVar[dict[str, Metric]]  # of an epoch; the first, per cent, picks the best one and is what gates count
     scores: ClassVar[tuple[str, ...]]  # those of the metrics that a file is given, too
     unsupported: ClassVar[dict[str, str]] = {}  # settings that have no meaning here, and why
     distances: ClassVar[
@@ -48,8 +51,11 @@ class Task:
     hub: ClassVar[str] = "image-classification"  # what the Hugging Face hub calls it
     activation: ClassVar[str] = "Softmax"  # the operator of ONNX that makes probabilities of outputs
     settles: ClassVar[bool] = False  # whether there is something to `settle` after training
+    nouns: ClassVar[tuple[str, str]] = ("class", "classes")  # what one output is of, and several
+    compared: ClassVar[str] = "images"  # what it is counted of how much two files agree on them
     same: ClassVar[str]  # what two files that agree predict alike, in words
     use: ClassVar[str]  # what predict.py does, in words
+    program: ClassVar[str] = "predict.py"  # of export/, that which becomes it
 
     def __init__(self, noted: Mapping[str, Any]) -> None:
         """`noted`: what a run or a bundle knows of it, as `facts` gave it, among other things; or nothing."""
@@ -77,6 +83,14 @@ class Task:
         return value > than if self.metrics[metric].best == "max" else value < than
 
     # What a network gives.
+
+    def result(self, out: Any) -> Any:
+        """Of what a network returned, that which counts."""
+        return out
+
+    def earlier(self, out: Any) -> tuple[Tensor, ...]:
+        """Of what a network returned, the outputs of stages before, which are supervised, too."""
+        return ()
 
     def is_output(self, out: object) -> TypeGuard[Tensor]:
         """Whether this is what a network of this task gives for a batch."""
@@ -162,9 +176,10 @@ class Task:
         raise NotImplementedError
 
     def blend(self, weights: Tensor, outs: Sequence[Tensor]) -> Tensor:
-        """The outputs (B, C, ...) of M members, weighted by (B, M)."""
+        """The outputs (B, C, ...) of M members, weighted by (B, M), or each output by its own of (B, M, C)."""
         return sum(  # type: ignore[return-value]
-            weights[:, i].view(-1, *[1] * (out.dim() - 1)) * out for i, out in enumerate(outs)
+            weights[:, i].view(*weights[:, i].shape, *[1] * (out.dim() + 1 - weights.dim())) * out
+            for i, out in enumerate(outs)
         )
 
     # What scores.
@@ -206,6 +221,10 @@ class Task:
 
     def settle(self, outs: Tensor, labels: Tensor) -> None:
         """Learn what a bundle must know from outputs (N, C, ...) of images of the training side, if it `settles`."""
+
+    def files(self, out: Tensor) -> dict[str, Any]:
+        """Further json files of a bundle, by name, whose network gave `out` (B, C, ...)."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """What `tasks.of` makes it again from, as plain values; nothing for the task that needs no mention."""

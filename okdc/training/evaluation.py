@@ -36,7 +36,7 @@ def evaluate(
         with machine.autocast():
             out = cohort(images)
             said, ensemble = state.method.said(out), state.method.ensemble(out)
-            student = out.logits[0] if state.student is cohort.target else state.student(images)
+            student = out.logits[0] if state.student is cohort.target else task.result(state.student(images))
         scorer.update(student, labels, (*said, ensemble))
     if world() > 1:
         scorer.add_up(lambda told: world() * told.new_tensor(stop.agree(told.to(machine.device))))
@@ -60,8 +60,8 @@ def judge(
     for batch, labels in images:
         batch, labels = machine.move(batch, labels)
         with machine.autocast():
-            out = network(batch)
+            out = task.result(network(batch))
         scorer = scorer or task.scorer(out.shape[1])
         scorer.update(out, labels)
     values = scorer.value()
-    return {name: values[name] for name in task.metrics}, scorer.counts()
+    return {name: values[name] for name in task.metrics if name in values}, scorer.counts()

@@ -99,7 +99,7 @@ def judge(
         agreement, tolerance = None, 10 * tolerance
     if agreement is not None and agreement < least:
         rounded = math.floor(100 * agreement) / 100  # never up to what is asked for
-        fail(row, f"it agrees with torch on {rounded:.2f}% of the images; at least {least:g}% must agree")
+        fail(row, f"it agrees with torch on {rounded:.2f}% of the {task.compared}; at least {least:g}% must agree")
     if figure is not None and expected is not None and expected - figure > drop + 1e-9:
         fail(row, f"its {task.word} is {figure:.2f}%, {known} {expected:.2f}%; {drop:.3g} points may be lost")
     if rel is not None and not rel <= tolerance:  # also when it is not a number

@@ -39,6 +39,7 @@ class Scores(TypedDict, total=False):
     top1: float | None  # classify
     top5: float | None
     map: float | None  # multilabel: mean average precision
+    # pose, whose names are no identifiers: "pck@0.1" and "pck@0.05"
 
 
 def score(row: Figures | Row, name: str) -> float | None:

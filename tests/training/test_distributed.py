@@ -43,7 +43,9 @@ from tests.helpers.networks import Tiny
 PRECISION = torch.float64  # in which nothing but a mistake makes a difference: rounding grows with every step
 BATCH, EPOCHS, SIZE = 8, 2, 16  # images per step of all processes together
 SETTINGS = TrainSettings(epochs=EPOCHS, batch_size=BATCH, lr=0.05, device="cpu", log_interval=100)
-CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in methods.names()} | {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (name, {}) for name in methods.names() if "classify" in methods.get(name).tasks
+} | {
     "mcl_okd": ("mcl_okd", {"negatives": 8}),
     "mcl, memory": ("mcl", {"memory": True, "negatives": 16}),
     "lmcl": ("lmcl", {"meta_every": 2}),

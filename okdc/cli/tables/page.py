@@ -39,6 +39,11 @@ def next_command(command: str) -> None:
     console().print(f"\nNext: [bold]{escape(command)}[/]", soft_wrap=True)
 
 
+def figure(value: float | None, unit: str) -> str | None:
+    """A score in its unit."""
+    return None if value is None else f"{value:.2f} {unit}"
+
+
 def percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
 

@@ -58,7 +58,7 @@ def show_result(result: Result) -> None:
         (f"Control, {task.word}", _scored(before, images)),
         ("… on the images set aside", page.percent(metrics.get("holdout"))),
         *(
-            (f"Student, {each.word}", page.percent(metrics.get(name)))
+            (f"Student, {each.word}", page.figure(metrics.get(name), each.unit))
             for name, each in task.further()
             if name not in task.scores
         ),

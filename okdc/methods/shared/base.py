@@ -74,7 +74,16 @@ class Method(nn.Module):
         indices (B,) writes its own forward with that third argument, and may take a keyword `train_labels` (N,) in its
         constructor, the labels of all training images (None where the data do not say).
         """
-        return self.losses(self.cohort(images), labels)
+        out = self.cohort(images)
+        return self.losses(out, labels) | self._earlier(out, labels)
+
+    def _earlier(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        """What the members' earlier stages said, held to the labels, whatever the method."""
+        return {
+            f"early{i}/{name}": self.task.supervised(each, labels)
+            for name, stages in zip(self.cohort.names, out.earlier)  # none where no network has any
+            for i, each in enumerate(stages, 1)
+        }
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         """Named scalar losses, already weighted; the loop adds them up and logs each.

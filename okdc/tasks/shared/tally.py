@@ -27,11 +27,11 @@ class Tally:
     batches: dict[int, tuple[float, float, int]] = field(default_factory=dict)  # size: largest and summed difference, n
 
     def same(self, out: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """On which images (B,) outputs (B, C, ...) say the same as the reference's."""
+        """On which images (B,), or outputs of them (B, C), outputs (B, C, ...) say the same as the reference's."""
         raise NotImplementedError
 
     def tied(self, out: np.ndarray, reference: np.ndarray, least: float) -> np.ndarray:
-        """On which images (B,) that are not the same a difference of less than `least` may have turned it over."""
+        """On which of those that are not the same a difference of less than `least` may have turned it over."""
         raise NotImplementedError
 
     def count(self, out: np.ndarray, labels: np.ndarray) -> None:
@@ -50,14 +50,14 @@ class Tally:
             self.count(out, labels)
 
     def agreement(self, out: np.ndarray, reference: np.ndarray, tolerance: float) -> None:
-        """Count the images on which both say the same, and the ties.
+        """Count on how many images, or outputs of them, both say the same, and the ties.
 
         A tie is what differences *within the tolerance* may turn over. Measured against the differences that occurred,
         every disagreement would be a tie: turning a choice over takes a difference of at least half the margin.
         """
         same = self.same(out, reference)
         tie = self.tied(out, reference, tolerance * np.abs(reference).max())
-        self.compared += len(out)
+        self.compared += same.size
         self.agree += int(same.sum())
         self.ties += int((tie & ~same).sum())
 
