@@ -125,18 +125,8 @@ def same_rate(folder: Path, recipe: Recipe) -> str:
         return told
     method = recipe.method["name"]
     trusted = run_folder.trusted(replace(recipe, method=recipe.method | {"name": "baseline"}))  # --methods names it
-    words = [
-        "okdc",
-        "compare",
-        "--recipe",
-        str(folder / run_folder.RECIPE),
-        *trusted,
-        "--methods",
-        method,
-        "--tune",
-        "lr",
-    ]
-    return f"{told} To find the rate of each, type: {shlex.join(words)}"
+    compare = ["okdc", "compare", "--recipe", str(folder / run_folder.RECIPE), *trusted, "--methods", method]
+    return f"{told} To find the rate of each, type: {shlex.join([*compare, '--tune', 'lr'])}"
 
 
 def _is_named(folder: Path, recipe: Recipe) -> bool:
