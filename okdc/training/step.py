@@ -54,6 +54,7 @@ def _step(
         torch.autograd.backward(roots, [torch.full_like(root, portion) for root in roots])
         parts = parts + torch.stack([term.detach().float() for term in terms]) * portion
 
+    state.method.before_step()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
