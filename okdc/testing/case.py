@@ -81,6 +81,7 @@ class Case:
         parts = method.train()(*batch)
         optimizer.zero_grad()
         torch.stack([part for part in parts.values() if part.requires_grad]).sum().backward()
+        method.before_step()
         optimizer.step()
         method.after_step([batch])
         return {name: value.item() for name, value in parts.items()}

@@ -98,6 +98,7 @@ def train(case: Case) -> dict[str, Tensor]:
         parts = forward(*part)
         optimizer.zero_grad()
         torch.stack([value for value in parts.values() if value.requires_grad]).sum().backward()
+        method.before_step()
         optimizer.step()
         method.after_step([part])
     return _tensors(method)

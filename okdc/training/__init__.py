@@ -7,8 +7,8 @@ It is handed the method and the data, and knows no name of either. A step from b
 3. `step.stepper`: the batch moves to the device (`machine`), all random numbers become a function of (seed, epoch,
    step), and `Method.forward` (inside DDP: `parallel`) runs the cohort and gives named, weighted losses.
 4. Each loss is scaled and differentiated; with `grad_accum_steps` this repeats from 3 for every batch of the group.
-5. Losses and gradient norms come back in one transfer. Where one is not finite, buffers are put back and the step is
-   skipped; else gradients are clipped and the optimizer steps.
+5. `Method.before_step` may let a member sit the step out. Losses and gradient norms come back in one transfer. Where
+   one is not finite, buffers are put back and the step is skipped; else gradients are clipped and the optimizer steps.
 6. `Method.after_step` gets the group's batches, then the moving average follows the target, then the schedule moves.
 7. After the last step `evaluation` scores all members, `state.save` writes a checkpoint, `progress` tells a person and
    `loggers` whom `--log` names. `--eval-metric` says by what an epoch is the best, and `--patience` how long to wait

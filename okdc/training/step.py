@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,29 +41,31 @@ def _step(
     optimizer, scaler, machine = state.optimizer, state.scaler, run.machine
     buffers.keep()
     total = sum(len(labels) for _, labels, *_ in group)
-    names: list[str] = []
-    parts: Any = 0
+    parts: dict[tuple[str, ...], Tensor] = {}  # by names, which may be others in another batch of the group
     state.method.lr.fill_(state.lr)
     for i, given in enumerate(group):
         batch = machine.move(*given)
         seed_everything(run.settings.seed, state.epoch, state.step, i, rank=rank())
         with machine.autocast(), _one_image(len(batch[1]), run):
             losses = forward(*batch)
-        names, terms, portion = list(losses), list(losses.values()), len(batch[1]) / total
+        names, terms, portion = tuple(losses), list(losses.values()), len(batch[1]) / total
         # From each term, not from a stack of them, which would be one operation more, forward and backward.
         roots = [scaler.scale(term) for term in terms if term.requires_grad]
         torch.autograd.backward(roots, [torch.full_like(root, portion) for root in roots])
-        parts = parts + torch.stack([term.detach().float() for term in terms]) * portion
+        parts[names] = parts.get(names, 0) + torch.stack([term.detach().float() for term in terms]) * portion
 
+    state.method.before_step()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         raise TrainingError("no parameter that is trained reaches the loss. Unfreeze one that the logits depend on.")
     norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
-    told = torch.cat([parts, norms.float()])
+    told = torch.cat([*parts.values(), norms.float()])
     # The one time that a step waits for the device.
     values = stop.agree(told, buffers.statistics) if world() > 1 else told.tolist()
-    bad = [name for name, value in zip(names + ["gradient"] * len(norms), values) if not math.isfinite(value)]
+    named = list(zip(chain(*parts), values))
+    bad = [name for name, value in named if not math.isfinite(value)]
+    bad += ["gradient"] * (not all(map(math.isfinite, values[len(named) :])))
     if bad:
         buffers.put_back()
     else:
@@ -80,7 +83,14 @@ def _step(
         state.method.after_step(machine.move(*given) for given in group)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
-    return dict(zip(names, values))
+    return _summed(named)
+
+
+def _summed(named: list[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, value in named:
+        sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from okdc import methods
+from okdc import methods, testing
 from okdc.cli import main, timm_flags
 from okdc.recipe import flat_settings
 from tests.helpers.networks import Tiny
@@ -157,6 +157,21 @@ def test_a_method_trains_in_the_loops_that_the_page_shows(
     assert student is network and not any(module._forward_hooks for module in network.modules())
     assert all(not torch.equal(before[name], p) for name, p in network.named_parameters() if not name.endswith("bias"))
     assert torch.isfinite(network(images)).all()
+
+
+def test_a_member_sits_a_step_out_as_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heading = "## A member that sits a step out"
+    turns = _run(heading, Tiny(), torch.randn(64, 3, 32, 32), tmp_path, monkeypatch)["Turns"]
+    case = testing.Case(turns, Tiny)
+    method = case.build()
+    optimizer, peer = case.optimizer(method), method.cohort.members[1]
+    states = []
+    for _ in range(3):
+        case.step(method, optimizer)
+        states.append({name: value.clone() for name, value in peer.state_dict().items()})
+    first, second, third = states
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not any(torch.equal(value, third[name]) for name, value in second.items() if "num_batches" not in name)
 
 
 def test_the_tests_that_the_page_on_methods_shows_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

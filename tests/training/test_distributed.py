@@ -52,6 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lmcl, memory": ("lmcl", {"meta_every": 2, "memory": True, "negatives": 16}),
     "kdcl, general": ("kdcl", {"soft_target": "general"}),
     "kdcl, linear": ("kdcl", {"soft_target": "linear"}),
+    "switokd, cold": ("switokd", {"temperature": 0.02}),  # in which teachers pause soon
     "sokd, sp": ("sokd", {"distance": "sp"}),
 }
 

@@ -22,6 +22,7 @@ from okdc.data.resident import Normalised
 from okdc.data.transforms import BatchAugmentation
 from okdc.methods import Method
 from okdc.methods.lmcl import Lmcl
+from okdc.methods.switokd import Switokd
 from okdc.recipe import DataSettings
 from okdc.training.evaluation import evaluate
 from okdc.training.machine import Machine
@@ -68,6 +69,8 @@ def step(method: Method, batch: tuple[Tensor, ...], *dtypes: torch.dtype | None)
         for dtype in dtypes:
             if isinstance(method, Lmcl):  # asks for the epoch when that was written; its 50th steps are backward passes
                 method._epoch_version, method._counted = method.epoch._version, (0, 1)
+            if isinstance(method, Switokd):
+                method.decided = True  # by distances, for which `before_step` waits
             machine = Machine(CUDA, dtype, torch.channels_last)
             moved = machine.move(*fake)
             with machine.autocast():

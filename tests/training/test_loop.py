@@ -135,6 +135,27 @@ def test_accumulated_batches_equal_one_big_batch(tmp_path):
     assert small.history[-1]["train_loss"] == pytest.approx(big.history[-1]["train_loss"])
 
 
+def test_each_batch_of_a_step_may_have_losses_of_other_names(tmp_path):
+    class Varying(Tiny):
+        """Calls the cross-entropy otherwise in every other batch, and then has no further loss."""
+
+        batch = 0
+
+        def losses(self, out, labels):
+            parts = super().losses(out, labels)
+            self.batch += 1
+            return {"even": parts["ce"] + parts["kl"]} if self.batch % 2 == 0 else parts
+
+    settings = replace(SETTINGS, epochs=1, grad_accum_steps=2)
+    plain, other = (run(tmp_path / kind.__name__, settings, method=kind()) for kind in (Tiny, Varying))
+    first, second = plain.history[-1], other.history[-1]
+    assert second["train_loss"] == pytest.approx(first["train_loss"])
+    assert 0 < second["loss/ce"] < first["loss/ce"]  # of half of the images
+    assert second["loss/ce"] + second["loss/kl"] + second["loss/even"] == pytest.approx(second["train_loss"])
+    for name, value in plain.method.cohort.state_dict().items():
+        torch.testing.assert_close(value, other.method.cohort.state_dict()[name])
+
+
 @pytest.mark.parametrize("on_updates", [False, True])
 @pytest.mark.parametrize("sched", ["cosine", "step", "multistep", "none"])
 def test_learning_rates_are_those_of_timm(tmp_path, sched, on_updates):

@@ -119,6 +119,13 @@ class Method(nn.Module):
         """Parameters and their learning rates; by default everything at `lr`."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
+    def before_step(self) -> None:
+        """Called when a step has its gradients, before anything looks at them or acts on them; by default nothing.
+
+        Here a method says who sits this step out (`okdc.methods.Pause`), on all devices alike. In fp16 gradients are
+        still scaled.
+        """
+
     def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Called after each optimizer step: moving averages and the like; by default nothing.
 
