@@ -124,4 +124,4 @@ def _told(gain: Gain | None) -> str:
     if gain is None:
         return "without a control"
     interval = "" if gain.low is None else f" (95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {gain.seeds} seeds)"
-    return f"{gain.mean:+.2f} points{interval}"
+    return f"{round(gain.mean, 2) + 0.0:+.2f} points{interval}"

@@ -31,7 +31,7 @@ def show_comparison(found: Comparison) -> None:
     _fold_names(table)
     for line in found.lines:
         table.add_row(
-            escape(line.name), _spread(line.spread), _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}",
+            escape(_parted(line.name)), _spread(line.spread), _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}",
             "" if line.seconds is None else f"{line.seconds / 60:.1f}",
         )  # fmt: skip
     console = page.console()
@@ -52,6 +52,11 @@ def _fold_names(table: Table) -> None:
     table.columns[0].no_wrap, table.columns[-1].no_wrap = False, True
 
 
+def _parted(name: str) -> str:
+    """The name of an arm, baseline-80-epochs, with places where a line may end."""
+    return name.replace("-epochs", " epochs").replace("baseline-", "baseline, ")
+
+
 def _spread(spread: Spread | None) -> str:
     if spread is None:
         return "[red]none[/]"
@@ -61,7 +66,7 @@ def _spread(spread: Spread | None) -> str:
 def _gained(gain: Gain | None) -> str:
     if gain is None:
         return ""
-    return f"{gain.mean:+.2f}" + ("" if gain.high is None else f" ± {gain.high - gain.mean:.2f}")
+    return f"{round(gain.mean, 2) + 0.0:+.2f}" + ("" if gain.high is None else f" ± {gain.high - gain.mean:.2f}")
 
 
 def show_benchmark(report: dict[str, Any]) -> None:
