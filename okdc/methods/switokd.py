@@ -13,7 +13,7 @@ Differs: As in the code, and not in the formula of its README, the teacher pause
     rate). There is one teacher and one student; the paper also has three networks. Distances are means over images, of
     all devices and accumulated batches.
 Costs: The teacher is one whole network, in training only. It runs in a pause, too. Each step waits once more for the
-    device, to decide who learns.
+    device, to decide who learns. summary.csv has the share of pauses in each epoch (log/paused/peer1).
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ class Switokd(Method):
         gap, student, teacher, images = self.apart.tolist()
         self.apart.zero_()
         self.decided = True
-        if too_far(gap / images, student / images, teacher / images):
+        pauses = too_far(gap / images, student / images, teacher / images)
+        if pauses:
             self.pause.hold()
+        self.log(f"paused/{self.cohort.names[1]}", float(pauses))
 
     def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Remember how the step left the teacher."""
