@@ -74,10 +74,13 @@ class Files:
         return image, self.targets[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Packed: of millions of images, lists of paths and labels take time to send to other processes."""
+        """Packed: of millions of images, lists of paths and labels take time to send to other processes.
+
+        By numpy: a tensor made here would be gone, and its shared memory with it, when a spawned process opens it.
+        """
         return {
             "folder": self.folder, "count": len(self), "paths": os.fsencode("\0".join(self.paths)),
-            "targets": self.labels,
+            "targets": self.labels.numpy(),
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -138,7 +138,7 @@ def _train(
         method.train()
         batches = data.train.batches(state.epoch, state.step * settings.grad_accum_steps)
         batches = waiting.over(watch.over(batches, "training", state))
-        state.late = None
+        state.late = 0.0 if clock else None  # of the first epoch of this process alone
         now = time.perf_counter()
         state.between, clock = now - clock if clock else state.between, now
         waiting.taken()

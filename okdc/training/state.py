@@ -53,7 +53,7 @@ class TrainState:
     best_epoch: int | None = None
     confusion: Tensor | None = None  # what the task remembers of that epoch for the report: `Scorer.counts`
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
-    late: float | None = None  # seconds that this process waited for its first batch of the epoch; not saved
+    late: float | None = None  # seconds that this process waited for its very first batch; not saved
     between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
     @property

@@ -108,7 +108,8 @@ def test_deep_images_are_turned_too(tmp_path: Path) -> None:
     assert found and np.array_equal(found.convert("L"), np.rot90(values >> 8, -1))
     config = CONFIG | {"exif": True, "crop_pct": 1.0}
     turned = predict.preprocess(Image.fromarray(np.rot90(values, -1)), config)
-    assert np.array_equal(predict._read(Path(source.train.name(0)), config), turned)
+    shown = predict._read(Path(source.train.name(0)), lambda image: predict.preprocess(image, config))
+    assert np.array_equal(shown, turned)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

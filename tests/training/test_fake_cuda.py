@@ -27,7 +27,7 @@ from okdc.recipe import DataSettings
 from okdc.training.evaluation import evaluate
 from okdc.training.machine import Machine
 from tests.helpers.training import Tiny
-from tests.methods.test_contract import NAMES, asked, build
+from tests.methods.test_contract import CLASSIFYING, asked, build
 
 CUDA = torch.device("cuda")
 
@@ -81,7 +81,7 @@ def step(method: Method, batch: tuple[Tensor, ...], *dtypes: torch.dtype | None)
             assert {z.dtype for z in logits} == {dtype or torch.float32}, "autocast was on"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CLASSIFYING)
 def test_a_step_of_every_method_stays_on_its_device(name: str) -> None:
     method = build(name)
     step(method, asked(method), None, torch.bfloat16)

@@ -76,7 +76,8 @@ class Method(nn.Module):
         constructor, the labels of all training images (None where the data do not say).
         """
         out = self.cohort(images)
-        return self.losses(out, labels) | self._earlier(out, labels)
+        losses, earlier = self.losses(out, labels), self._earlier(out, labels)
+        return losses | earlier if earlier else losses
 
     def _earlier(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         """What the members' earlier stages said, held to the labels, whatever the method."""
