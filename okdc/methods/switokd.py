@@ -4,8 +4,9 @@ Use it when you want a larger network to teach yours (--peers NAME), and have no
 so it works for networks that cannot be cut.
 
 Paper: B. Qian, Y. Wang, H. Yin, R. Hong, M. Wang, Switchable Online Knowledge Distillation, ECCV 2022.
-Code: hfutqian/SwitOKD (0924a9d) was read, and not copied: CIFAR-100/WRN16-2_0.5mobilenetv2/main.py lines 74-105 and
-    ImageNet/ResNet18_34/main.py. Its constants, all 1, are the defaults.
+Code: hfutqian/SwitOKD was read, and not copied: README.md (0924a9d), and in SwitOKD_code the files
+    CIFAR-100/WRN16-2_0.5mobilenetv2/main.py, lines 35-56 and 86-117 (300f729), and ImageNet/ResNet18_34/main.py
+    (574bc51). Its constants, all 1, are the defaults.
 Differs: As in the code, and not in the formula of its README, the teacher pauses only where it is nearer the labels
     than your network. The paper itself was not at hand. In the code the statistics of the teacher's batch norm go on in
     a pause; here they wait, too. Temperature multiplies the KL by its square, and softens the distances from labels,
@@ -13,7 +14,7 @@ Differs: As in the code, and not in the formula of its README, the teacher pause
     rate). There is one teacher and one student; the paper also has three networks. Distances are means over images, of
     all devices and accumulated batches.
 Costs: The teacher is one whole network, in training only. It runs in a pause, too. Each step waits once more for the
-    device, to decide who learns.
+    device, to decide who learns. summary.csv has the share of pauses in each epoch (log/paused/peer1).
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class Switokd(Method):
         gap, student, teacher, images = self.apart.tolist()
         self.apart.zero_()
         self.decided = True
-        if too_far(gap / images, student / images, teacher / images):
+        pauses = too_far(gap / images, student / images, teacher / images)
+        if pauses:
             self.pause.hold()
+        self.log(f"paused/{self.cohort.names[1]}", float(pauses))
 
     def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Remember how the step left the teacher."""

@@ -199,6 +199,11 @@ def _count(state: TrainState, losses: dict[str, float], group: list[Batch], cloc
     return now
 
 
+def _logged(sums: dict[str, float]) -> list[tuple[str, float]]:
+    """What the method has logged in the epoch's steps, and in how many of them."""
+    return [(key.removeprefix("times/"), times) for key, times in sums.items() if key.startswith("times/")]
+
+
 def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     """The line of the history for the epoch that has just been trained; timm's columns come first."""
     sums = state.sums
@@ -211,6 +216,7 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
         **{f"eval_{name}": metrics.get(f"eval_{name}") for name in ("loss", *task.metrics)},
         "lr": state.lr,
         **losses,
+        **{f"log/{name}": sums[f"log/{name}"] / times for name, times in _logged(sums)},
         **{name: metrics.get(name) for name in members},
         "seconds": sums["seconds"] + state.between,
         "images_per_second": state.speed,

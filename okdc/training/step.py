@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -55,17 +55,18 @@ def _step(
         parts[names] = parts.get(names, 0) + torch.stack([term.detach().float() for term in terms]) * portion
 
     state.method.before_step()
+    logged = state.method.logged()
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         raise TrainingError("no parameter that is trained reaches the loss. Unfreeze one that the logits depend on.")
     norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
-    told = torch.cat([*parts.values(), norms.float()])
+    told = torch.cat([*parts.values(), *_scalars(logged.values(), norms), norms.float()])
     # The one time that a step waits for the device.
     values = stop.agree(told, buffers.statistics) if world() > 1 else told.tolist()
     named = list(zip(chain(*parts), values))
     bad = [name for name, value in named if not math.isfinite(value)]
-    bad += ["gradient"] * (not all(map(math.isfinite, values[len(named) :])))
+    bad += ["gradient"] * (not all(map(math.isfinite, values[-len(norms) :])))
     if bad:
         buffers.put_back()
     else:
@@ -83,7 +84,21 @@ def _step(
         state.method.after_step(machine.move(*given) for given in group)
     if state.ema:
         state.ema.update(state.method.cohort.target, step=state.epoch * run.steps + state.step + 1)
+    _note(state, zip(logged, values[len(named) :]))
     return _summed(named)
+
+
+def _scalars(values: Iterable[Tensor | float], like: Tensor) -> Iterator[Tensor]:
+    """Each as a tensor (1,) on a device, where a number need not wait to be copied."""
+    for value in values:
+        yield value.float().reshape(1) if isinstance(value, Tensor) else like.new_full((1,), value, dtype=torch.float32)
+
+
+def _note(state: TrainState, logged: Iterable[tuple[str, float]]) -> None:
+    """Add what a method logged to the sums of the epoch."""
+    for name, value in logged:
+        for key, more in ((f"log/{name}", value), (f"times/{name}", 1)):
+            state.sums[key] = state.sums.get(key, 0) + more
 
 
 def _summed(named: list[tuple[str, float]]) -> dict[str, float]:

@@ -139,6 +139,8 @@ def test_a_run_goes_on_to_the_bit_across_pauses(tmp_path: Path) -> None:
     resumed = run(tmp_path / "again", settings, method=counted(), resume=tmp_path / "again" / "last.pth.tar")
     assert_same_run(straight, resumed, tmp_path / "straight", tmp_path / "again")
     pauses = straight.method.pauses
+    shares = [row["log/paused/peer1"] for row in resumed.history]
+    assert shares == [sum(pauses[6 * epoch : 6 * epoch + 6]) / 6 for epoch in range(3)]
     assert {True, False} == set(pauses[9:]) and pauses[9:] == resumed.method.pauses
 
 

@@ -36,6 +36,7 @@ from tests.helpers.training import (
     CLASSES,
     SETTINGS,
     STEPS,
+    TIMES,
     Crash,
     Tiny,
     assert_same_run,
@@ -154,6 +155,41 @@ def test_each_batch_of_a_step_may_have_losses_of_other_names(tmp_path):
     assert second["loss/ce"] + second["loss/kl"] + second["loss/even"] == pytest.approx(second["train_loss"])
     for name, value in plain.method.cohort.state_dict().items():
         torch.testing.assert_close(value, other.method.cohort.state_dict()[name])
+
+
+class Logging(Tiny):
+    """Logs a tensor for each batch, and a number in every other step."""
+
+    def losses(self, out, labels):
+        parts = super().losses(out, labels)
+        self.log("ce", 2 * parts["ce"])
+        return parts
+
+    def before_step(self):
+        if self.steps_seen % 2:
+            self.log("odd", self.steps_seen)
+
+
+def test_what_a_method_logs_is_in_the_row_and_not_in_the_loss(tmp_path):
+    settings = replace(SETTINGS, epochs=1, grad_accum_steps=2)
+    plain, logging = (run(tmp_path / kind.__name__, settings, method=kind()) for kind in (Tiny, Logging))
+    first, second = plain.history[-1], logging.history[-1]
+    assert second["log/ce"] == pytest.approx(2 * first["loss/ce"]) and second["log/odd"] == 1  # of three steps
+    assert {name: second[name] for name in first if name not in TIMES} == {
+        name: value for name, value in first.items() if name not in TIMES
+    }
+    assert "log/ce" in (tmp_path / "Logging" / "summary.csv").read_text()
+
+
+def test_a_compiled_method_logs_too():
+    method = Logging()
+    forward = torch.compile(method, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        parts = forward(torch.randn(4, 3, 8, 8), torch.arange(4) % 3)
+        logged = method.logged()
+        assert list(logged) == ["ce"] and not logged["ce"].requires_grad
+        torch.testing.assert_close(logged["ce"], 2 * parts["ce"].detach())
 
 
 @pytest.mark.parametrize("on_updates", [False, True])

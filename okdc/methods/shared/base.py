@@ -61,6 +61,7 @@ class Method(nn.Module):
         self.register_buffer("epoch", torch.zeros(()))
         self.register_buffer("epochs", torch.ones(()))
         self.register_buffer("lr", torch.zeros(()))
+        self._logged: dict[str, tuple[Tensor | float, int]] = {}  # sums, and of how many
 
     @property
     def task(self) -> Task:
@@ -93,6 +94,20 @@ class Method(nn.Module):
         compares images with one another, or fills a buffer, takes all of them by `okdc.ranks.gather`.
         """
         raise NotImplementedError
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """Write a scalar down that is no loss: summary.csv has its mean over the epoch's steps as `log/NAME`.
+
+        Call it in `losses` or `before_step`, in the same steps on all devices, whose mean is taken.
+        """
+        so_far, times = self._logged.get(name, (0.0, 0))
+        self._logged[name] = so_far + (value.detach() if isinstance(value, Tensor) else value), times + 1
+
+    def logged(self) -> dict[str, Tensor | float]:
+        """The mean of each scalar that was logged since this was last asked; the loop asks once a step."""
+        means = {name: total / times for name, (total, times) in self._logged.items()}
+        self._logged.clear()
+        return means
 
     def ensemble(self, out: CohortOutput) -> Tensor:
         """Logits (B, C) of the cohort as a whole; by default the mean of what all learners say."""

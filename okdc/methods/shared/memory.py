@@ -15,7 +15,8 @@ from okdc.errors import MethodError
 if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
-_OF_TORCH = vars(nn.Module()).keys()  # what every module has, its parameters, buffers and modules among it
+# What every module has, its parameters, buffers and modules among it, and what a method logs in a step.
+_OURS = vars(nn.Module()).keys() | {"_logged"}
 
 Kept = dict[str, dict[str, tuple[Any, Any]]]  # by module and attribute: the value, and what was in it
 
@@ -94,7 +95,7 @@ def _own(method: Method) -> dict[str, nn.Module]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    return {name: value for name, value in vars(module).items() if name not in _OURS}
 
 
 def _content(value: Any) -> Any:

@@ -71,6 +71,7 @@ def _undone(method: Method) -> Iterator[None]:
             yield
     finally:
         put_back(method, before)
+        method.logged()  # and forgotten
 
 
 def _refuse_groups(method: Method) -> None:
