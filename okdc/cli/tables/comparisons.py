@@ -31,8 +31,8 @@ def show_comparison(found: Comparison) -> None:
     _fold_names(table)
     for line in found.lines:
         table.add_row(
-            escape(_parted(line.name)), _spread(line.spread), _gained(line.gain), _gained(line.equal), f"{line.compute:.2f}",
-            "" if line.seconds is None else f"{line.seconds / 60:.1f}",
+            escape(_parted(line.name)), _spread(line.spread), _gained(line.gain), _gained(line.equal),
+            f"{line.compute:.2f}", "" if line.seconds is None else f"{line.seconds / 60:.1f}",
         )  # fmt: skip
     console = page.console()
     console.print("\n", table, sep="")
