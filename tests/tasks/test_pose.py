@@ -196,6 +196,17 @@ def test_scores_are_of_the_source_and_add_up_over_processes(monkeypatch: pytest.
     assert parts[0].value()["pck@0.1"] == found["pck@0.1"] and parts[0].value()["loss"] == pytest.approx(found["loss"])
 
 
+def test_images_of_a_loader_are_pictures_by_themselves_whatever_batch_they_came_in() -> None:
+    pytest.importorskip("pycocotools", reason="OKS-AP needs pycocotools: pip install okdc[pose]")
+    here, there = torch.tensor([[[20.0, 20.0, 1.0]]]), torch.tensor([[[70.0, 70.0, 1.0]]])
+    task = Pose({"input_size": (3, 96, 96)})
+    for first, second, expected in ((here, there, 100), (there, here, 0)):  # as if they were of one picture: 100
+        scorer = task.scorer(1)
+        for said, true in ((first, here), (second, there)):
+            scorer.update(heatmaps.render(said, (24, 24), 4.0, 1.5), true)
+        assert scorer.value()["ap"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_files_agree_on_points_that_move_less_than_half_a_pixel_of_the_map() -> None:
     tally, maps = pose().tally(), heatmaps.render(points(4) * 0.8 + 3, (16, 16), 2.0, 1.5).numpy()
     near = heatmaps.render((points(4) * 0.8 + 3) + torch.tensor([0.8, 0, 0]), (16, 16), 2.0, 1.5).numpy()

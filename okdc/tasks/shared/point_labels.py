@@ -1,7 +1,8 @@
 """The labels of key points: x and y in input pixels, a weight, and perhaps where the image came from. K key points.
 
 Columns after the third are alike for all points of an image: pixels of the source per pixel of the input, the length
-that PCK counts in and the area of OKS in pixels of the source, and the number of the picture.
+that PCK counts in and the area of OKS in pixels of the source, and the number of the picture, below 0 for one that has
+one instance alone.
 """
 
 from __future__ import annotations
@@ -43,6 +44,5 @@ def with_origin(labels: Tensor, input_size: Sequence[int]) -> Tensor:
     if labels.shape[2] > COLUMNS:
         return labels
     height, width = input_size[-2:]
-    origin = labels.new_tensor([1.0, max(height, width), AREA * height * width]).expand(*labels.shape[:2], 3)
-    pictures = torch.arange(len(labels), device=labels.device, dtype=labels.dtype).view(-1, 1, 1)
-    return torch.cat([labels, origin, pictures.expand(-1, labels.shape[1], -1)], 2)
+    origin = labels.new_tensor([1.0, max(height, width), AREA * height * width, -1.0])
+    return torch.cat([labels, origin.expand(*labels.shape[:2], ORIGIN)], 2)

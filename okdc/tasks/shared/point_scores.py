@@ -75,7 +75,8 @@ class PointScorer(Scorer):
         told = {name: found[name] for name in ("pck@0.05", "pck@0.1", "pck@0.2", "error")}
         if has_coco():
             table = torch.cat(self.parts)
-            areas, pictures = table[:, 0, 8], table[:, 0, 9].long().tolist()
+            areas, numbers = table[:, 0, 8], table[:, 0, 9].long().tolist()
+            pictures = [number if number >= 0 else -1 - i for i, number in enumerate(numbers)]
             told["ap"] = average_precision(table[..., :3], table[..., 3:6], areas, pictures, self.maps.sigmas)["AP"]
         return {"loss": self.loss / self.images, **told}
 
