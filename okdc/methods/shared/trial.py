@@ -31,8 +31,9 @@ log = logging.getLogger("okdc")
 def batch_of(method: Method, needs: Needs = NOTHING, size: int = IMAGES) -> tuple[Tensor, ...]:
     """Noise and labels as the method asks for them."""
     anatomy, first = method.cohort.anatomy, next(method.parameters())
-    views = (len(method.cohort),) if needs.views else ()
-    images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
+    views = len(needs.strengths(len(method.cohort)))
+    shape = (*((views,) if views > 1 else ()), size, *anatomy.input_size)
+    images = torch.randn(shape, device=first.device, dtype=first.dtype)
     indices = torch.arange(size, device=first.device)
     labels = method.task.made_up(indices // 2, anatomy.num_classes)
     return (images, labels, indices) if needs.indices else (images, labels)
