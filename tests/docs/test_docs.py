@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shlex
 import sys
@@ -187,6 +188,10 @@ def test_a_mean_teacher_with_weak_and_strong_views_is_as_the_page_shows(
     weak, strong = case.batch(method)[0]
     assert not torch.equal(weak, strong) and 0 <= method.logged()["agreement"] <= 1
     mean, trained = method.mean.head.weight, method.cohort.target.head.weight
+    assert method.student is method.mean
+    for network in (method.mean, method.byproducts()["trained"], method.strip()):  # each ships as it is
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+        assert b"okdc" not in pickle.dumps(network)
     torch.testing.assert_close(mean, (case.build().mean.head.weight + trained) / 2)  # at first half of each
 
 
