@@ -29,8 +29,9 @@ REMEMBERED = (
     "epoch", "step", "sums", "skipped_in_a_row", "best", "best_epoch", "confusion", "history", "between",
 )  # fmt: skip
 
-# The version of how pairs and images to compare with are drawn; a checkpoint that says none is of the first.
-DRAWS = 2
+# The version of what is drawn, of the first where a checkpoint says none: pairs and images to compare with changed in
+# the second, what is random in streams in the third.
+DRAWS = 3
 
 
 @dataclass
