@@ -158,14 +158,14 @@ def is_free(port: int) -> bool:
         return tried.connect_ex(("localhost", port)) != 0
 
 
-def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
+def start(*arguments: str, processes: int = 2, file: str = __file__, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, *arguments], env=common | {"RANK": str(i), **environment},
+            [sys.executable, "-W", "error", file, *arguments], env=common | {"RANK": str(i), **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(processes)
