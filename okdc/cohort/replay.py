@@ -201,6 +201,8 @@ class Replay(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # what Python asks of everything: how the original is copied is its own affair
+                raise
             return getattr(self.__dict__["_original"][0], name)
 
     def __len__(self) -> int:

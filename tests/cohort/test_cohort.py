@@ -279,6 +279,8 @@ def test_a_copy_of_a_member_alone_has_nothing_of_the_cohort(kind: type[nn.Module
     assert torch.equal(lonely(example()), cohort(example()).logits[0]) and len(seen) == 4
     twin = copy.deepcopy(cohort)
     again = copy.deepcopy(twin)  # a copy of a copy is as good
+    assert list(again.state_dict()) == list(twin.state_dict()) == list(cohort.state_dict())
+    assert sum(isinstance(m, Replay) for m in again.modules()) == sum(isinstance(m, Replay) for m in cohort.modules())
     assert hooks(again.target) == hooks(cohort.target) and hooks(copy.deepcopy(again.target)) == 1
     said, expected = again(example()), cohort(example())
     assert all(map(torch.equal, (*said.logits, *said.embeddings), (*expected.logits, *expected.embeddings)))
