@@ -35,7 +35,7 @@ from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingErr
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.pipeline import run_folder
-from okdc.ranks import _Sum, local_rank, rank, world
+from okdc.ranks import gather, local_rank, rank, world
 from okdc.recipe import DataSettings, Recipe, TrainSettings
 from okdc.system.signals import end_with_parent
 from okdc.training import fit
@@ -68,9 +68,9 @@ class Synchronised(nn.BatchNorm2d):
             return super().forward(x)
         axes = [0, *range(2, x.dim())]
         n = world() * x.numel() / x.shape[1]
-        mean = _Sum.apply(x.sum(axes)) / n
+        mean = gather(x.sum(axes)[None]).sum(0) / n
         shape = (1, -1, *[1] * (x.dim() - 2))
-        var = _Sum.apply((x - mean.view(shape)).square().sum(axes)) / n
+        var = gather((x - mean.view(shape)).square().sum(axes)[None]).sum(0) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

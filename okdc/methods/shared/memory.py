@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort
 from okdc.errors import MethodError
+from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
 # What every module has, its parameters, buffers and modules among it, and what a method logs in a step.
 _OURS = vars(nn.Module()).keys() | {"_logged"}
+
+_CONSTANT = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Task)
 
 Kept = dict[str, dict[str, tuple[Any, Any]]]  # by module and attribute: the value, and what was in it
 
@@ -61,6 +64,27 @@ def put_back(method: Method, before: Kept) -> None:
                 value.clear()
                 value.update(content)
             vars(module)[name] = value
+
+
+def can_be_put_back(method: Method) -> bool:
+    """Whether `put_back` undoes all that a step may do to plain attributes: it does not look into other objects."""
+    known = {id(each) for each in (*method.parameters(), *method.buffers(), *method.modules())}
+    return all(_is_plain(value, known) for module in _own(method).values() for value in _attributes(module).values())
+
+
+def _is_plain(value: Any, known: set[int]) -> bool:
+    """A tensor, a list, set or dictionary of what never changes, or what never changes itself."""
+    if isinstance(value, (list, set, dict)):
+        return all(_is_constant(each, known) for each in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor) or _is_constant(value, known)
+
+
+def _is_constant(value: Any, known: set[int]) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(_is_constant(each, known) for each in value)
+    if id(value) in known:  # put back elsewhere
+        return True
+    return value is None or isinstance(value, _CONSTANT) or (callable(value) and not isinstance(value, nn.Module))
 
 
 def forgotten(method: Method, before: Kept, after: Kept) -> list[str]:
