@@ -68,8 +68,8 @@ def load(
     _refuse_balance(settings, needs)
     _tell_alike(settings, strengths)
     if isinstance(source.train, Stream):
-        _refuse_stream(settings, needs, world)
-        return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
+        _refuse_stream(settings, needs)
+        return load_stream(source, settings, config, part, validation_batch_size, seed, augmentation, device)
     images, aside = _set_aside(source, settings.holdout)
     images, held_out = images.split(HELD_OUT) if needs.held_out else (images, None)
     _check_fills(part, len(images), source.name)
@@ -202,12 +202,7 @@ def _refuse_needs(needs: Needs, why: str) -> None:
         raise DataError(f"the method needs {' and '.join(wanted)}, and {why} another --method (okdc methods).")
 
 
-def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
-    if world > 1:
-        raise DataError(
-            f"{settings.data} is a stream, which is only read from front to back, and cannot be divided evenly among "
-            f"{world} devices. Unpack it to a folder with train/ and val/, or use --devices 1."
-        )
+def _refuse_stream(settings: DataSettings, needs: Needs) -> None:
     if settings.balanced_sampling:
         raise DataError(
             f"--balanced-sampling picks images by their class, and {settings.data} is a stream, which is only read "

@@ -61,7 +61,7 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
     kind = type(method)
     refuse_hidden(method)
     _refuse_groups(method)
-    with _undone(method):
+    with undone(method):
         batch = batch_of(method, needs)
         before = kept(method)
         soft = _softened(method, batch) if soft_labels and batch[1].dim() == 1 else None
@@ -74,14 +74,14 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
 
 
 @contextmanager
-def _undone(method: Method) -> Iterator[None]:
+def undone(method: Method) -> Iterator[None]:
     """All is afterwards what it was: buffers, modes, random numbers, gradients, and what is remembered beside them."""
-    before, gradients = kept(method), [(p, p.grad) for p in method.parameters()]
+    before, own = kept(method), [(p, p.grad) for p in method.parameters()]
     try:
         with unchanged(method):
             yield
     finally:
-        for parameter, gradient in gradients:
+        for parameter, gradient in own:
             parameter.grad = gradient
         put_back(method, before)
         method.logged()  # and forgotten
@@ -176,11 +176,23 @@ def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
 
 
 def _reached(total: Tensor, learning: list[nn.Parameter]) -> set[int]:
-    """The ids of the parameters that a loss reaches, which have their gradients now."""
+    """The ids of the parameters that a loss reaches, which have what it gives them as gradients now."""
+    found = gradients(total, learning)
+    for parameter, gradient in zip(learning, found, strict=True):
+        parameter.grad = gradient
+    return {id(p) for p in learning if p.grad is not None}
+
+
+def gradients(total: Tensor, learning: list[nn.Parameter]) -> list[Tensor | None]:
+    """What a loss gives to each parameter; their own gradients are afterwards what they were."""
+    before = [p.grad for p in learning]
     for parameter in learning:
         parameter.grad = None
     total.backward()  # not autograd.grad, which gradient checkpointing may refuse
-    return {id(p) for p in learning if p.grad is not None}
+    found = [p.grad for p in learning]
+    for parameter, gradient in zip(learning, before, strict=True):
+        parameter.grad = gradient
+    return found
 
 
 def _groups(method: Method) -> dict[str, list[nn.Parameter]]:
