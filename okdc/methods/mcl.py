@@ -15,13 +15,14 @@ Mixup: The authors do without. With --mixup or --cutmix the contrast of an image
     are for one image each: a mixed image moves the row of the one that it has more of, by 2 share - 1 of what a whole
     one would, so half and half moves none. No run of ours shows what it gains.
 Costs: One whole network more (or, with members=3 and more, the last two stages of each), and a head of two small layers
-    per member. memory=true keeps an embedding of every training image for each network, and reads 8194 of them for each
-    image, twice as many with mixup.
+    per member. memory=true keeps an embedding of every training image for each network, width x 4 bytes, and reads 8194
+    of them for each image, twice as many with mixup. bank_dtype=float16 halves what is kept: numbers are rounded to 11
+    bits, and still compared in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class Mcl(Method):
         width: int = 128,
         negatives: int = 8192,
         memory_momentum: float = 0.5,
+        bank_dtype: Literal["float32", "float16"] = "float32",
         train_labels: Tensor | None = None,
     ) -> None:
         super().__init__(cohort)
@@ -66,7 +68,9 @@ class Mcl(Method):
         self.temperature = temperature
         self.logit_kd = self.compares = logit_kd
         self.heads = nn.ModuleList(EmbeddingHead(inputs, width) for inputs in cohort.embedding_widths)
-        self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
+        self.bank = None
+        if memory:
+            self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum, dtype=bank_dtype)
         self.register_buffer("train_labels", train_labels, persistent=False)
 
     def forward(

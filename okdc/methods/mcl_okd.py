@@ -14,7 +14,8 @@ Differs: The one member that learns from the mean of all, and ships, is your net
     of each loss with the banks, Z being each one's own, and move rows as in mcl (okdc methods mcl).
 Costs: Each branch runs the tail (the last two stages) once more, and each member has a linear head. Memory: banks take
     members x N x width x 4 bytes (0.1 GB for CIFAR, 2.6 GB for ImageNet), also in checkpoints. A step takes members x B
-    x (1 + negatives) x width x 4 bytes, twice that with mixup.
+    x (1 + negatives) x width x 4 bytes, twice that with mixup. bank_dtype=float16 halves what banks take: numbers are
+    rounded to 11 bits, and still compared in float32.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class MclOkd(Method):
         replacement: bool = False,
         positive: Literal["exact", "relax"] = "exact",
         momentum: float = 0.5,
+        bank_dtype: Literal["float32", "float16"] = "float32",
         distill_all: bool = False,
     ) -> None:
         super().__init__(cohort)
@@ -65,7 +67,7 @@ class MclOkd(Method):
         self.positive = positive
         self.distill_all = distill_all
         self.heads = nn.ModuleList(nn.Linear(inputs, width) for inputs in cohort.embedding_widths)
-        self.bank = Bank(train_labels, len(cohort), width, negatives, momentum, replacement)
+        self.bank = Bank(train_labels, len(cohort), width, negatives, momentum, replacement, bank_dtype)
 
     @classmethod
     def needs(cls, **settings: Any) -> Needs:
@@ -90,7 +92,8 @@ class MclOkd(Method):
     def embed(self, out: CohortOutput) -> list[Tensor]:
         """The members' embeddings (B, width), of length 1."""
         with torch.autocast(out.logits[0].device.type, enabled=False):  # what banks keep needs the precision
-            wide = [head(x.to(self.bank.rows.dtype)) for head, x in zip(self.heads, out.embeddings, strict=True)]
+            dtype = next(self.heads.parameters()).dtype
+            wide = [head(x.to(dtype)) for head, x in zip(self.heads, out.embeddings, strict=True)]
             return [F.normalize(x, dim=1) for x in wide]
 
     def draw(self, indices: Tensor) -> Tensor:

@@ -242,6 +242,24 @@ def test_what_enters_the_bank_of_a_mixed_image() -> None:
     assert torch.equal(bank.rows[0, untouched], before[untouched])
 
 
+def test_a_bank_of_half_precision_takes_half_the_memory_and_says_nearly_the_same() -> None:
+    torch.manual_seed(0)
+    half, full = (method(memory=True, negatives=16, bank_dtype=dtype) for dtype in ("float16", "float32"))
+    full.load_state_dict(copy.deepcopy(half.state_dict()))  # rows too, which any float32 can hold
+    assert full.bank.rows.dtype == torch.float32 and 2 * half.bank.rows.nbytes == full.bank.rows.nbytes
+    parts = []
+    for mcl in (half, full):
+        torch.manual_seed(5)
+        first = mcl(IMAGES, LABELS, torch.arange(8))
+        again = mcl(IMAGES, LABELS, torch.arange(8))
+        parts.append({name: x.detach() for name, x in [*first.items(), *((f"then {n}", x) for n, x in again.items())]})
+    assert half.bank.rows.dtype == torch.float16 and all(x.dtype == torch.float32 for x in parts[0].values())
+    torch.testing.assert_close(half.bank.rows.float(), full.bank.rows, rtol=0, atol=3e-4)  # two roundings
+    names = ("vcl", "icl", "soft_vcl", "soft_icl")
+    assert all(parts[0][name] == parts[1][name] for name in names)  # of the same rows
+    assert all(parts[0][f"then {name}"] == pytest.approx(float(parts[1][f"then {name}"]), rel=1e-3) for name in names)
+
+
 def test_networks_of_another_architecture() -> None:
     plan = Mcl.plan(inspect(Tiny(), IMAGES), peers=[Tokens()])
     mcl = Mcl(Cohort(Tiny(), IMAGES, plan, taps=Mcl.taps))

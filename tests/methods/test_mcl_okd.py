@@ -194,6 +194,14 @@ def test_banks_remember_the_images_of_a_training_batch_alone() -> None:
     assert "bank.rows" in made.state_dict() and "bank.order" not in made.state_dict()
 
 
+def test_banks_of_half_precision_are_compared_in_float32() -> None:
+    made, images, indices = method(bank_dtype="float16"), torch.randn(4, 3, 32, 32), torch.tensor([3, 9, 20, 7])
+    parts = made(images, LABELS[indices], indices)
+    assert made.bank.rows.dtype == torch.float16 and parts["nce/target"].dtype == torch.float32
+    sum(parts.values()).backward()
+    torch.testing.assert_close(made.bank.rows[:, indices].float().norm(dim=2), torch.ones(3, 4), atol=1e-3, rtol=0)
+
+
 def test_an_image_that_is_twice_in_a_batch_leaves_its_last_embedding() -> None:
     made, embeddings = method(2, momentum=0.0), nn.functional.normalize(torch.randn(2, 3, 128), dim=2)
     made.bank.update(torch.tensor([5, 6, 5]), list(embeddings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -165,6 +166,17 @@ REFUSED: dict[str, tuple[type[Method], str]] = {
         "reaches the target.*leave out .detach",
     ),
     "param_groups without the target": (Groups, "param_groups of Groups has no parameter of the target"),
+    "an after_step that fails": (
+        author(after_step=lambda self, batches: next(batches).mean()),
+        r"after_step of Mine fails in a first step, in line \d+ of test_mistakes.py: AttributeError: .*read once",
+    ),
+    "an after_step without batches": (
+        author(after_step=lambda self: None), r"after_step of Mine fails in a first step: TypeError: .*read once",
+    ),
+    "a before_step that fails": (
+        author(before_step=lambda self: self.cohort.target.head.weight.grad.missing()),
+        "before_step of Mine fails in a first step, in line .*when a step has its gradients",
+    ),
     "modules in a plain list": (Hidden, r"self.heads of Hidden is a plain list with a Linear that learns.*ModuleList"),
 }  # fmt: skip
 
@@ -215,6 +227,34 @@ class Grows(Method):
         return super().forward(images, labels)
 
 
+class Following(Method):
+    """All that a step changes besides weights is changed after it."""
+
+    losses = author().losses
+    inside: dict[str, Any] | None = None
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__(cohort)
+        self.mean = copy.deepcopy(cohort.target).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros(()))
+        self.counts, self.seen = {"steps": 0}, 0
+        if self.inside is not None:
+            self.further = self.inside
+
+    def before_step(self) -> None:
+        assert self.cohort.target.head.weight.grad is not None
+
+    @torch.no_grad()
+    def after_step(self, batches: Any) -> None:
+        for mean, new in zip(self.mean.parameters(), self.cohort.target.parameters(), strict=True):
+            assert new.grad is None
+            mean.lerp_(new + 1, 0.5)
+        self.cohort.target.head.weight.mul_(2)
+        self.steps += len(next(batches)[1])
+        self.counts["steps"] += 1
+        self.seen += 1
+
+
 WARNED: dict[str, tuple[type[Method], list[str]]] = {
     "nothing wrong": (author(), []),
     "a sum instead of a mean": (
@@ -238,6 +278,8 @@ WARNED: dict[str, tuple[type[Method], list[str]]] = {
         author(tap=("embeddings",), on_epoch_start=lambda self: None, views=2, heads=3),
         ["Mine.on_epoch_start is nothing .* mean begin_epoch", "Mine.tap is .* mean taps", "Mine.views .* mean needs"],
     ),
+    "what after_step counts": (Following, ["self.seen went from 0 to 1 in a step, and no checkpoint has it"]),
+    "what could not be put back is not tried": (type("Mine", (Following,), {"inside": {"other": object()}}), []),
     "a teacher in a list": (type("Mine", (Hidden,), {"frozen": True}), []),
 }  # fmt: skip
 
@@ -293,6 +335,16 @@ def test_the_step_on_trial_leaves_nothing_behind() -> None:
     assert torch.equal(torch.rand(3), drawn)
     for mine, theirs in zip(method.state_dict().values(), by_hand.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_what_follows_a_step_is_tried_and_undone() -> None:
+    network = Tiny()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    method = okdc.build(network, IMAGES, Following, share="none")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in method.mean.state_dict().items())
+    assert (method.steps, method.counts, method.seen) == (0, {"steps": 0}, 0)
+    assert all(p.grad is None for p in method.parameters())
 
 
 # --- how it is named --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import ceil, log1p, sqrt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def mutual_contrast(
     `mixed`: of what the anchors, and where there are no rows the candidates, are mixed.
     """
     if rows is None:
-        batch = _Batch([gather(each, 1) for each in embeddings], labels, mixed)
+        batch = _Batch(_of_all_ranks(embeddings), labels, mixed)
     pairs = []
     with torch.autocast(embeddings[0].device.type, enabled=False):
         for i, j in combinations(range(len(embeddings)), 2):
@@ -76,12 +76,17 @@ def mutual_contrast(
     return Terms(*(torch.stack(values).sum() for values in zip(*pairs, strict=True)))
 
 
+def _of_all_ranks(embeddings: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Embeddings (S, B, d) of each network as those of the whole batch, (S, N, d), told in one message."""
+    return embeddings if world() == 1 else gather(torch.cat(list(embeddings)), 1).split([len(x) for x in embeddings])
+
+
 class _Batch:
     """The candidates, which are the batch of all ranks: embeddings (S, N, d) of each network, and what of the own
     anchors (B,) they are; `share` of the whole batch's mean over its anchors is a sum over the own ones.
     """
 
-    def __init__(self, everyone: list[Tensor], labels: Tensor, mixed: Mixed | None = None) -> None:
+    def __init__(self, everyone: Sequence[Tensor], labels: Tensor, mixed: Mixed | None = None) -> None:
         self.everyone = everyone
         labels = labels if labels.dim() == 1 else labels.argmax(1)
         place = rank() * len(labels) + torch.arange(len(labels), device=labels.device)
@@ -176,7 +181,8 @@ class Bank(nn.Module):
     """The last embedding of every training image in each of M networks, and the images that each is compared with.
 
     With `replacement`, or where the other classes have too few, an image may be drawn more than once for another one.
-    DataError without `labels` (N,), or where they are of one class.
+    `dtype` is what rows are kept in; they are compared and moved in float32 at least. DataError
+    without `labels` (N,), or where they are of one class.
     """
 
     rows: Tensor
@@ -192,6 +198,7 @@ class Bank(nn.Module):
         negatives: int,
         momentum: float,
         replacement: bool = True,
+        dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
         super().__init__()
         if labels is None or len(labels.unique()) < 2:
@@ -203,7 +210,8 @@ class Bank(nn.Module):
             )
         self.negatives, self.momentum = negatives, momentum
         spread = 1 / sqrt(width / 3)
-        self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
+        rows = torch.empty(networks, len(labels), width, dtype=getattr(torch, dtype))
+        self.register_buffer("rows", rows.uniform_(-spread, spread))
         counts = labels.bincount()
         others = len(labels) - int(counts.max())
         self.replacement = replacement or negatives > others
@@ -242,8 +250,8 @@ class Bank(nn.Module):
         return place.gather(1, doubled(place).sort(dim=1, stable=True).indices[:, : self.negatives])
 
     def gather(self, drawn: Tensor) -> list[Tensor]:
-        """The rows of images (B, K) in each network's bank, M times (B, K, d)."""
-        return [rows[drawn] for rows in self.rows]
+        """The rows of images (B, K) in each network's bank, M times (B, K, d), in float32 at least."""
+        return [rows[drawn].to(torch.promote_types(rows.dtype, torch.float32)) for rows in self.rows]
 
     def held(self, drawn: Sequence[Tensor], shares: Tensor | None) -> tuple[list[Tensor], Mixed | None]:
         """The rows of what `draw_each` drew, as `mutual_contrast` takes them."""
@@ -257,18 +265,18 @@ class Bank(nn.Module):
         Of mixed images, indices (B, 2) and `shares` (B,) of the first, it moves the row of the one that has more, by as
         much less as the other has of it: not at all where both have half.
         """
-        momentum: float | Tensor = self.momentum
+        now, more = gather(torch.stack(list(embeddings)), 1), None
         if shares is not None:
             indices = torch.where(shares < 0.5, indices[:, 1], indices[:, 0])
-            momentum = 1 - (1 - momentum) * gather((2 * shares - 1).abs().to(self.rows))[:, None]
-        indices, embeddings = gather(indices), [gather(each.detach()) for each in embeddings]
+            more = gather((2 * shares - 1).abs().to(now))
+        indices = gather(indices)
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
-        momentum = momentum if shares is None else momentum[last]  # type: ignore[index]
-        for rows, new in zip(self.rows, embeddings, strict=True):
-            old = rows[indices]
-            moved = F.normalize(momentum * old + (1 - momentum) * new[last])
-            rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old)
+        kept = self.momentum if more is None else 1 - (1 - self.momentum) * more[last, None]
+        for rows, new in zip(self.rows, now, strict=True):
+            old = rows[indices].to(new.dtype)
+            moved = F.normalize(kept * old + (1 - kept) * new[last])
+            rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old).to(rows.dtype)
 
 
 def doubled(numbers: Tensor) -> Tensor:
