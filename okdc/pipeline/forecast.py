@@ -73,9 +73,9 @@ def announce(recipe: Recipe, control: bool) -> None:
 
 def told(found: Forecast) -> str:
     """What to expect, and, where that is long, what to add to the command for less."""
-    text = f"Training takes about {about(found.seconds)} on this CPU, if nothing else runs"
+    text = f"Training takes about {about(found.seconds)} on this CPU if nothing else runs"
     if found.control:
-        text += f": {about(found.epochs * found.control)} for the control, and then the run"
+        text += f", with the control ({about(found.epochs * found.control)} of it)"
     if found.seconds <= LONG:
         return _filled(f"{text}.")
     rows = [f"  {flags:46}about {about(seconds)}" for flags, seconds in _shorter(found)]
