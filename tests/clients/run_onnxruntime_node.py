@@ -1,4 +1,4 @@
-"""onnxruntime-node, the native build for programs in JavaScript, run as export/run_onnxruntime_web.py runs the other."""
+"""onnxruntime-node, the native build for programs in JavaScript; export/run_onnxruntime_web.py has the way to node."""
 
 from __future__ import annotations
 

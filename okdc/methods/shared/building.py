@@ -86,8 +86,9 @@ def _cohort(
     plan = kind.plan(anatomy, **wishes, **forms, **{k: v for k, v in settings.items() if k in planned})
     _refuse_ignored(forms, plan)
     return Cohort(
-        network, example, plan, taps=kind.taps, trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options
-    )
+        network, example, plan, taps=kind.taps, tapped=kind.tapped(anatomy, **settings),
+        trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options,
+    )  # fmt: skip
 
 
 def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:
