@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -250,5 +251,5 @@ def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Disp
         return
     first(lambda: saver.save(wait=True))
     where = f"{counted(state.epoch, 'epoch')} and {state.step} of {run.steps} steps are done and saved"
-    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {run.last}")
+    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {quote(str(run.last))}", always=True)
     raise SystemExit(stop.exit_code)

@@ -1,4 +1,4 @@
-"""onnxruntime-node, the native build for programs in JavaScript, run as export/run_onnxruntime_web.py does the other."""
+"""onnxruntime-node, the native build for programs in JavaScript, run as run_onnxruntime_web runs the other."""
 
 from __future__ import annotations
 

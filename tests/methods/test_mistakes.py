@@ -21,6 +21,7 @@ from okdc.errors import CutError, MethodError, RecipeError
 from okdc.losses import cross_entropy
 from okdc.methods import Method
 from okdc.methods.shared.parts import ramp
+from okdc.needs import Needs
 from okdc.pipeline.assemble_cohort import build_method
 from tests.helpers.networks import Tiny
 
@@ -44,6 +45,8 @@ def cohort(*taps: str) -> Cohort:
         ({"trunk_gradient": "average"}, "trunk_gradient is 'average'; expected 'sum' or 'mean'"),
         ({"members": "3"}, "members is '3'; expected a whole number"),
         ({"members": 0}, "members is 0; expected a whole number of 1 or more"),
+        ({"needs": lambda self: Needs()}, "needs is a function; expected a class method"),
+        ({"needs": Needs(views=True)}, "needs is a Needs; expected a class method"),
         ({"tasks": "classify"}, r"tasks is the string 'classify'; expected a tuple"),
     ],
 )
@@ -116,6 +119,13 @@ class Unbegun(Begun):
         self.temperature = 3.0
 
 
+class Asks(Method):
+    losses = author().losses
+
+    def __init__(self, cohort: Cohort, margin: float) -> None:
+        super().__init__(cohort)
+
+
 class Groups(Method):
     losses = author().losses
 
@@ -143,6 +153,7 @@ REFUSED: dict[str, tuple[type[Method], str]] = {
     "a float": (gives(lambda out, y: {"ce": out.logits[0].sum().item()}), r"'ce' of Mine is a float.*item\(\)"),
     "no gradient": (gives(lambda out, y: {"ce": out.logits[0].detach().sum()}), r"no loss of Mine has a gradient"),
     "a number for a name": (gives(lambda out, y: {0: out.logits[0].sum()}), "Mine calls a loss 0; expected a string"),
+    "a setting without a default": (Asks, r"Asks cannot be made without margin: .*-kwargs margin=VALUE"),
     "no losses": (type("Mine", (Method,), {}), "Mine has no losses: write `def losses"),
     "no super().__init__ before a module": (Begun, r"__init__ of Begun does not call super\(\).__init__\(cohort\)"),
     "no super().__init__ at all": (Unbegun, r"__init__ of Unbegun does not call super\(\).__init__\(cohort\)"),
@@ -202,6 +213,20 @@ class Saved(Centred):
         self.centre, self.seen = state["centre"], state["seen"]
 
 
+class Grows(Method):
+    """A mutable default, too."""
+
+    losses = gives(lambda out, y: both(out, y)).losses
+
+    def __init__(self, cohort: Cohort, *, seen: list[int] = [1]) -> None:  # noqa: B006
+        super().__init__(cohort)
+        self.seen = seen
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.seen.append(1)
+        return super().forward(images, labels)
+
+
 class Following(Method):
     """All that a step changes besides weights is changed after it."""
 
@@ -248,6 +273,11 @@ WARNED: dict[str, tuple[type[Method], list[str]]] = {
         Centred, ["self.centre holds a tensor that is no buffer", "self.seen went from 0 to 1 in a step"],
     ),
     "those with a state of their own": (Saved, []),
+    "a list that grows": (Grows, [r"self.seen went from \[1\] to \[1, 1\] in a step, and no checkpoint has it"]),
+    "names that okdc does not look at": (
+        author(tap=("embeddings",), on_epoch_start=lambda self: None, views=2, heads=3),
+        ["Mine.on_epoch_start is nothing .* mean begin_epoch", "Mine.tap is .* mean taps", "Mine.views .* mean needs"],
+    ),
     "what after_step counts": (Following, ["self.seen went from 0 to 1 in a step, and no checkpoint has it"]),
     "what could not be put back is not tried": (type("Mine", (Following,), {"inside": {"other": object()}}), []),
     "a teacher in a list": (type("Mine", (Hidden,), {"frozen": True}), []),

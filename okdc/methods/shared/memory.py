@@ -100,10 +100,11 @@ def forgotten(method: Method, before: Kept, after: Kept) -> list[str]:
                     f"{kind}: {path}{name} holds a tensor that is no buffer: no checkpoint has it, and it does not "
                     f'move to a device. self.register_buffer("{name}", ...), if a later step looks at it.'
                 )
-            elif isinstance(value, (int, float)) and then != content:
+            elif isinstance(value, (int, float, list)) and then != content:
                 found.append(
-                    f"{kind}: {path}{name} went from {then} to {content} in a step, and no checkpoint has it: a run "
-                    "that goes on would begin anew. Make it a buffer, or write get_extra_state and set_extra_state."
+                    f"{kind}: {path}{name} went from {then!r:.60} to {content!r:.60} in a step, and no checkpoint has "
+                    "it: a run that goes on would begin anew. Make it a buffer, or write get_extra_state and "
+                    "set_extra_state."
                 )
     return found
 
