@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import okdc
+from okdc.errors import counted
 from okdc.system import shipped
 
 GIB = 2**30
@@ -156,7 +157,12 @@ def _room() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     advice = "" if threads <= cores else f"More threads than cores wait for each other: export OMP_NUM_THREADS={cores}"
-    yield Finding("processor", f"{cores} cores for this process, {threads} threads of torch", threads <= cores, advice)
+    yield Finding(
+        "processor",
+        f"{counted(cores, 'core')} for this process, {counted(threads, 'thread')} of torch",
+        threads <= cores,
+        advice,
+    )
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / GIB
