@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,8 +214,17 @@ def sidecar(path: Path) -> Path:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps what went wrong: TensorRT's own calls only return None, False or -1."""
+    """The logger of this process, without what it kept before: TensorRT goes on using the first that it is given.
 
+    It keeps what went wrong, as TensorRT's own calls only return None, False or -1.
+    """
+    log = _logger(trt)
+    log.errors.clear()
+    return log
+
+
+@cache
+def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
