@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from okdc import tasks
 from okdc.data import own_images
 from okdc.data.names import check_lines
+from okdc.data.own_part import PartLoader, dealt, every, is_divided, is_divisible, samplers, tell_undivided
 from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
@@ -46,9 +48,10 @@ def wrap(
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input. Without it that is looked for in the validation loader, else the
     training loader, and `stated` has what the user says of it (mean, std, interpolation, crop_pct).
-    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
-    training loader with torch's DistributedSampler has been divided already. A method that `needs` views sees the same
-    image with every member, and pairs are those that batches happen to hold.
+    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on, and reads
+    no other where the loader is a plain DataLoader (`own_part`); a training loader with torch's DistributedSampler has
+    been divided already. A method that `needs` views sees the same image with every member, and pairs are those that
+    batches happen to hold.
     Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, a
     validation loader with a DistributedSampler, which repeats images to make all parts equal, and loaders that give no
     batch for `timeout` seconds (0: never) when they are first looked at.
@@ -72,7 +75,7 @@ def wrap(
     images, judged = 0, seen
     if validation is not None:
         _check_iterable(validation, "validation")
-        if world > 1 and _is_divided(validation):
+        if world > 1 and is_divided(validation):
             raise DataError(
                 "the validation loader has a DistributedSampler, which repeats images to make all parts equal; "
                 "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
@@ -80,6 +83,9 @@ def wrap(
         _check_same_classes(_dataset_classes(train), _dataset_classes(validation))
         judged = _survey(validation, "validation", seed, len(names), timeout, task)
         images = judged.images
+    for loader, role in ((train, "training"), (validation, "validation")):
+        if loader is not None:
+            tell_undivided(loader, role, world)
     raw = None
     if preprocess is None:
         given = {key: value for key, value in (stated or {}).items() if value is not None}
@@ -131,6 +137,8 @@ class OwnBatches:
         self.task = task or tasks.get()
         self.loader, self.steps, self.num_classes, self.seed = loader, steps // world, num_classes, seed
         self.rank, self.world = rank, world
+        alone = world == 1 or not is_divisible(loader)
+        self.part = None if alone else PartLoader(loader, partial(dealt, rank=rank, world=world), rank, world)
 
     def __len__(self) -> int:
         return self.steps
@@ -142,14 +150,15 @@ class OwnBatches:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
-        for part in (*_samplers(self.loader), getattr(self.loader, "dataset", None)):
+        for part in (*samplers(self.loader), getattr(self.loader, "dataset", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         step = -1
-        checked = (
-            _checked(b, "training", self.num_classes, self.task) for b in iterate_seeded(self.loader, self.seed, epoch)
-        )
-        for step, batch in enumerate(self._own(_without_single(checked))):
+        batches = self.part.read(self.seed, epoch) if self.part else iterate_seeded(self.loader, self.seed, epoch)
+        batches = (_checked(batch, "training", self.num_classes, self.task) for batch in batches)
+        if not self.part:
+            batches = dealt(batches, self.rank, self.world, size=lambda batch: len(batch[0]))
+        for step, batch in enumerate(batches):
             if step >= start:
                 yield batch
         if step < 0:
@@ -158,34 +167,10 @@ class OwnBatches:
                 "read again each epoch, such as a torch DataLoader or a list of batches."
             )
 
-    def _own(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while len(group := list(islice(batches, self.world))) == self.world:
-            if len({len(images) for images, _ in group}) == 1:
-                yield group[self.rank]
-
-
-def _without_single(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, without those of one image where the first has more."""
-    least = 1
-    for i, batch in enumerate(batches):
-        least = min(2, len(batch[0])) if i == 0 else least
-        if len(batch[0]) >= least:
-            yield batch
-
 
 def _division(loader: Any, rank: int, world: int) -> tuple[int, int]:
     """Which of how many batches are this rank's: all where the loader's sampler has seen to it."""
-    return (0, 1) if _is_divided(loader) else (rank, world)
-
-
-def _is_divided(loader: Any) -> bool:
-    """Whether it gives one process's part: torch's DistributedSampler and timm's alike know of how many."""
-    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in _samplers(loader))
-
-
-def _samplers(loader: Any) -> list[Any]:
-    batches = getattr(loader, "batch_sampler", None)
-    return [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    return (0, 1) if is_divided(loader) else (rank, world)
 
 
 class OwnValidation:
@@ -194,6 +179,7 @@ class OwnValidation:
     def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task | None = None):
         self.task = task or tasks.get()
         self.loader, self.num_classes, self.seed = loader, num_classes, seed
+        self.part: PartLoader | None = None  # of the batches that `every` was asked for
 
     @property
     def labels(self) -> Tensor | None:
@@ -203,8 +189,18 @@ class OwnValidation:
         return own_images.labels(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in iterate_seeded(self.loader, self.seed):
-            yield _checked(batch, "validation", self.num_classes, self.task)
+        return self._checked(iterate_seeded(self.loader, self.seed))
+
+    def every(self, first: int, step: int) -> Iterator[Batch]:
+        """Each `step`-th batch from the `first` on; the others are not read where the loader can do without."""
+        if not is_divisible(self.loader):
+            return every(iter(self), first, step)
+        if self.part is None:
+            self.part = PartLoader(self.loader, partial(every, rank=first, world=step), first, step)
+        return self._checked(self.part.read(self.seed))
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return (_checked(batch, "validation", self.num_classes, self.task) for batch in batches)
 
 
 @dataclass(frozen=True)
