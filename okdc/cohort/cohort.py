@@ -25,7 +25,7 @@ from okdc.cohort.proof import prove_all, refuse_own_modules, ways_in_training
 from okdc.cohort.replay import Handling, Record, Tape
 from okdc.cohort.taps import Taps, checked
 from okdc.cohort.trunk import before, on_its_own, stand_in, tie_unused
-from okdc.errors import CutError, NetworkError
+from okdc.errors import CutError, NetworkError, counted
 from okdc.tasks.shared.outputs import described
 from okdc.tasks.task import Task
 
@@ -128,7 +128,7 @@ class Cohort(nn.Module):
         """What the members say of the same images (B, C, H, W), or each of its own view (M, B, C, H, W) of them.
 
         With views the trunk runs once for each member, so that batch norm sees one view at a time; CutError where it
-        takes the mean of its members' gradients, and after `strip`.
+        takes the mean of its members' gradients, for another number of views, and after `strip`.
         """
         if self._stripped:
             raise CutError(
@@ -141,6 +141,12 @@ class Cohort(nn.Module):
                 f"a view for each member, images {tuple(images.shape)}, came to a cohort whose trunk takes the mean of "
                 "its members' gradients, and with views the trunk runs once for each. Give images (batch, channels, "
                 "height, width), or make the cohort with trunk_gradient='sum'."
+            )
+        if views and len(images) != len(self):
+            raise CutError(
+                f"{len(images)} views of each image came to a cohort of {counted(len(self), 'member')}, and it takes "
+                "one for each. A method that says how many views it needs writes `forward(self, images, labels)`, and "
+                "runs the cohort on one of them: self.cohort(images[0])."
             )
         tape.start(alone=views)
         try:

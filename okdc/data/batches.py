@@ -101,7 +101,7 @@ class ShuffledBatches:
             if resident
             else batch_loader(dataset, self.places, workers, config, bad, device, part.size)
         )
-        self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
+        self.augmentation, self.needs, self.views = augmentation, needs, len(dataset.transforms)
 
     def __len__(self) -> int:
         return len(self.places)

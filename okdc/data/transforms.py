@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,11 @@ def preprocessing(settings: DataSettings, config: dict[str, Any]) -> dict[str, A
             f"3, or pass your own loader of {channels}-channel tensors to okdc.compress()."
         )
     return config | {key: tuple(adapt_to_chs(config[key], channels)) for key in ("mean", "std")}
+
+
+def of_strength(settings: DataSettings, strength: str) -> DataSettings:
+    """The settings for a view: all of them for a strong one, crops and flips alone for a weak one."""
+    return settings if strength == "strong" else replace(settings, aa=None, color_jitter=0.0, reprob=0.0)
 
 
 def image_transform(settings: DataSettings, config: dict[str, Any], training: bool) -> transforms.Compose:
@@ -122,11 +128,20 @@ def read(images: Images, position: int, config: dict[str, Any], bad: list[BadIma
 class BatchAugmentation:
     """Random erasing, mixup, cutmix and label smoothing of a batch, or of a rank's part of one.
 
-    Its random numbers are f(seed, epoch, step), those of erasing also of the image's place in the batch.
+    Its random numbers are f(seed, epoch, step), those of erasing also of the image's place in the batch. `strengths`
+    are those of the views: weak ones are not erased.
     """
 
-    def __init__(self, settings: DataSettings, num_classes: int, seed: int, device: torch.device):
+    def __init__(
+        self,
+        settings: DataSettings,
+        num_classes: int,
+        seed: int,
+        device: torch.device,
+        strengths: Sequence[str] = ("strong",),
+    ):
         self.num_classes, self.seed, self.smoothing = num_classes, seed, settings.smoothing
+        self.strengths = strengths
         active = not settings.no_aug
         self.erase = None
         if settings.reprob and active:
@@ -150,8 +165,9 @@ class BatchAugmentation:
         places = places or range(len(labels))
         if self.erase:
             with borrowed_generators(self.seed):
-                for view, of_view in enumerate(images if images.dim() == 5 else [images]):
-                    for place, image in zip(places, of_view, strict=True):
+                each = images if images.dim() == 5 else images[None]
+                for view, (strength, of_view) in enumerate(zip(self.strengths, each, strict=True)):
+                    for place, image in zip(places, of_view, strict=True) if strength == "strong" else ():
                         reseed(self.seed, epoch, step, 1, view, place)
                         self.erase(image)
         if images.dim() == 5:

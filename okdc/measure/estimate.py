@@ -15,7 +15,7 @@ from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import at_rest, unchanged
 from okdc.cohort import Branch, Cohort, Cost
 from okdc.errors import OkdcError
-from okdc.methods import Method, batch_of
+from okdc.methods import FirstGradients, Method, batch_of, first_gradients
 from okdc.needs import NOTHING, Needs
 from okdc.pipeline import assemble_cohort, teachers
 from okdc.recipe import Recipe
@@ -37,6 +37,7 @@ class Estimate:
     flops: int  # of everything that a step runs, forward, per image
     weights: int  # bytes of parameters and buffers, trained or not
     activations: int  # bytes per image that are kept for the backward pass
+    gradients: FirstGradients  # of the target, before the first step
     teacher_stands_in: bool
 
     @property
@@ -119,6 +120,7 @@ def measure(method: Method, needs: Needs = NOTHING, teacher_stands_in: bool = Fa
         flops=counter.get_total_flops() // IMAGES,
         weights=held + sum(b.nbytes for b in method.buffers()),
         activations=_kept(method, batch) // IMAGES,
+        gradients=first_gradients(method, needs),
         teacher_stands_in=teacher_stands_in,
     )
 

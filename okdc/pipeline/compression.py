@@ -225,6 +225,8 @@ def _train(
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
         if rank() == 0:
             say(opening.opening(method, data, recipe, folder))
+            if last is None and (hint := opening.steep(method, recipe)):
+                say(hint)
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),

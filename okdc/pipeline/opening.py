@@ -11,12 +11,15 @@ from typing import Any
 from okdc import methods
 from okdc.data import Data
 from okdc.methods import Method
+from okdc.pipeline import assemble_cohort
 from okdc.recipe import Recipe
 from okdc.tasks.task import Task
 from okdc.training.machine import choose_device
 
 _WIDTH, _INDENT = 79, 10
 _LOOKED_AT = 8  # images, for their size
+_STEEP = 5.0  # times plain training's gradient, of which is said how to train with it; AHBF has 3 to 10
+_BY_SIZE = ("sgd", "momentum", "nesterov")  # optimizers whose step is as large as the gradient
 _SMALL = 2.5  # how many times larger the input is than images of which that is said
 
 
@@ -34,14 +37,28 @@ def opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
         "cost": _cost(method, recipe),
         "folder": str(folder),
     }
-    lines = [
-        textwrap.fill(
-            f"{name:{_INDENT}}{told}", _WIDTH, subsequent_indent=" " * _INDENT,
-            break_long_words=False, break_on_hyphens=False,
-        )
-        for name, told in rows.items()
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(_filled(f"{name:{_INDENT}}{told}", _INDENT) for name, told in rows.items())
+
+
+def _filled(text: str, indent: int = 0) -> str:
+    return textwrap.fill(
+        text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )  # fmt: skip
+
+
+def steep(method: Method, recipe: Recipe) -> str | None:
+    """What to type where the first steps would be much larger than plain training's; None where they would not."""
+    settings = recipe.train
+    if len(method.cohort) == 1 or settings.opt not in _BY_SIZE or settings.clip_grad:
+        return None
+    found = methods.first_gradients(method, assemble_cohort.needs(recipe)[0])
+    if found.ratio < _STEEP:
+        return None
+    return _filled(
+        f"At the start, the losses of {recipe.method['name']} give the network a gradient {found.ratio:.0f} times as "
+        f"large as plain training does. If the loss does not fall, type a lower --lr than {settings.peak_lr:.3g}, or "
+        f"--clip-grad {found.plain:.2g}, which is as large as the gradient of plain training."
+    )
 
 
 def small_images(images: Any, input_size: Sequence[int], model: str) -> str | None:

@@ -174,6 +174,22 @@ def test_a_member_sits_a_step_out_as_the_page_shows(tmp_path: Path, monkeypatch:
     assert not any(torch.equal(value, third[name]) for name, value in second.items() if "num_batches" not in name)
 
 
+def test_a_mean_teacher_with_weak_and_strong_views_is_as_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heading = "## A running mean that teaches"
+    teacher = _run(heading, Tiny(), torch.randn(64, 3, 32, 32), tmp_path, monkeypatch)["MeanTeacher"]
+    case = testing.Case(teacher, Tiny)
+    for demand in (testing.learns, testing.resume, testing.student, testing.precision):
+        demand(case)
+    method = case.build()
+    case.step(method, case.optimizer(method))
+    weak, strong = case.batch(method)[0]
+    assert not torch.equal(weak, strong) and 0 <= method.logged()["agreement"] <= 1
+    mean, trained = method.mean.head.weight, method.cohort.target.head.weight
+    torch.testing.assert_close(mean, (case.build().mean.head.weight + trained) / 2)  # at first half of each
+
+
 def test_the_tests_that_the_page_on_methods_shows_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _run("## Test it", Tiny(), torch.randn(64, 3, 32, 32), tmp_path, monkeypatch)["case"].size == 16
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import Tensor
 
 from okdc import methods, recipe
-from okdc.cohort import Branch, Cohort
+from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import CutError, OkdcError, RecipeError
 from okdc.measure.estimate import Estimate, estimate, measure
 from okdc.methods.baseline import Baseline
@@ -47,6 +48,23 @@ def test_a_method_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[key]) for key, value in ffl.state_dict().items())
     assert not ffl.training and all(p.grad is None and p.requires_grad for p in ffl.parameters())
     assert torch.equal(state[-8:], torch.get_rng_state()[-8:])
+
+
+def test_the_first_gradient_is_told_beside_that_of_plain_training() -> None:
+    class Thrice(Baseline):
+        """Plain training whose loss counts three times."""
+
+        def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+            return {name: 3 * loss for name, loss in super().losses(out, labels).items()}
+
+    cohort = Cohort(Tiny(), IMAGES)
+    assert measure(Baseline(cohort)).gradients.ratio == pytest.approx(1.0)
+    thrice = Thrice(cohort)
+    assert measure(thrice).gradients.ratio == pytest.approx(3.0)
+    images, labels = methods.batch_of(thrice)
+    torch.nn.functional.cross_entropy(cohort.train().target(images), labels).backward()
+    by_hand = torch.cat([p.grad.flatten() for p in cohort.target.parameters()]).norm().item()
+    assert 0.5 < measure(thrice).gradients.plain / by_hand < 2  # of other noise
 
 
 def test_a_teacher_is_run_and_held_but_does_not_learn() -> None:

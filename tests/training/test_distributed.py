@@ -518,9 +518,10 @@ def digits(batch_size: int, number: int = 0, of: int = 1, needs: Needs = NOTHING
         (Needs(pairs=True), {}),
         (Needs(indices=True), {"reprob": 0.5}),
         (Needs(views=True), {"mixup": 0.4, "reprob": 0.5}),
+        (Needs(views=("weak", "strong")), {"mixup": 0.4, "reprob": 0.5, "aa": "rand-m9-mstd0.5"}),
         (Needs(indices=True), {"balanced_sampling": True}),
     ],
-    ids=["plain", "blended", "pairs", "indices", "views", "balanced"],
+    ids=["plain", "blended", "pairs", "indices", "views", "weak and strong", "balanced"],
 )
 def test_four_processes_see_the_batch_of_one(needs, settings):
     batches = [next(digits(24, needs=needs, **settings).train.batches(1, 3))]

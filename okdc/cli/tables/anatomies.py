@@ -96,7 +96,8 @@ def facts_of_estimate(recipe: Recipe, found: Estimate) -> dict[str, Any]:
     batch = recipe.train.batch_size
     asked = {"model": recipe.network.model, "method": recipe.method["name"], "batch_size": batch}
     memory = found.fixed + batch * found.activations
-    return asked | asdict(found) | {"relative_flops": found.relative, "memory": memory}
+    gradients = found.gradients._asdict() | {"ratio": found.gradients.ratio}
+    return asked | asdict(found) | {"relative_flops": found.relative, "memory": memory, "gradients": gradients}
 
 
 def show_estimate(recipe: Recipe, found: Estimate) -> None:
@@ -132,6 +133,10 @@ def show_estimate(recipe: Recipe, found: Estimate) -> None:
         f"{_bytes(found.fixed)} for weights, gradients and momentum, and {_bytes(found.activations)} for each image, "
         "which are kept for the backward pass. Mixed precision halves most of what is kept. What the libraries take "
         "for themselves comes on top."
+    )
+    console.print(
+        f"At the start its losses give the target a gradient {found.gradients.ratio:.1f} times as large as plain "
+        "training does (on noise)."
     )
     page.next_command(f"okdc methods {name}")
 

@@ -71,8 +71,9 @@ class Method(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Named losses of one batch: images (B, C, H, W), labels (B,) or class probabilities (B, classes).
 
-        A method that needs views gets (members, B, C, H, W) or, where the data have none, (B, C, H, W). One that needs
-        indices (B,) writes its own forward with that third argument, and may take a keyword `train_labels` (N,) in its
+        A method that needs a view for each member gets (members, B, C, H, W) or, where the data have none, (B, C, H,
+        W). One that says how many views, or how strong, gets (views, B, C, H, W) and writes its own forward. So does
+        one that needs indices (B,), a third argument; it may also take a keyword `train_labels` (N,) in its
         constructor, the labels of all training images (None where the data do not say).
         """
         out = self.cohort(images)
@@ -198,7 +199,8 @@ class Method(nn.Module):
             "embeddings": "embeddings" in cls.taps,
             "feature maps": bool({"feature_maps", "stage_maps", "exit_maps"} & set(cls.taps)),
             "map at the cut": "shared" in cls.taps,
-            "a view per member": needs.views,
+            "a view per member": needs.views is True,
+            f"{len(needs.strengths(1))} views": needs.views not in (False, True),
             "class-balanced batches": needs.pairs,
             "numbered images": needs.indices,
             "images set aside": needs.held_out,

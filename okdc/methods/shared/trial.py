@@ -31,8 +31,9 @@ log = logging.getLogger("okdc")
 def batch_of(method: Method, needs: Needs = NOTHING, size: int = IMAGES) -> tuple[Tensor, ...]:
     """Noise and labels as the method asks for them."""
     anatomy, first = method.cohort.anatomy, next(method.parameters())
-    views = (len(method.cohort),) if needs.views else ()
-    images = torch.randn(*views, size, *anatomy.input_size, device=first.device, dtype=first.dtype)
+    views = len(needs.strengths(len(method.cohort)))
+    shape = (*((views,) if views > 1 else ()), size, *anatomy.input_size)
+    images = torch.randn(shape, device=first.device, dtype=first.dtype)
     indices = torch.arange(size, device=first.device)
     labels = method.task.made_up(indices // 2, anatomy.num_classes)
     return (images, labels, indices) if needs.indices else (images, labels)
@@ -52,7 +53,7 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
     kind = type(method)
     refuse_hidden(method)
     _refuse_groups(method)
-    with _undone(method):
+    with undone(method):
         batch = batch_of(method, needs)
         before = kept(method)
         soft = _softened(method, batch) if soft_labels and batch[1].dim() == 1 else None
@@ -63,7 +64,7 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
 
 
 @contextmanager
-def _undone(method: Method) -> Iterator[None]:
+def undone(method: Method) -> Iterator[None]:
     """Buffers, modes and random numbers are afterwards what they were, and what is remembered beside them."""
     before = kept(method)
     try:
@@ -131,15 +132,20 @@ def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
 
 
 def _reached(total: Tensor, learning: list[nn.Parameter]) -> set[int]:
-    """The ids of the parameters that a loss reaches; their gradients are afterwards what they were."""
+    """The ids of the parameters that a loss reaches."""
+    return {id(p) for p, found in zip(learning, gradients(total, learning), strict=True) if found is not None}
+
+
+def gradients(total: Tensor, learning: list[nn.Parameter]) -> list[Tensor | None]:
+    """What a loss gives to each parameter; their own gradients are afterwards what they were."""
     before = [p.grad for p in learning]
     for parameter in learning:
         parameter.grad = None
     total.backward()  # not autograd.grad, which gradient checkpointing may refuse
-    reached = {id(p) for p in learning if p.grad is not None}
+    found = [p.grad for p in learning]
     for parameter, gradient in zip(learning, before, strict=True):
         parameter.grad = gradient
-    return reached
+    return found
 
 
 def _groups(method: Method) -> dict[str, list[nn.Parameter]]:
