@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from okdc import tasks
 from okdc.data import own_images
+from okdc.data.own_part import PartLoader, dealt, every, is_divided, is_divisible, samplers
 from okdc.data.values import Batch
 from okdc.errors import DataError
 from okdc.system.randomness import iterate_seeded
@@ -38,6 +39,8 @@ class OwnBatches:
         self.task, self.views = task or tasks.get(), views
         self.loader, self.steps, self.num_classes, self.seed = loader, steps // world, num_classes, seed
         self.rank, self.world = rank, world
+        alone = world == 1 or not is_divisible(loader)
+        self.part = None if alone else PartLoader(loader, partial(dealt, rank=rank, world=world), rank, world)
 
     def __len__(self) -> int:
         return self.steps
@@ -49,15 +52,15 @@ class OwnBatches:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
-        for part in (*_samplers(self.loader), getattr(self.loader, "dataset", None)):
+        for part in (*samplers(self.loader), getattr(self.loader, "dataset", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         step = -1
-        checked = (
-            checked_batch(b, "training", self.num_classes, self.task, self.views)
-            for b in iterate_seeded(self.loader, self.seed, epoch)
-        )
-        for step, batch in enumerate(self._own(_without_single(checked))):
+        batches = self.part.read(self.seed, epoch) if self.part else iterate_seeded(self.loader, self.seed, epoch)
+        batches = (checked_batch(each, "training", self.num_classes, self.task, self.views) for each in batches)
+        if not self.part:
+            batches = dealt(batches, self.rank, self.world, size=lambda batch: len(batch[1]))
+        for step, batch in enumerate(batches):
             if step >= start:
                 yield batch
         if step < 0:
@@ -66,34 +69,10 @@ class OwnBatches:
                 "read again each epoch, such as a torch DataLoader or a list of batches."
             )
 
-    def _own(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while len(group := list(islice(batches, self.world))) == self.world:
-            if len({len(labels) for _, labels in group}) == 1:
-                yield group[self.rank]
-
-
-def _without_single(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, without those of one image where the first has more."""
-    least = 1
-    for i, batch in enumerate(batches):
-        least = min(2, len(batch[1])) if i == 0 else least
-        if len(batch[1]) >= least:
-            yield batch
-
 
 def division(loader: Any, rank: int, world: int) -> tuple[int, int]:
     """Which of how many batches are this rank's: all where the loader's sampler has seen to it."""
     return (0, 1) if is_divided(loader) else (rank, world)
-
-
-def is_divided(loader: Any) -> bool:
-    """Whether it gives one process's part: torch's DistributedSampler and timm's alike know of how many."""
-    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in _samplers(loader))
-
-
-def _samplers(loader: Any) -> list[Any]:
-    batches = getattr(loader, "batch_sampler", None)
-    return [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
 
 
 class OwnValidation:
@@ -102,6 +81,7 @@ class OwnValidation:
     def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task | None = None):
         self.task = task or tasks.get()
         self.loader, self.num_classes, self.seed = loader, num_classes, seed
+        self.part: PartLoader | None = None  # of the batches that `every` was asked for
 
     @property
     def labels(self) -> Tensor | None:
@@ -111,8 +91,18 @@ class OwnValidation:
         return own_images.labels(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in iterate_seeded(self.loader, self.seed):
-            yield checked_batch(batch, "validation", self.num_classes, self.task)
+        return self._checked(iterate_seeded(self.loader, self.seed))
+
+    def every(self, first: int, step: int) -> Iterator[Batch]:
+        """Each `step`-th batch from the `first` on; the others are not read where the loader can do without."""
+        if not is_divisible(self.loader):
+            return every(iter(self), first, step)
+        if self.part is None:
+            self.part = PartLoader(self.loader, partial(every, rank=first, world=step), first, step)
+        return self._checked(self.part.read(self.seed))
+
+    def _checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return (checked_batch(batch, "validation", self.num_classes, self.task) for batch in batches)
 
 
 def checked_batch(batch: Any, role: str, num_classes: int, task: Task, views: Sequence[str] = ("strong",)) -> Batch:

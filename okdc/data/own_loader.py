@@ -9,7 +9,8 @@ from typing import Any
 
 from okdc import tasks
 from okdc.data.names import check_lines
-from okdc.data.own_batches import OwnBatches, OwnValidation, checked_batch, division, is_divided
+from okdc.data.own_batches import OwnBatches, OwnValidation, checked_batch, division
+from okdc.data.own_part import is_divided, tell_undivided
 from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
@@ -43,10 +44,11 @@ def wrap(
     Without `classes` or `num_classes`, the classes are those of `train.dataset.classes`, else the labels are counted.
     `preprocess` says how an image becomes an input. Without it that is looked for in the validation loader, else the
     training loader, and `stated` has what the user says of it (mean, std, interpolation, crop_pct).
-    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
-    training loader with torch's DistributedSampler has been divided already. A method that `needs` a view for each
-    member sees the same image with every one; where it needs so many, or weak and strong ones, training batches are (a
-    list of as many tensors (B, C, H, W), labels). Pairs are those that batches happen to hold.
+    Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on, and reads
+    no other where the loader is a plain DataLoader (`own_part`); a training loader with torch's DistributedSampler has
+    been divided already. A method that `needs` a view for each member sees the same image with every one; where it
+    needs so many, or weak and strong ones, training batches are (a list of as many tensors (B, C, H, W), labels). Pairs
+    are those that batches happen to hold.
     Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, a
     validation loader with a DistributedSampler, which repeats images to make all parts equal, and loaders that give no
     batch for `timeout` seconds (0: never) when they are first looked at.
@@ -79,6 +81,9 @@ def wrap(
         _check_same_classes(_dataset_classes(train), _dataset_classes(validation))
         judged = _survey(validation, "validation", seed, len(names), timeout, task)
         images = judged.images
+    for loader, role in ((train, "training"), (validation, "validation")):
+        if loader is not None:
+            tell_undivided(loader, role, world)
     raw = None
     if preprocess is None:
         given = {key: value for key, value in (stated or {}).items() if value is not None}

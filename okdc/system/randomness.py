@@ -77,11 +77,14 @@ def borrowed_generators(*key: int) -> Iterator[None]:
         set_random_state(state)
 
 
-def iterate_seeded(batches: Iterable[Any], *key: int) -> Iterator[Any]:
-    """Iterate with random numbers that depend only on `key` and the step, and that nobody else notices."""
+def iterate_seeded(batches: Iterable[Any], *key: int, first: int = 1, every: int = 1) -> Iterator[Any]:
+    """Iterate with random numbers that depend only on `key` and the step, and that nobody else notices.
+
+    Of several processes each has its own steps: the `first`, and each `every`-th from there on.
+    """
     with borrowed_generators(*key):
         iterator = iter(batches)
-    for step in count(1):
+    for step in count(first, every):
         with borrowed_generators(*key, step):
             try:
                 batch = next(iterator)

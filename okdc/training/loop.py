@@ -196,7 +196,7 @@ def _count(state: TrainState, losses: dict[str, float], group: list[Batch], cloc
     images = world() * sum(len(labels) for _, labels, *_ in group)
     counts: dict[str, float] = {"steps": bool(losses), "skipped": not losses, "images": images}
     waited = waiting.taken()
-    state.late = waited if state.late is None else state.late
+    state.late = now - clock if state.late is None else state.late
     counts |= {"seconds": now - clock, "waited": waited}
     for name, value in {**counts, **{f"loss/{name}": value for name, value in losses.items()}}.items():
         state.sums[name] = state.sums.get(name, 0) + value

@@ -54,7 +54,7 @@ class TrainState:
     best_epoch: int | None = None
     confusion: Tensor | None = None  # what the task remembers of that epoch for the report: `Scorer.counts`
     history: list[Row] = field(default_factory=list)  # one row for each epoch done
-    late: float | None = None  # seconds that this process waited for its very first batch; not saved
+    late: float | None = None  # seconds of this process's very first step; not saved
     between: float = 0.0  # seconds that it took to go on to the next epoch: to validate, to save
 
     @property
@@ -90,9 +90,14 @@ class TrainState:
     def seconds_left(self, run: Run) -> float:
         """Until the run is complete, at the pace of this epoch's steps and with as long between epochs as last time.
 
-        But for what the first one waited for data: workers start, and the order of an epoch is made, once.
+        But for the first step of this process: workers start, the order of an epoch is made and kernels are chosen or
+        compiled once. Until there is another one, its time without the wait for data is all that is known.
         """
-        pace = (self.sums["seconds"] - (self.late or 0.0)) / (self.sums["steps"] + self.sums["skipped"])
+        steps = self.sums["steps"] + self.sums["skipped"]
+        if self.late and steps > 1:
+            pace = (self.sums["seconds"] - self.late) / (steps - 1)
+        else:
+            pace = (self.sums["seconds"] - (self.sums["waited"] if self.late else 0.0)) / steps
         epochs = run.settings.epochs - self.epoch
         return pace * (epochs * run.steps - self.step) + self.between * epochs
 

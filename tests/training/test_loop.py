@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from okdc.training import checkpoint
 from okdc.training.loggers import Loggers
 from okdc.training.machine import Machine, choose_device
 from okdc.training.progress import Display, faster_data
-from okdc.training.state import save
+from okdc.training.state import TrainState, save
 from tests.helpers.training import (
     BATCH,
     CLASSES,
@@ -398,6 +399,13 @@ def test_the_time_that_is_left_does_not_count_on_waiting_for_a_first_batch_each_
         patch.setattr("okdc.training.loop.Display", Told)
         run(tmp_path, data=tiny_data(late))
     assert left[0] < 0.5 * (STEPS * SETTINGS.epochs - 1) / 2
+
+
+def test_a_first_step_that_compiles_is_not_taken_for_the_pace():
+    run: Any = SimpleNamespace(settings=replace(SETTINGS, epochs=2), steps=100)
+    state: Any = SimpleNamespace(epoch=0, step=3, between=0.0, late=60.0)
+    state.sums = {"seconds": 61.0, "steps": 2, "skipped": 1, "waited": 1.0}
+    assert TrainState.seconds_left(state, run) == pytest.approx(0.5 * 197)
 
 
 @pytest.mark.parametrize("model_ema", [False, True])
