@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 ALLOWED = {
     "okdc": "",
     "errors": "",
-    "needs": "",
+    "needs": "errors",
     "ranks": "",
     "losses": "errors ranks",
     "system": "errors ranks",

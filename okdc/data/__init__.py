@@ -7,9 +7,9 @@ To read it: `sources` opens what `--data` names (`folders`, with `splits`, `scan
 `tables`, with `rows`, `annotations` and `paths`, where it is a file of labels); `images` is one split and its labels,
 which everything below reads; `loading.load` makes `batches` of it. `samples` says which image comes when (`pairs` and
 `balance`: by their classes) and reads it by `transforms`; or `resident` keeps all decoded and `batchwise` augments
-whole batches. `streams` and `own_loader` go their own way; `own_preprocess` and `own_images` say what was done to the
-images of the latter. Images with key points are opened by `keypoints` (`coco_keypoints`, `deeplabcut`, `yolo_pose`,
-`figures`), cropped by `affine` and batched by `pose_batches`.
+whole batches. `streams` (`stream_reading`: what its workers do) and `own_loader` go their own way; `own_preprocess` and
+`own_images` say what was done to the images of the latter. Images with key points are opened by `keypoints`
+(`coco_keypoints`, `deeplabcut`, `yolo_pose`, `figures`), cropped by `affine` and batched by `pose_batches`.
 
 Imports: `errors`, `needs`, `ranks`, `recipe`, `system`, `tasks`.
 """

@@ -101,7 +101,7 @@ class ShuffledBatches:
             if resident
             else batch_loader(dataset, self.places, workers, config, bad, device, part.size)
         )
-        self.augmentation, self.needs, self.views = augmentation, needs, dataset.views
+        self.augmentation, self.needs, self.views = augmentation, needs, len(dataset.transforms)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -114,7 +114,10 @@ class ShuffledBatches:
             if self.views > 1:
                 images = images.unflatten(0, (self.views, -1))
             batch = self.augmentation(images, labels, epoch, step, self.places.places)
-            yield (*batch, indices) if self.needs.indices else batch
+            if self.needs.mixed and self.augmentation.mixup:
+                yield (*batch, *self.augmentation.mixed_of(indices, images, epoch, step))
+            else:
+                yield (*batch, indices) if self.needs.indices else batch
 
 
 class OrderedBatches:

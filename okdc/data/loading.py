@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from okdc.data.readable import BadImages, check_readable
 from okdc.data.resident import Decoded, keep, law
 from okdc.data.samples import Order, Part, TrainImages, ValidationImages
 from okdc.data.streams import Stream, load_stream
-from okdc.data.transforms import BatchAugmentation, image_transform, preprocessing
+from okdc.data.transforms import BatchAugmentation, image_transform, of_strength, preprocessing
 from okdc.data.values import Batch, Data, Source, log
 from okdc.errors import DataError, counted
 from okdc.needs import NOTHING, Needs
@@ -44,29 +44,32 @@ def load(
 ) -> Data:
     """Batch a source for a network whose `config` has timm's input_size, mean, std, interpolation, crop_pct, crop_mode.
 
-    Batches are normalised float32 on `device`, with `views` of each image, and meet the method's `needs`. Where `world`
-    processes train together, each has `batch_size` images of one larger batch, and this one is the `rank`-th. Raises
-    DataError when they cannot, when there are fewer training images than one batch, when a class has no image that can
-    be read, and, later, when too many images cannot be; also when those that are looked at do not come for `timeout`
-    seconds (0: never).
+    Batches are normalised float32 on `device`, and meet the method's `needs`; `views` is how many views of each image
+    these are where it needs one for each member. Where `world` processes train together, each has `batch_size` images
+    of one larger batch, and this one is the `rank`-th. Raises DataError when they cannot, when there are fewer training
+    images than one batch, when a class has no image that can be read, and, later, when too many images cannot be; also
+    when those that are looked at do not come for `timeout` seconds (0: never).
     """
     device = torch.device(device)
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}; expected 1 or more: -b 128")
+    strengths = needs.strengths(views)
     if isinstance(source, PoseSource):
+        _refuse_needs(needs, f"{source.name} has key points. Choose")
         return load_poses(
             source, settings, config, batch_size=batch_size, validation_batch_size=validation_batch_size or batch_size,
             seed=seed, device=device, part=Part(batch_size, rank, world),
         )  # fmt: skip
     config = preprocessing(settings, config)
-    augmentation = BatchAugmentation(settings, len(source.classes), seed, device)
+    augmentation = BatchAugmentation(settings, len(source.classes), seed, device, strengths)
     part = Part(batch_size, rank, world, mirrored=augmentation.mixup is not None)
     validation_batch_size = validation_batch_size or batch_size
     _refuse_blends(settings, needs)
     _refuse_balance(settings, needs)
+    _tell_alike(settings, strengths)
     if isinstance(source.train, Stream):
-        _refuse_stream(settings, needs, world)
-        return load_stream(source, settings, config, batch_size, validation_batch_size, seed, augmentation, device)
+        _refuse_stream(settings, needs)
+        return load_stream(source, settings, config, part, validation_batch_size, seed, augmentation, device)
     images, aside = _set_aside(source, settings.holdout)
     images, held_out = images.split(HELD_OUT) if needs.held_out else (images, None)
     _check_fills(part, len(images), source.name)
@@ -76,7 +79,8 @@ def load(
     if needs.pairs and (alone := (images.labels.bincount() == 1).nonzero().flatten().tolist()):
         log.warning("only one training image, so no pair: class %s", listed(source.classes[i] for i in alone))
     attempts = min(settings.max_bad_images + 1, len(images))
-    train = TrainImages(images, order, image_transform(settings, config, True), config, attempts, seed, views)
+    transforms = [image_transform(of_strength(settings, strength), config, True) for strength in strengths]
+    train = TrainImages(images, order, transforms, config, attempts, seed)
 
     reasons: dict[str, str] = {}
     bad, validation_bad = (
@@ -130,7 +134,7 @@ def in_order(data: Data, count: int) -> Iterator[Batch]:
 
 def _first(batches: Iterable[Any], count: int) -> Iterator[Batch]:
     for images, labels, *_ in batches:
-        yield images, labels
+        yield images[0] if images.dim() == 5 else images, labels  # the first of several views
         count -= len(labels)
         if count <= 0:
             return
@@ -164,10 +168,11 @@ def _check_fills(part: Part, images: int, name: str) -> None:
 
 
 def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
-    if (needs.pairs or needs.indices) and (settings.mixup or settings.cutmix):
+    if (needs.pairs or needs.indices) and not needs.mixed and (settings.mixup or settings.cutmix):
         raise DataError(
             "the method compares images of one class with images of others, and --mixup and --cutmix make images "
-            "that are of two classes. Leave them out, or choose another --method."
+            "that are of two classes. Leave them out, or choose another --method. A method of your own that can take "
+            "them says so: Needs(mixed=True)."
         )
 
 
@@ -179,28 +184,38 @@ def _refuse_balance(settings: DataSettings, needs: Needs) -> None:
         )
 
 
-def _refuse_stream(settings: DataSettings, needs: Needs, world: int) -> None:
-    if world > 1:
-        raise DataError(
-            f"{settings.data} is a stream, which is only read from front to back, and cannot be divided evenly among "
-            f"{world} devices. Unpack it to a folder with train/ and val/, or use --devices 1."
+def _tell_alike(settings: DataSettings, strengths: Sequence[str]) -> None:
+    """A warning where a method asks for weak and strong views, and the settings make no difference."""
+    alike = settings.no_aug or of_strength(settings, "weak") == settings
+    if len(set(strengths)) > 1 and alike:
+        log.warning(
+            "the method asks for weak and for strong views of each image, and here they are alike: nothing goes beyond "
+            "crops and flips. Give strong ones more: --aa rand-m9-mstd0.5, or --reprob 0.25."
         )
+
+
+def _refuse_needs(needs: Needs, why: str) -> None:
+    asked = {
+        "several augmentations of each image": needs.views, "images of one class together": needs.pairs,
+        "to know which image is which": needs.indices, "images set aside": needs.held_out,
+    }  # fmt: skip
+    if wanted := [words for words, needed in asked.items() if needed]:
+        raise DataError(f"the method needs {' and '.join(wanted)}, and {why} another --method (okdc methods).")
+
+
+def _refuse_stream(settings: DataSettings, needs: Needs) -> None:
     if settings.balanced_sampling:
         raise DataError(
             f"--balanced-sampling picks images by their class, and {settings.data} is a stream, which is only read "
             "from front to back. Unpack it to a folder with train/ and val/, or weigh classes: --class-weights FILE."
         )
-    asked = {
-        "an augmentation of its own for each member": needs.views, "images of one class together": needs.pairs,
-        "to know which image is which": needs.indices, "images set aside": needs.held_out,
-    }  # fmt: skip
     if settings.holdout:
         raise DataError(
             f"--holdout takes single images out of the training data, and {settings.data} is a stream, which is only "
             "read from front to back. Leave it out, or unpack the stream to a folder with train/ and val/."
         )
-    if wanted := [words for words, needed in asked.items() if needed]:
-        raise DataError(
-            f"the method needs {' and '.join(wanted)}, and {settings.data} is a stream, which is only read from front "
-            "to back. Unpack it to a folder with train/ and val/, or choose another --method (okdc methods)."
-        )
+    _refuse_needs(
+        needs,
+        f"{settings.data} is a stream, which is only read from front to back. Unpack it to a folder with train/ and "
+        "val/, or choose",
+    )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from okdc import tasks
-from okdc.data import own_images
 from okdc.data.names import check_lines
+from okdc.data.own_batches import OwnBatches, OwnValidation, checked_batch, division, is_divided
 from okdc.data.own_preprocess import agreed, preprocessing
 from okdc.data.values import Batch, Data
 from okdc.errors import DataError
@@ -47,8 +44,9 @@ def wrap(
     `preprocess` says how an image becomes an input. Without it that is looked for in the validation loader, else the
     training loader, and `stated` has what the user says of it (mean, std, interpolation, crop_pct).
     Where `world` processes train together, each takes every `world`-th batch, this one from the `rank`-th on; a
-    training loader with torch's DistributedSampler has been divided already. A method that `needs` views sees the same
-    image with every member, and pairs are those that batches happen to hold.
+    training loader with torch's DistributedSampler has been divided already. A method that `needs` a view for each
+    member sees the same image with every one; where it needs so many, or weak and strong ones, training batches are (a
+    list of as many tensors (B, C, H, W), labels). Pairs are those that batches happen to hold.
     Raises DataError for one-shot iterators, empty loaders, batches of a wrong type, shape or range, needs unmet, a
     validation loader with a DistributedSampler, which repeats images to make all parts equal, and loaders that give no
     batch for `timeout` seconds (0: never) when they are first looked at.
@@ -62,7 +60,8 @@ def wrap(
         )
     _check_iterable(train, "training")
     names = classes or _dataset_classes(train) or [str(i) for i in range(num_classes or 0)]
-    seen = _survey(train, "training", seed, len(names), timeout, task)
+    views = needs.strengths(1) if needs.views is not True else ("strong",)
+    seen = _survey(train, "training", seed, len(names), timeout, task, views)
     names = names or [str(i) for i in range(seen.classes)]
     if len(names) < 2:
         raise DataError(
@@ -72,7 +71,7 @@ def wrap(
     images, judged = 0, seen
     if validation is not None:
         _check_iterable(validation, "validation")
-        if world > 1 and _is_divided(validation):
+        if world > 1 and is_divided(validation):
             raise DataError(
                 "the validation loader has a DistributedSampler, which repeats images to make all parts equal; "
                 "expected one that gives every image once: leave out its sampler, and okdc divides its batches."
@@ -86,7 +85,7 @@ def wrap(
         evaluates = validation is not None
         preprocess, raw = preprocessing(validation if evaluates else train, judged.first, given, evaluates)
     return Data(
-        train=OwnBatches(train, seen.steps, len(names), seed, *_division(train, rank, world), task),
+        train=OwnBatches(train, seen.steps, len(names), seed, *division(train, rank, world), task, views),
         validation=None if validation is None else OwnValidation(validation, len(names), seed, task),
         validation_images=None if validation is None else raw,
         classes=tuple(names),
@@ -111,102 +110,6 @@ def state(data: Data, stated: dict[str, Any]) -> Data:
     return replace(data, preprocess=preprocess, validation_images=raw if judged else None)
 
 
-class OwnBatches:
-    """Training batches of the user's loader; skipped batches are read and thrown away.
-
-    A single image among larger batches is left out, as drop_last would do with the last: batch norm cannot learn from
-    one. So are, of several ranks' batches, those that are not of one size.
-    """
-
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        steps: int,
-        num_classes: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        task: Task | None = None,
-    ):
-        self.task = task or tasks.get()
-        self.loader, self.steps, self.num_classes, self.seed = loader, steps // world, num_classes, seed
-        self.rank, self.world = rank, world
-
-    def __len__(self) -> int:
-        return self.steps
-
-    @property
-    def in_order(self) -> bool:
-        """Whether it gives its images in one order always, which may be class by class, as far as can be told."""
-        return not own_images.shuffles(self.loader)
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of `epoch` (0-based) from step `start` on; samplers with `set_epoch` are told the epoch."""
-        for part in (*_samplers(self.loader), getattr(self.loader, "dataset", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-        step = -1
-        checked = (
-            _checked(b, "training", self.num_classes, self.task) for b in iterate_seeded(self.loader, self.seed, epoch)
-        )
-        for step, batch in enumerate(self._own(_without_single(checked))):
-            if step >= start:
-                yield batch
-        if step < 0:
-            raise DataError(
-                f"the training loader gave batches once, but none in epoch {epoch}; expected an iterable that can be "
-                "read again each epoch, such as a torch DataLoader or a list of batches."
-            )
-
-    def _own(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while len(group := list(islice(batches, self.world))) == self.world:
-            if len({len(images) for images, _ in group}) == 1:
-                yield group[self.rank]
-
-
-def _without_single(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, without those of one image where the first has more."""
-    least = 1
-    for i, batch in enumerate(batches):
-        least = min(2, len(batch[0])) if i == 0 else least
-        if len(batch[0]) >= least:
-            yield batch
-
-
-def _division(loader: Any, rank: int, world: int) -> tuple[int, int]:
-    """Which of how many batches are this rank's: all where the loader's sampler has seen to it."""
-    return (0, 1) if _is_divided(loader) else (rank, world)
-
-
-def _is_divided(loader: Any) -> bool:
-    """Whether it gives one process's part: torch's DistributedSampler and timm's alike know of how many."""
-    return any(getattr(sampler, "num_replicas", 1) > 1 for sampler in _samplers(loader))
-
-
-def _samplers(loader: Any) -> list[Any]:
-    batches = getattr(loader, "batch_sampler", None)
-    return [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
-
-
-class OwnValidation:
-    """Validation batches of the user's loader, with the same random numbers in each pass."""
-
-    def __init__(self, loader: Iterable[Any], num_classes: int, seed: int, task: Task | None = None):
-        self.task = task or tasks.get()
-        self.loader, self.num_classes, self.seed = loader, num_classes, seed
-
-    @property
-    def labels(self) -> Tensor | None:
-        """The kinds (images,) where they are known without decoding an image, and the images come in order."""
-        if isinstance(self.loader, (list, tuple)):
-            return self.task.kinds(torch.cat([labels for _, labels in self.loader]))
-        return own_images.labels(self.loader)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in iterate_seeded(self.loader, self.seed):
-            yield _checked(batch, "validation", self.num_classes, self.task)
-
-
 @dataclass(frozen=True)
 class Survey:
     """What is known of a loader before training."""
@@ -228,7 +131,15 @@ def _check_iterable(loader: Any, role: str) -> None:
         )
 
 
-def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float, task: Task) -> Survey:
+def _survey(
+    loader: Any,
+    role: str,
+    seed: int,
+    num_classes: int,
+    timeout: float,
+    task: Task,
+    views: Sequence[str] = ("strong",),
+) -> Survey:
     """Look at the first batch, and at all of them only where classes or steps cannot be told otherwise."""
     length = _length(loader)
     whole = not num_classes or length is None
@@ -236,14 +147,14 @@ def _survey(loader: Any, role: str, seed: int, num_classes: int, timeout: float,
     first: Batch | None = None
     batches = iterate_seeded(loader, seed, 0)
     for batch in limited(batches, timeout, lambda count: f"while looking at batch {count + 1} of the {role} loader"):
-        pixels, labels = _checked(batch, role, num_classes, task)
+        pixels, labels = checked_batch(batch, role, num_classes, task, views)
         if not pixels.isfinite().all():
             raise DataError(
                 f"the {role} loader gave images that hold NaN or infinite numbers; expected finite ones. Look where "
                 "they are divided: by a standard deviation of 0?"
             )
-        first = first or (pixels, labels)
-        steps, images = steps + 1, images + len(pixels)
+        first = first or (pixels[0] if len(views) > 1 else pixels, labels)
+        steps, images = steps + 1, images + len(labels)
         most = max(most, task.outputs(labels))
         if not whole:
             break
@@ -281,21 +192,3 @@ def _check_same_classes(trained: list[str], judged: list[str]) -> None:
             f"{validation!r} in the validation data set. Make both of the same class folders, or give both "
             "data sets the same list `classes`."
         )
-
-
-def _checked(batch: Any, role: str, num_classes: int, task: Task) -> Batch:
-    parts = batch if isinstance(batch, (tuple, list)) else ()
-    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
-        given = f"{type(batch).__name__} of ({', '.join(type(part).__name__ for part in parts)})"
-        raise DataError(
-            f"the {role} loader gave a {given if parts else type(batch).__name__}; expected two tensors, (images, "
-            "labels). Give the loader a collate_fn that returns those."
-        )
-    images, labels = parts
-    if images.ndim != 4 or not images.is_floating_point():
-        raise DataError(
-            f"the {role} loader gave images of shape {tuple(images.shape)} and type {images.dtype}; expected float "
-            "(B, C, H, W), normalised. Add torchvision's ToTensor() and Normalize(mean, std) to the data set's "
-            "transform."
-        )
-    return images.float(), task.checked_labels(labels, len(images), role, num_classes)

@@ -250,7 +250,7 @@ class ResidentTraining:
             images = self.kept.batch(shown, self.device)
             views = [
                 self.law(images, mix(keys + (derive_seed(data.seed, epoch, 2, view) << 31)).to(self.device))
-                for view in range(data.views)
+                for view in range(len(data.transforms))  # crops and flips all, which are as weak as strong
             ]
             yield self.normalised(torch.cat(views) if len(views) > 1 else views[0]), shown.to(self.device)
 

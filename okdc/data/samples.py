@@ -71,17 +71,23 @@ class Order:
 
 
 class TrainImages(Dataset):
-    """Loads whole batches by (epoch, position in the epoch's order), each image as `views` augmentations of it.
+    """Loads whole batches by (epoch, position in the epoch's order), each image by each of `transforms`: its views.
 
     An unreadable image gives its place to another (`Order.candidates`); after `attempts` in a row its place stays
     empty, which whoever counts the bad images turns into an error.
     """
 
     def __init__(
-        self, images: Images, order: Order, transform: Any, config: dict[str, Any], attempts: int, seed: int, views: int
+        self,
+        images: Images,
+        order: Order,
+        transforms: Sequence[Any],
+        config: dict[str, Any],
+        attempts: int,
+        seed: int,
     ):
-        self.images, self.transform, self.config = images, transform, config
-        self.order, self.attempts, self.seed, self.views = order, attempts, seed, views
+        self.images, self.transforms, self.config = images, transforms, config
+        self.order, self.attempts, self.seed = order, attempts, seed
         self.epoch, self.positions = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -98,7 +104,7 @@ class TrainImages(Dataset):
             self.epoch, self.positions = epoch, self.order.of(epoch)
         for position in islice(self.order.candidates(self.positions, place), self.attempts):
             if (image := read(self.images, position, self.config, bad)) is not None:
-                return [self._view(image, epoch, place, view) for view in range(self.views)], position
+                return [self._view(image, epoch, place, view) for view in range(len(self.transforms))], position
         return None
 
     def _view(self, image: Image.Image, epoch: int, place: int, view: int) -> Tensor:
@@ -106,7 +112,7 @@ class TrainImages(Dataset):
         # come twice in an epoch, the place seeds too.
         twice = place if self.order.repeats else 0
         reseed(self.seed, epoch, int(self.positions[place]), 2, view, twice)
-        return self.transform(image)
+        return self.transforms[view](image)
 
 
 class ValidationImages(Dataset):

@@ -25,7 +25,7 @@ from okdc.data.tables import is_table, open_table
 from okdc.data.values import Source
 from okdc.errors import DataError, nearest
 from okdc.ranks import first
-from okdc.recipe import DataSettings
+from okdc.recipe import STREAMS, DataSettings
 from okdc.tasks.task import MAPS, Task
 
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
@@ -79,7 +79,7 @@ def open_source(settings: DataSettings, seed: int, task: Task | None = None) -> 
             f"--path-column and --label-column are those of a table, and --data {settings.data} is none; expected a "
             "file that ends in .csv, .tsv or .jsonl. Leave them out, or check --data."
         )
-    if prefix in ("wds", "hfids", "tfds"):
+    if f"{prefix}/" in STREAMS:
         return _stream(settings, prefix, seed)
     if settings.data == "digits":
         source = _digits()
@@ -173,7 +173,9 @@ def _stream(settings: DataSettings, prefix: str, seed: int) -> Source:
     def open_split(split: str, training: bool = False) -> Stream:
         def create(batch_size: int) -> Any:
             options = {"is_training": training, "batch_size": batch_size, "seed": seed, "class_map": class_map}
-            return _create(settings, settings.data, root=root, split=split, **options)
+            dataset = _create(settings, settings.data, root=root, split=split, **options)
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1  # ranks divide it by `stream_reading`
+            return dataset
 
         create(1)  # so that a wrong name or split is an error now, not at the first batch
         return Stream(create)

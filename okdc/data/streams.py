@@ -1,9 +1,13 @@
-"""Data sets that can only be read from front to back: `wds/PATH`, `hfids/ID`, `tfds/NAME`, by timm's create_loader.
+"""Data sets that can only be read from front to back: `wds/PATH`, `hfids/ID`, `tfds/NAME`, by timm's readers.
 
-A stream has no permutation to jump into. An epoch is still f(seed, epoch, number of workers), because its workers are
-started and seeded anew, but skipping batches means reading them, so a resumed run is exact and quick at the start of an
-epoch only; and what a reader does about unreadable images (webdataset logs and skips them) is its own affair: here they
-are neither named nor counted. Images of tfds come decoded, without the EXIF data that says which side is up.
+A stream has no permutation to jump into. An epoch is f(seed, epoch, number of workers of all ranks), because its
+workers are started and seeded anew; what a resumed run skips is read, and not decoded (`stream_reading`). What a reader
+does about samples that it cannot make out (webdataset logs and skips them) is its own affair: here they are neither
+named nor counted. Images of tfds come decoded, without the EXIF data that says which side is up.
+
+Shards are seldom of one length, and ranks must take as many steps each. So every worker gives as many batches as the
+others, the images of an epoch divided by the workers and rounded up: one whose shards end begins them again, and one
+that has more leaves the rest of them, others in each epoch, as timm's readers and webdataset's with_epoch do.
 """
 
 from __future__ import annotations
@@ -14,18 +18,20 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_loader
+from timm.data.loader import PrefetchLoader
 from timm.data.readers.class_map import load_class_map
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from okdc.data.images import names_by_index
 from okdc.data.names import check_lines
+from okdc.data.samples import Part
+from okdc.data.stream_reading import StreamReading, shards
 from okdc.data.transforms import MODES, BatchAugmentation, image_transform, upright
-from okdc.data.values import Batch, Data, Source
+from okdc.data.values import Batch, Data, Source, log
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
 from okdc.system.randomness import iterate_seeded
-from okdc.system.signals import leave_signals
 from okdc.system.waiting import worker_died
 
 
@@ -55,18 +61,19 @@ def load_stream(
     source: Source,
     settings: DataSettings,
     config: dict[str, Any],
-    batch_size: int,
+    part: Part,
     validation_batch_size: int,
     seed: int,
     augmentation: BatchAugmentation,
     device: torch.device,
 ) -> Data:
-    """Batch a stream; raises DataError when it has fewer training images than one batch."""
-    train = StreamBatches(source.train, settings, config, batch_size, seed, augmentation, device)
+    """Batch a stream, a rank's part of it; raises DataError when it has too few training images, or too few shards."""
+    train = StreamBatches(source.train, settings, config, part, seed, augmentation, device)
     if not len(train):
         raise DataError(
-            f"{source.name} has fewer training images than one batch of {batch_size}; expected a batch they fill: -b 8"
+            f"{source.name} has fewer training images than one batch of {part.size}; expected a batch they fill: -b 8"
         )
+    _check_shards(train.reading, source.name)
     validation = None
     if source.validation is not None:
         validation = StreamValidation(source.validation, settings, config, validation_batch_size, device)
@@ -77,25 +84,43 @@ def load_stream(
         classes=source.classes,
         preprocess=config,
         name=source.name,
-        sizes=(len(train.dataset), len(validation.dataset) if validation else 0),
+        sizes=(len(train.reading.dataset), len(validation.reading.dataset) if validation else 0),
         bad_images={},
     )
 
 
-def _loader(dataset: Any, settings: DataSettings, config: dict[str, Any], training: bool, **options: Any) -> Any:
-    dataset.reader.input_img_mode = MODES[config["input_size"][0]]
-    # Workers do not outlive an epoch: a reader that has been read from goes on with the random numbers it has left.
-    options |= {"is_training": training, "persistent_workers": False, "worker_seeding": _begin_worker}
-    options |= {"mean": config["mean"], "std": config["std"]}
-    loader = create_loader(dataset, config["input_size"], **options)
+def _check_shards(reading: StreamReading, name: str) -> None:
+    """DataError for a worker without a shard, which would end every epoch early; a warning where some have more."""
+    count, workers = shards(reading.dataset), reading.workers * reading.world
+    of = f" of {reading.world} processes" if reading.world > 1 else ""
+    if count is None or count % workers == 0:
+        return
+    if count < workers:
+        most = count // reading.world
+        way_out = f"-j {most}" if most else f"--devices {count} -j 1, or smaller shards"
+        raise DataError(f"{name} has fewer training shards, {count}, than there are workers{of}, {workers}: {way_out}")
+    log.warning(
+        "%s: the %d workers%s cannot divide %d training shards evenly. Each gives as many batches as the others, so "
+        "that in an epoch some images come twice and others not at all, others each time.", name, workers, of, count,
+    )  # fmt: skip
+
+
+def _transform(settings: DataSettings, config: dict[str, Any], training: bool) -> Any:
     transform = image_transform(settings, config, training)
-    dataset.transform = transforms.Compose([upright, transform]) if config.get("exif") else transform
-    return loader
+    return transforms.Compose([upright, transform]) if config.get("exif") else transform
 
 
-def _begin_worker(info: Any) -> int:
-    leave_signals(info.id)
-    return info.seed  # timm's own choice
+def _loader(reading: StreamReading, config: dict[str, Any], device: torch.device) -> PrefetchLoader:
+    loader: DataLoader = DataLoader(
+        reading,
+        batch_size=None,
+        num_workers=reading.workers,
+        worker_init_fn=reading.begin,
+        # Workers do not outlive an epoch: a reader that has been read from goes on with the random numbers it has left.
+        persistent_workers=False,
+        generator=torch.Generator(),
+    )
+    return PrefetchLoader(loader, config["mean"], config["std"], config["input_size"][0], device=device)
 
 
 def _read(loader: Any, *key: int) -> Iterator[Batch]:
@@ -111,32 +136,36 @@ def _read(loader: Any, *key: int) -> Iterator[Batch]:
 
 
 class StreamBatches:
-    """Training batches of a stream; skipped batches are read and thrown away."""
+    """Training batches of a stream, those of one rank; batches that are skipped are read and not decoded."""
 
     def __init__(
         self,
         stream: Stream,
         settings: DataSettings,
         config: dict[str, Any],
-        batch_size: int,
+        part: Part,
         seed: int,
         augmentation: BatchAugmentation,
         device: torch.device,
     ):
-        self.dataset = stream.open(batch_size)
-        self.seed, self.augmentation = seed, augmentation
-        options = {"batch_size": batch_size, "num_workers": max(1, settings.workers), "device": device}
-        self.loader = _loader(self.dataset, settings, config, True, **options)
+        transform, mode = _transform(settings, config, True), MODES[config["input_size"][0]]
+        self.reading = StreamReading(
+            stream.open(part.size), transform, mode, part.size,
+            workers=max(1, settings.workers), rank=part.rank, world=part.world, seed=seed, full=True,
+        )  # fmt: skip
+        self.reading.dataset.set_loader_cfg(num_workers=self.reading.workers * part.world)
+        self.part, self.seed, self.augmentation = part, seed, augmentation
+        self.loader = _loader(self.reading, config, device)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.reading.dataset) // self.part.whole
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` (0-based) from step `start` on."""
-        self.dataset.set_epoch(epoch)
-        for step, (images, labels) in enumerate(_read(self.loader, self.seed, epoch)):
-            if step >= start:
-                yield self.augmentation(images, labels, epoch, step)
+        self.reading.dataset.set_epoch(epoch)
+        self.reading.epoch, self.reading.start = epoch, start
+        for step, (images, labels) in enumerate(_read(self.loader, self.seed, epoch), start):
+            yield self.augmentation(images, labels, epoch, step * self.part.world + self.part.rank)
 
 
 class StreamValidation:
@@ -145,14 +174,19 @@ class StreamValidation:
     def __init__(
         self, stream: Stream, settings: DataSettings, config: dict[str, Any], batch_size: int, device: torch.device
     ):
-        self.dataset = stream.open(batch_size)
-        options = {"batch_size": batch_size, "num_workers": 1, "device": device}
-        self.loader = _loader(self.dataset, settings, config, False, **options)
+        transform, mode = _transform(settings, config, False), MODES[config["input_size"][0]]
+        self.reading = StreamReading(stream.open(batch_size), transform, mode, batch_size)
+        self.loader = _loader(self.reading, config, device)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return -(-len(self.reading.dataset) // self.reading.size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.every(0, 1)
+
+    def every(self, first: int, step: int) -> Iterator[Batch]:
+        """Each `step`-th batch from the `first` on; the others are read and not decoded."""
+        self.reading.first, self.reading.every = first, step
         return _read(self.loader, 0)
 
 

@@ -107,7 +107,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def needs(recipe: Recipe) -> tuple[Needs, int]:
-    """What the method needs of the data, and how many views of each image."""
+    """What the method needs of the data, and how many views of each image that is with a view for each member."""
     kind = methods.get(recipe.method["name"])
     asked = kind.needs(**_settings(recipe))
     members = 1 + len(recipe.cohort.peers) if recipe.cohort.peers else recipe.cohort.members or kind.members

@@ -320,6 +320,8 @@ class ExportSettings:
 
 STATED = ("mean", "std", "interpolation", "crop_pct")  # settings of the data that may stand beside a loader
 
+STREAMS = ("wds/", "hfids/", "tfds/")  # data that is only read from front to back
+
 LOADER = "loader"  # what the recipe calls the data of a run that was given its batches in Python
 
 FIGURES = "figures"  # the data that okdc draws itself, for key points

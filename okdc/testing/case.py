@@ -69,6 +69,11 @@ class Case:
             images, labels, *indices = methods.batch_of(method, self.needs(), size)
         return (images + labels.view(-1, 1, 1, 1) / 10 if labels.dim() == 1 else images, labels, *indices)
 
+    def images(self, method: Method) -> Tensor:
+        """Images as the cohort takes them: (B, C, H, W), or a view for each member where the method asks for that."""
+        images = self.batch(method)[0]
+        return images[0] if images.dim() == 5 and self.needs().views is not True else images
+
     def optimizer(self, method: Method) -> torch.optim.Optimizer:
         """Momentum, over what the method says is trained."""
         return torch.optim.SGD(method.param_groups(0.05), lr=0.05, momentum=0.9)

@@ -41,7 +41,7 @@ def learns(case: Case) -> None:
 def birth(case: Case) -> None:
     """Members differ before the first step: alike they would stay alike. The ensemble has the logits' shape."""
     method = case.build().eval()
-    out = method.cohort(case.batch(method)[0])
+    out = method.cohort(case.images(method))
     said = method.said(out)
     for i, mine in enumerate(said):
         for j, other in enumerate(said[:i]):
@@ -74,7 +74,7 @@ def student(case: Case) -> None:
     keys, flags = list(target.state_dict()), [getattr(m, "inplace", None) for m in target.modules()]
     method = case.build(target)
     case.step(method, case.optimizer(method))
-    images = case.batch(method)[0]
+    images = case.images(method)
     inside = method.eval().cohort(images).logits[0]
     left = method.strip()
     assert left is target, f"strip gave a {type(left).__name__} that is not the object that came in"

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_map_only
 
 from okdc.errors import RunError
 from okdc.ranks import world
-from okdc.recipe import TrainSettings
+from okdc.recipe import STREAMS, TrainSettings
 from okdc.training import checkpoint
 from okdc.training.optimizer import lay_out
-from okdc.training.state import DRAWS, Run, TrainState, facts
+from okdc.training.state import Run, TrainState, facts
 
 
 def restore(state: TrainState, payload: dict[str, Any], path: Path, run: Run) -> str:
@@ -123,13 +123,15 @@ def _other_metric(state: TrainState, payload: dict[str, Any], run: Run) -> str:
 
 
 def _other_draws(saved: dict[str, Any], state: TrainState, run: Run) -> str:
-    """That a run whose method compares images goes on with others than the okdc that began it, in words."""
+    """That a run whose method compares images, or of a stream, goes on with others than as it began, in words."""
     needs = state.method.needs(**{k: v for k, v in run.recipe.get("method", {}).items() if k != "name"})
-    if saved.get("draws", 1) == DRAWS or not (needs.pairs or needs.indices):
-        return ""
-    return (
-        "\n  This okdc draws the images that the method compares in another order than the one that saved this, so "
-        "that the run goes on with other ones."
+    streamed = run.recipe.get("data", {}).get("data", "").lower().startswith(STREAMS)
+    drawn = {"the images that the method compares": (2, needs.pairs or needs.indices), "a stream": (3, streamed)}
+    return "".join(
+        f"\n  This okdc draws {what} in another order than the one that saved this, so that the run goes on with other "
+        "ones."
+        for what, (since, concerns) in drawn.items()
+        if concerns and saved.get("draws", 1) < since
     )
 
 

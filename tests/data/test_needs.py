@@ -10,10 +10,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from okdc.cohort import Branch, Cohort
-from okdc.data import Data, load, open_source, wrap
+from okdc.data import Data, in_order, load, open_source, wrap
 from okdc.data.images import Images
 from okdc.data.pairs import images_per_class, paired_order
-from okdc.errors import DataError
+from okdc.errors import CutError, DataError, MethodError
 from okdc.needs import Needs
 from okdc.recipe import DataSettings
 from tests.helpers.networks import Depthwise, Tiny, Tokens
@@ -59,11 +59,44 @@ def test_views_share_their_mixture_because_they_share_their_labels() -> None:
     assert not torch.equal(images[0], images[1])  # but each is erased in a place of its own
 
 
+@pytest.mark.parametrize("resident", ["auto", "off"])
+def test_a_method_of_one_member_has_as_many_views_as_it_says_how_strong(
+    resident: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    three = next(digits(Needs(views=3), resident=resident).train.batches(0))[0]
+    once = next(digits(Needs(), resident=resident).train.batches(0))[0]
+    assert three.shape == (3, 40, 3, 16, 16) and torch.equal(three[0], once) and not torch.equal(three[1], three[2])
+    pair = Needs(views=("strong", "weak"))
+    strong, weak = next(digits(pair, resident=resident, reprob=1.0, hflip=0.0, scale=[1, 1]).train.batches(0))[0]
+    bare = next(digits(Needs(), resident=resident, hflip=0.0, scale=[1, 1]).train.batches(0))[0]
+    changed = [(each != bare).any(1).flatten(1).float().mean(1) for each in (strong, weak)]  # the share of each image
+    assert changed[0].min() > 0 and not changed[1].any()
+    assert not caplog.messages
+    digits(pair, resident=resident)
+    assert "here they are alike" in caplog.text and len(caplog.messages) == 1
+
+
+def test_a_weak_view_is_of_crops_and_flips_alone() -> None:
+    strong = {"aa": "rand-m9-n3-mstd0.5", "color_jitter": 0.4, "hflip": 0.0, "scale": [1, 1], "ratio": [1, 1]}
+    weak, other = next(digits(Needs(views=("weak", "strong")), **strong).train.batches(0))[0]
+    bare = next(digits(Needs(), resident="off", hflip=0.0, scale=[1, 1], ratio=[1, 1]).train.batches(0))[0]
+    assert torch.equal(weak, bare) and (other != weak).flatten(1).any(1).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("views", [1, 0, -2, ("weak",), ("weak", "hard"), "strong", ["weak", "strong"], 2.0])
+def test_views_that_there_are_not_are_refused(views: object) -> None:
+    with pytest.raises(MethodError, match=r"expected True, one for each member, or a number of 2 or more, or how str"):
+        Needs(views=views)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("needs", "views"), [(Needs(views=True), 2), (Needs(pairs=True), 1), (Needs(indices=True), 1)], ids=str
+    ("needs", "views"),
+    [(Needs(views=True), 2), (Needs(views=("weak", "strong")), 1), (Needs(pairs=True), 1), (Needs(indices=True), 1)],
+    ids=str,
 )
 def test_order_and_augmentation_stay_stateless(needs: Needs, views: int) -> None:
-    assert same(digits(needs, views), digits(needs, views, workers=2), start=9)
+    strong = {"aa": "rand-m9-mstd0.5", "reprob": 0.5} if isinstance(needs.views, tuple) else {}
+    assert same(digits(needs, views, **strong), digits(needs, views, workers=2, **strong), start=9)
 
 
 def test_indices_say_which_image_it_is() -> None:
@@ -75,6 +108,30 @@ def test_indices_say_which_image_it_is() -> None:
     assert len(set(seen)) == len(seen) and len(data.train_labels) == data.sizes[0]
     one, other = ({i: x for xs, _, ii in data.train.batches(e) for i, x in zip(ii.tolist(), xs)} for e in (0, 1))
     assert all(torch.equal(one[i], other[i]) for i in set(one) & set(other)) and len(set(one) & set(other)) > 1000
+
+
+@pytest.mark.parametrize("law", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.5}])
+def test_a_method_that_takes_mixed_images_is_told_of_which_and_how_much(law: dict[str, float]) -> None:
+    needs, size = Needs(indices=True, mixed=True), 25  # the odd one out stays as it is
+    plain = {
+        int(i): x for xs, _, ii in digits(Needs(indices=True), no_aug=True).train.batches(0) for i, x in zip(ii, xs)
+    }
+    data = digits(needs, batch_size=size, no_aug=True, mixup_off_epoch=1, smoothing=0.1, **law)
+    seen = set()
+    for images, labels, indices, shares in data.train.batches(0):
+        own, others = torch.nn.functional.one_hot(data.train_labels[indices], 10).float().unbind(1)
+        exact = 0.9 * (shares[:, None] * own + (1 - shares[:, None]) * others) + 0.01
+        torch.testing.assert_close(labels, exact)
+        assert shares[-1] == 1 and indices[-1, 0] == indices[-1, 1] and (shares[:-1] == shares[0]).all()
+        assert torch.equal(indices[:-1, 0], indices[:-1, 1].flip(0))
+        if list(law) == ["mixup"] and all(int(i) in plain for i in indices.flatten()):
+            first, second = (torch.stack([plain[int(i)] for i in column]) for column in indices.unbind(1))
+            by = shares.view(-1, 1, 1, 1)
+            torch.testing.assert_close(images, by * first + (1 - by) * second, rtol=1e-4, atol=1e-4)
+            seen.add("images")
+        seen.add(float(shares[0]))
+    assert len(seen) > 5 and ("images" in seen or len(law) > 1 or "cutmix" in law)
+    assert {float(s) for *_, shares in data.train.batches(1) for s in shares} == {1.0}  # mixup_off_epoch
 
 
 @pytest.mark.parametrize(("classes", "batch_size", "expected"), [(100, 128, 2), (10, 128, 16), (10, 40, 4), (2, 6, 3)])
@@ -152,6 +209,22 @@ def test_a_loader_of_ones_own_cannot_say_which_image_is_which(tmp_path: Path) ->
     assert wrap(loader, needs=Needs(views=True, pairs=True)).train_labels is None
 
 
+def test_a_loader_of_ones_own_gives_the_views_that_are_asked_for() -> None:
+    needs, images, labels = Needs(views=("weak", "strong")), torch.rand(9, 3, 8, 8), torch.arange(9) % 2
+    pairs = [((image, -image), label) for image, label in zip(images, labels)]
+    data = wrap(DataLoader(pairs, batch_size=4), needs=needs)  # type: ignore[arg-type]
+    views, told = next(data.train.batches(0))
+    assert torch.equal(views, torch.stack([images[:4], -images[:4]])) and torch.equal(told, labels[:4])
+    assert len(list(data.train.batches(0))) == 2 and data.sizes[0] == 9  # the last image alone is left out
+    assert next(in_order(data, 4))[0].shape == (4, 3, 8, 8)
+    with pytest.raises(DataError, match=r"needs 2 views of each image \(weak, strong\), and .* gave one Tensor; .*=FO"):
+        wrap(DataLoader(TensorDataset(images, labels), 4), needs=needs)
+    with pytest.raises(DataError, match=r"needs 3 views .*gave 2 of them"):
+        wrap(DataLoader(pairs, 4), needs=Needs(views=3))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"images of shape \(4, 8\)"):
+        wrap([([torch.rand(4, 8)] * 2, labels[:4])], needs=needs)
+
+
 @pytest.mark.parametrize("network", [Tiny, Depthwise, Tokens])
 def test_each_member_sees_its_own_view(network: type[torch.nn.Module]) -> None:
     torch.manual_seed(0)
@@ -168,6 +241,8 @@ def test_each_member_sees_its_own_view(network: type[torch.nn.Module]) -> None:
         torch.testing.assert_close(out.embeddings[i], together.embeddings[i])
     cohort.train()
     sum(z.square().sum() for z in cohort(views).logits[1:]).backward()
+    with pytest.raises(CutError, match=r"2 views of each image came to a cohort of 3 members.*self.cohort\(images"):
+        cohort(views[:2])
     trunk = next(p for p in target.parameters())
     assert trunk.grad is not None and trunk.grad.abs().sum() > 0  # also what only the branches saw reaches the trunk
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import io
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
@@ -53,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kdcl, general": ("kdcl", {"soft_target": "general"}),
     "kdcl, linear": ("kdcl", {"soft_target": "linear"}),
     "switokd, cold": ("switokd", {"temperature": 0.02}),  # in which teachers pause soon
+    "mcl, mixed": ("mcl", {}),
+    "mcl, memory, mixed": ("mcl", {"memory": True, "negatives": 16}),
+    "lmcl, mixed": ("lmcl", {"meta_every": 2}),
+    "mcl_okd, mixed": ("mcl_okd", {"negatives": 8}),
     "sokd, sp": ("sokd", {"distance": "sp"}),
 }
 
@@ -106,6 +113,9 @@ def tensors() -> tuple[Tensor, Tensor]:
 class Batches:
     """This process's part of each batch, with views and indices where the method asks for them."""
 
+    mixed = False
+    """Each image with the one as far from the other end."""
+
     def __init__(self, steps: int, method: Method, needs: Any) -> None:
         self.images, self.labels = tensors()
         self.steps, self.needs, self.views = steps, needs, len(method.cohort)
@@ -118,6 +128,14 @@ class Batches:
         for chosen in order[start : self.steps]:
             mine = chosen.chunk(world())[rank()]
             images, labels = self.images[mine], self.labels[mine]
+            if self.mixed:
+                others, classes = (
+                    chosen.flip(0).chunk(world())[rank()],
+                    nn.functional.one_hot(self.labels).to(PRECISION),
+                )
+                mixture = (0.7 * x[mine] + 0.3 * x[others] for x in (self.images, classes))
+                yield (*mixture, torch.stack([mine, others], 1), torch.full((len(mine),), 0.7, dtype=PRECISION))
+                continue
             if self.needs.views:
                 images = torch.stack([images + 0.1 * i for i in range(self.views)])
             yield (images, labels, mine) if self.needs.indices else (images, labels)
@@ -132,6 +150,7 @@ def train(
     images, labels = tensors()
     part = list(zip(images[:27].split(6), labels[:27].split(6)))  # 5 batches, unevenly divided
     batches = Troubled(trouble, steps, method, needs) if trouble else Batches(steps, method, needs)
+    batches.mixed = case.endswith(", mixed")
     aside = Aside(part) if trouble == "stalls aside" else part
     data: Any = SimpleNamespace(train=batches, validation=part, held_out=aside if needs.held_out else None)
     wanted = replace(
@@ -155,14 +174,14 @@ def is_free(port: int) -> bool:
         return tried.connect_ex(("localhost", port)) != 0
 
 
-def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
+def start(*arguments: str, processes: int = 2, file: str = __file__, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, *arguments], env=common | {"RANK": str(i), **environment},
+            [sys.executable, "-W", "error", file, *arguments], env=common | {"RANK": str(i), **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(processes)
@@ -215,6 +234,7 @@ def train_all(folder: str, steps: str) -> None:
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
 
+SHARDS = "reads shards"  # which is nothing that goes wrong, but what else two processes do while they are there
 WRONG = ("stalls", "stalls aside", "dies", "is told to stop", "loses its launcher", "sees a NaN", "skips a layer")
 ROBUST = replace(SETTINGS, timeout=4.0)
 
@@ -283,7 +303,7 @@ def be_troubled(folder: str) -> None:
     """One process per trouble, forked because the imports take long; how each ended goes to a file."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, as it should be
     codes: dict[str, Any] = {"tasks": be_tasks(folder)} if os.environ["RANK"] == "0" else {}
-    for i, trouble in enumerate(WRONG):
+    for i, trouble in enumerate((*WRONG, SHARDS)):
         if pid := os.fork():
             codes[trouble] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             continue
@@ -296,8 +316,11 @@ def be_troubled(folder: str) -> None:
             os.dup2(output.fileno(), 2)
         try:
             with joined(ROBUST):
-                case = "kdcl, general" if trouble == "stalls aside" else "baseline"
-                found = train(case, 5, Path(folder, trouble), trouble, timeout=ROBUST.timeout)
+                if trouble == SHARDS:
+                    found = train_on_shards(Path(folder), Path(folder, trouble), 1, devices=2)
+                else:
+                    case = "kdcl, general" if trouble == "stalls aside" else "baseline"
+                    found = train(case, 5, Path(folder, trouble), trouble, timeout=ROBUST.timeout)
                 torch.save(found, Path(folder, f"{trouble}.{rank()}.pt"))
         except OkdcError as error:
             print(error, file=sys.stderr, flush=True)
@@ -312,8 +335,9 @@ def be_troubled(folder: str) -> None:
 def troubled(tmp_path_factory) -> Path:
     """What two processes left behind, of which the second got into each kind of trouble."""
     folder = tmp_path_factory.mktemp("troubled")
+    write_shards(folder)
     job = next(job for job in range(os.getpid() % 10000, 20000) if is_free(15000 + job % 10000))
-    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in WRONG), JOB=str(job))
+    processes = start("trouble", str(folder), PORTS=" ".join(free_port() for _ in (*WRONG, SHARDS)), JOB=str(job))
     outputs = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     (folder / "tasks.txt").write_text(outputs[0])
@@ -407,6 +431,49 @@ def test_a_network_that_skips_layers_is_refused_in_words(troubled):
     assert said.count("did not use the same parameters in each step") == 2 and "Use --devices 1" in said
 
 
+def write_shards(folder: Path) -> None:
+    """Four files of 5 to 8 images as webdataset reads them, and a list of their classes."""
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    for number in range(4):
+        with tarfile.open(folder / f"train-{number}.tar", "w") as file:
+            for i in range(5 + number):
+                image = io.BytesIO()
+                Image.new("RGB", (20, 20), (30 * i, 60 * number, 0)).save(image, "png")
+                for name, content in ((f"{i}.png", image.getvalue()), (f"{i}.cls", str(i % 2).encode())):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    file.addfile(header, io.BytesIO(content))
+
+
+def train_on_shards(shards: Path, folder: Path, workers: int, **changes: Any) -> dict[str, Any]:
+    """The weights of two epochs of a network without batch norm, 4 images at once in each process."""
+    settings = DataSettings(
+        data=f"wds/{shards}", class_map=str(shards / "classes.txt"), workers=workers,
+        train_split="train-{0..3}.tar|24", val_split="train-0.tar|5",
+    )  # fmt: skip
+    data = load(
+        open_source(settings, 1), settings, CONFIG, batch_size=4, validation_batch_size=2, seed=1, device="cpu",
+        rank=rank(), world=world(),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    target = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    cohort = Cohort(target, torch.randn(2, 3, 8, 8))
+    method, wanted = methods.get("baseline")(cohort), replace(SETTINGS, batch_size=4, **changes)
+    state = fit(method, data, wanted, folder, arch="tiny", recipe={})
+    return {"tensors": dict(target.state_dict()), "history": state.history, "confusion": state.confusion}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+def test_two_processes_that_divide_shards_give_the_weights_of_one(troubled, tmp_path, one_thread):
+    pytest.importorskip("webdataset", reason="streams: pip install webdataset")
+    assert ended(troubled, SHARDS)[0] == [0, 0]
+    first, second = (torch.load(troubled / f"{SHARDS}.{i}.pt", weights_only=False) for i in range(2))
+    alone = train_on_shards(troubled, tmp_path, 2, grad_accum_steps=2)
+    assert max_difference(first["tensors"], second["tensors"]) == 0
+    assert max_difference(alone["tensors"], first["tensors"]) < 1e-6
+    assert alone["confusion"].equal(first["confusion"]) and alone["confusion"].sum() == 5
+
+
 def max_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one if one[k].numel())
@@ -467,9 +534,10 @@ def digits(batch_size: int, number: int = 0, of: int = 1, needs: Needs = NOTHING
         (Needs(pairs=True), {}),
         (Needs(indices=True), {"reprob": 0.5}),
         (Needs(views=True), {"mixup": 0.4, "reprob": 0.5}),
+        (Needs(views=("weak", "strong")), {"mixup": 0.4, "reprob": 0.5, "aa": "rand-m9-mstd0.5"}),
         (Needs(indices=True), {"balanced_sampling": True}),
     ],
-    ids=["plain", "blended", "pairs", "indices", "views", "balanced"],
+    ids=["plain", "blended", "pairs", "indices", "views", "weak and strong", "balanced"],
 )
 def test_four_processes_see_the_batch_of_one(needs, settings):
     batches = [next(digits(24, needs=needs, **settings).train.batches(1, 3))]
