@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 _BATCH = 32
-_RATE = 2e-4  # of weights and biases, in units of the largest
+_RATE = 5e-5  # of weights and biases, in units of the largest
 _RATE_OF_SCALES = 1e-2  # of their logarithms
 _SEED = 0
 _SAID = 25  # steps between two lines of progress

@@ -34,7 +34,7 @@ PREDICT = True
 _MOST_FLOAT = 0.5  # share of the layers that may stay in float; beyond that, little is left to gain
 _SECONDS = 90.0  # of CPU time for trying layers one at a time; those that are not reached count as harmless
 _BATCH = 8
-_HISTOGRAM_IMAGES = 16  # histograms look at every single activation
+_HISTOGRAM_IMAGES = 64  # histograms look at every single activation
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 

@@ -245,11 +245,11 @@ def all_memory_scores(pairs: Sequence[tuple[Tensor, Tensor]], temperature: float
     return [each - mean for each, mean in zip(alike, means_of_all, strict=True)]
 
 
-def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
+def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7, weights: Tensor | None = None) -> Tensor:
     """Noise contrastive estimation: the first of log scores (B, 1 + K) is of the data, K are noise, of a population.
 
     The loss of MCL-OKD (Yang et al. 2020) and CRD (Tian et al. 2020): -log h_0 - sum_k log (1 - h_k), with
-    h = g / (g + K / population + eps) and g = score / population; eps is the authors'.
+    h = g / (g + K / population + eps) and g = score / population; eps is the authors'. `weights` (B,) are of images.
 
     >>> scores = torch.tensor([[1.76, 0.24]]).log()  # the first is of the data, as it should be
     >>> nce(scores, 100) < nce(scores.flip(1), 100)
@@ -259,7 +259,8 @@ def nce(log_scores: Tensor, population: int, *, eps: float = 1e-7) -> Tensor:
     noise = (log_scores.shape[1] - 1) / population
     all_told = log_g.exp() + noise + eps
     truth = log_g[:, 0] - all_told[:, 0].log()
-    return -(truth + (noise / all_told[:, 1:]).log().sum(dim=1)).mean()
+    each = truth + (noise / all_told[:, 1:]).log().sum(dim=1)
+    return -(each if weights is None else weights.to(each) * each).mean()
 
 
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -308,13 +309,21 @@ def rampup(epoch: Tensor, length: Tensor | float) -> Tensor:
 
 def _classes(x: Tensor) -> Tensor:
     """Logits (B, C) in full precision; of maps (B, K, H, W) the softmax over K would be no distribution of anything."""
+    x = _full(x)
     if x.dim() != 2:
+        advice = (
+            "Labels are taught by cross_entropy."
+            if x.dim() < 2
+            else ("Heat maps are compared pixel by pixel: a method for --task pose (okdc methods).")
+        )
         raise RecipeError(
             f"the distributions of two networks were to be compared, and one gives {tuple(x.shape)}; expected logits "
-            "(batch, classes). Heat maps are compared pixel by pixel: a method for --task pose (okdc methods)."
+            f"(batch, classes). {advice}"
         )
-    return _full(x)
+    return x
 
 
 def _full(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise RecipeError(f"a loss was given a {type(x).__name__}; expected one tensor, such as out.logits[0].")
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

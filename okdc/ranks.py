@@ -103,21 +103,23 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _Sum.apply(gradient).chunk(world())[rank()]
+        return _Scatter.apply(gradient)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks, whose gradient is the sum of theirs."""
+class _Scatter(torch.autograd.Function):
+    """This rank's part of the sum over the ranks, whose gradient is gathered again."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        parts = tensor.contiguous().chunk(world())
+        own = torch.empty_like(parts[0])
+        # As a list, because the form with one tensor is deprecated since torch 2.14. gloo makes all-reduces of both.
+        dist.reduce_scatter(own, list(parts))
+        return own
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return _Sum.apply(gradient)
+        return _Gather.apply(gradient.contiguous())
 
 
 # Messages are not to be traced: a compiled step has a break at each of them.

@@ -14,6 +14,8 @@ from okdc import __version__
 from okdc.cli.output import VERBOSE, show
 from okdc.errors import OkdcError
 
+_COMMANDS = ("  okdc ", "  python ")
+
 
 class _Failure(click.ClickException):
     """An OkdcError as click shows it: one paragraph on stderr, no traceback."""
@@ -25,7 +27,8 @@ class _Failure(click.ClickException):
     def show(self, file: Any = None) -> None:
         who = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
         for line in f"okdc: error{who}: {self.message}".splitlines():
-            click.echo(_wrapped(line, " " * (len(line) - len(line.lstrip()) + 2)), err=True)
+            typed = line.startswith(_COMMANDS)  # a command is copied whole
+            click.echo(line if typed else _wrapped(line, " " * (len(line) - len(line.lstrip()) + 2)), err=True)
 
 
 def _wrapped(line: str, hang: str) -> str:

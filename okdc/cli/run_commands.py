@@ -90,7 +90,7 @@ def compress(
     preset = early.choose_preset(preset, recipe_name, typed, sets, resume)
 
     from okdc import methods, pipeline
-    from okdc.pipeline import control, presets, run_folder
+    from okdc.pipeline import control, forecast, presets, run_folder
     from okdc.system.saying import logged
     from okdc.training import launch
 
@@ -106,7 +106,10 @@ def compress(
     if several and here is None:
         command = [sys.executable, "-m", "okdc", *sys.argv[1:], *(["--preset", preset] if preset else [])]
         raise SystemExit(launch.launch(command, resolved.train, rendezvous))
-    if with_baseline or (with_baseline is None and preset == recipe.FINETUNE and here is None):
+    controlled = with_baseline or (with_baseline is None and preset == recipe.FINETUNE and here is None)
+    if preset is not None and resume is None and here is None:
+        forecast.announce(resolved, bool(controlled))
+    if controlled:
         control.train_control(resolved, output, experiment, resume)
     result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)
     if here is not None and here[0] > 0:

@@ -63,13 +63,16 @@ _WITHOUT_ADVICE = """
 REFUSED |= dict.fromkeys(_WITHOUT_ADVICE.split(), "nothing here does its work, so leave it out")
 
 
+# As they stand in commands that timm's documentation shows.
+_OLDER = {"--jsd": "--jsd-loss", "--native-amp": "--amp-impl", "--apex-amp": "--amp-impl"}
+
+
 def taken(words: list[str]) -> list[str]:
-    """The words without flags that have nothing to do, of which a note is printed; UsageError for a refused one."""
+    """The words without flags that have nothing to do, of which a note is printed; UsageError for those refused."""
+    _refuse([word.partition("=")[0] for word in words])
     left, rest = [], iter(words)
     for word in rest:
         flag, equals, _ = word.partition("=")
-        if flag in REFUSED:
-            raise click.UsageError(f"{flag} is a flag of timm that okdc does not have: {REFUSED[flag]}.")
         if flag not in NOTED:
             left.append(word)
             continue
@@ -79,3 +82,13 @@ def taken(words: list[str]) -> list[str]:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"{flag} has nothing to do here: {reason}.", err=True)
     return left
+
+
+def _refuse(words: list[str]) -> None:
+    """UsageError that names all flags of timm that okdc does not have."""
+    found = {word: REFUSED[_OLDER.get(word, word)] for word in words if _OLDER.get(word, word) in REFUSED}
+    if len(found) > 1:
+        each = ". ".join(f"{flag}: {advice}" for flag, advice in found.items())
+        raise click.UsageError(f"{len(found)} flags of timm are here that okdc does not have. {each}.")
+    for flag, advice in found.items():
+        raise click.UsageError(f"{flag} is a flag of timm that okdc does not have: {advice}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -20,10 +20,12 @@ from okdc import tasks
 from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.cohort.birth import differ
+from okdc.cohort.hooks import ALONG, Hooks
 from okdc.cohort.plan import UNTAPPED, Branch, CohortOutput, Cost, lineage, member_name
 from okdc.cohort.proof import prove_all, refuse_own_modules, ways_in_training
 from okdc.cohort.replay import Handling, Record, Tape
-from okdc.cohort.taps import Taps, checked
+from okdc.cohort.siblings import copy_of, sibling
+from okdc.cohort.taps import Taps, checked, checked_modules
 from okdc.cohort.trunk import before, on_its_own, stand_in, tie_unused
 from okdc.errors import CutError, NetworkError, counted
 from okdc.tasks.shared.outputs import described
@@ -36,6 +38,7 @@ class Cohort(nn.Module):
     `example` (B >= 2, C, H, W) is what the members are proved on: a branch is accepted only if with equal weights its
     logits equal the target's, in evaluation and in training mode. Otherwise CutError, and the target is left as it was.
     `fresh` makes another network like the target with new weights; without it branches are redrawn copies.
+    `tapped` names modules, {"early": "layer1.1"}: what they give is looked at in each member that has them.
     `trunk_gradient` is what the trunk gets of its members' gradients: their sum, or at each cut their mean.
     `anatomy` is what `inspect` found out about the target on images of this size; without it the target is inspected.
     `task` is what the networks are for, by default classification.
@@ -65,6 +68,8 @@ class Cohort(nn.Module):
     """(D, H, W) of each map at which the target could be left early, where these are tapped."""
     shared_width: int
     """D of what the trunk gives, 0 where that is not tapped."""
+    tapped_shapes: tuple[dict[str, tuple[int, ...]], ...]
+    """Of each member, the shapes without the batch of what modules with names give, where that is a tensor."""
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class Cohort(nn.Module):
         branches: Sequence[Branch] = (),
         *,
         taps: Sequence[str] = (),
+        tapped: Mapping[str, str] | None = None,
         pretrained: bool = False,
         fresh: Callable[[], nn.Module] | None = None,
         trunk_gradient: Literal["sum", "mean"] = "sum",
@@ -83,25 +89,25 @@ class Cohort(nn.Module):
         self.target, self.task = target, task or tasks.get()
         needs_parts = bool(taps) or any(b.cut or b.extra_blocks or b.width < 1 or b.outputs for b in branches)
         self.anatomy = _known(anatomy, target, example, needs_parts, self.task)
-        self.taps = checked(taps)
+        self.taps, self._modules_tapped = checked(taps), checked_modules(tapped or {}, target, self.anatomy)
         self.pretrained = pretrained
         self.widths = (1.0, *(b.width for b in branches))
         self.tape = Tape()
-        self._hooks: list[Any] = []
+        self._hooks = Hooks()
         self._stripped = False
         self._resting: list[nn.Module] = []
         self._names = ("target", *(member_name(i, b.cut is not None) for i, b in enumerate(branches, 1)))
         self.cut = next((b.cut for b in branches if b.cut), None)
         trunks = _trunks(target, self.anatomy, branches)
-        proofs = {cut: _copy(target) for cut in trunks}  # copies are made before any hook stands on the target
-        siblings = [b.network or _sibling(target, None if pretrained else fresh) for b in branches]
+        proofs = {cut: copy_of(target) for cut in trunks}  # copies are made before any hook stands on the target
+        siblings = [b.network or sibling(target, None if pretrained else fresh) for b in branches]
         redrawn = [b.network is None and (pretrained or fresh is None) for b in branches]
         for copied in [*proofs.values(), *(s for s, redraw in zip(siblings, redrawn, strict=True) if redraw)][:1]:
             refuse_own_modules(target, copied, example)
         mean = trunk_gradient == "mean"
         try:
             self._record({name: module for trunk in trunks.values() for name, module in trunk.items()}, self.tape)
-            ways = ways_in_training(target, example) if trunks or taps else []
+            ways = ways_in_training(target, example) if trunks or taps or tapped else []
             prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, self.task, one_way=mean)
             self.branches = nn.ModuleList(siblings)
             self.grown = self._grow(branches, trunks, example, redrawn, mean)
@@ -166,11 +172,16 @@ class Cohort(nn.Module):
             module.eval()
         return self
 
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Self:
+        """A copy that is hooked as this one is; of its members alone, copies are not."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        memo[ALONG] = True
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def strip(self) -> nn.Module:
         """The very object that came in, trained, with nothing of the cohort left on it."""
         self._stripped = True
-        for handle in self._hooks:
-            handle.remove()
         self._hooks.clear()
         return self.target
 
@@ -196,7 +207,7 @@ class Cohort(nn.Module):
     def _record(self, trunk: dict[str, nn.Module], tape: Tape) -> None:
         for name, module in trunk.items():
             tape.handling.setdefault(name, Handling())
-            self._hooks.append(module.register_forward_hook(Record(tape, name)))
+            self._hooks.add(module, Record(tape, name))
 
     def _grow(
         self,
@@ -234,14 +245,14 @@ class Cohort(nn.Module):
 
     def _tap(self, branches: Sequence[Branch], ways: list[Counter[str]], example: Tensor) -> None:
         """Have the members' layers tapped; the target's own stages are those after the first branch's cut."""
-        self._tapped = Taps(self.taps, self.tape, self.anatomy, self.cut)
-        for member, plan in zip(self.members, (Branch(self.cut), *branches)) if self.taps else ():
+        self._tapped = Taps(self.taps, self._modules_tapped, self.tape, self.anatomy, self.cut)
+        looked = self.taps or self._modules_tapped
+        for member, plan in zip(self.members, (Branch(self.cut), *branches)) if looked else ():
             foreign = plan.network is not None
-            anatomy = inspect(member, example, task=self.task) if foreign else self.anatomy
-            for name, tap in self._tapped.of_next(anatomy, plan.cut, [] if foreign else ways):
-                module = member.get_submodule(name)
-                attach = module.register_forward_pre_hook if tap.kind == "embedding" else module.register_forward_hook
-                self._hooks.append(attach(tap))
+            anatomy = inspect(member, example, logits_only=not self.taps, task=self.task) if foreign else self.anatomy
+            tapped = self._tapped.of_next(anatomy, plan.cut, [] if foreign else ways)
+            for name, tap in tapped + self._tapped.modules_of_next(member, anatomy, plan.parent):
+                self._hooks.add(member.get_submodule(name), tap, before=tap.kind == "embedding")
 
     def _measure(self, example: Tensor, branches: Sequence[Branch]) -> tuple[Cost, ...]:
         """Run every member once; the FLOPs of a branch are those of its own tail."""
@@ -259,6 +270,10 @@ class Cohort(nn.Module):
             self.stage_widths = tuple(tuple(x.shape[1] for x in maps) for maps in found.get("stage_maps", ()))
             self.exit_shapes = tuple(tuple(x.shape[1:]) for x in found.get("exit_maps", ()))
             self.shared_width = found["shared"].shape[1] if "shared" in found else 0
+            self.tapped_shapes = tuple(
+                {key: tuple(x.shape[1:]) for key, x in given.items() if isinstance(x, Tensor)}
+                for given in found.get("tapped", ())
+            )
             self.tape.clear()
         grown, cuts = ["", *self.grown], [None, *(b.parting for b in branches)]
         for name, member, spent, has, cut in zip(self.names, self.members, flops, grown, cuts, strict=True):
@@ -297,32 +312,3 @@ def _trunks(target: nn.Module, anatomy: Anatomy, branches: Sequence[Branch]) -> 
     """What is before each cut, the late cuts first."""
     cuts = sorted({b.cut for b in branches if b.cut}, key=lambda cut: anatomy.find_cut(cut).flops_after)
     return {cut: before(target, anatomy, cut) for cut in cuts}
-
-
-def _copy(target: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(target)
-    except Exception as error:
-        raise NetworkError(
-            f"{type(target).__name__} cannot be copied ({error}), and branches are copies of the target. Store only "
-            "modules, leaf tensors and plain values on it, or give its name or factory instead of the object."
-        ) from error
-
-
-def _sibling(target: nn.Module, fresh: Callable[[], nn.Module] | None) -> nn.Module:
-    """Another network like the target: newly made where its maker is known, else a copy (to be redrawn)."""
-    if fresh is None:
-        return _copy(target)
-    network = fresh()
-    made = {k: tuple(v.shape) for k, v in network.state_dict().items()}
-    wanted = {k: tuple(v.shape) for k, v in target.state_dict().items()}
-    if made != wanted:
-        key = next(k for k in {**wanted, **made} if made.get(k) != wanted.get(k))
-        raise NetworkError(
-            f"`fresh` makes another network than the target, {type(target).__name__}: {key} is "
-            f"{made.get(key, 'missing')} in it, and {wanted.get(key, 'missing')} in the target. Give a function that "
-            "makes the target anew, or leave it out: branches are then redrawn copies."
-        )
-    for mine, theirs in zip(network.parameters(), target.parameters(), strict=True):
-        mine.requires_grad_(theirs.requires_grad)
-    return network.to(next(target.parameters()).device)

@@ -18,6 +18,12 @@ class Untapped:
         self.name = name
 
     def _refuse(self, *_: Any) -> NoReturn:
+        if self.name == "tapped":
+            raise CutError(
+                "out.tapped is looked at, and no module was named. Write a classmethod `tapped(cls, anatomy, "
+                '**settings)` that names some, such as {"early": "layer1.1"}, or say Cohort(..., tapped={...}) where a '
+                "cohort is made by hand."
+            )
         views = " With a view for each member there is none." if self.name == "shared" else ""
         raise CutError(
             f'out.{self.name} is looked at, and not tapped. Say taps = ("{self.name}",) in the class of the method, or '
@@ -38,7 +44,7 @@ class Untapped:
 
 # Passed by name, not defaults of the fields, which a compiled step could not make.
 UNTAPPED: dict[str, Any] = {
-    name: Untapped(name) for name in ("feature_maps", "embeddings", "shared", "stage_maps", "exit_maps")
+    name: Untapped(name) for name in ("feature_maps", "embeddings", "shared", "stage_maps", "exit_maps", "tapped")
 }
 
 
@@ -63,6 +69,8 @@ class CohortOutput:
     """Of each member, its stages' outputs after the cut, as maps above."""
     exit_maps: tuple[Tensor, ...] = ()
     """Of the target, what its modules gave after which it could be left early (`Anatomy.exits`), as maps above."""
+    tapped: tuple[dict[str, Any], ...] = ()
+    """Of each member, what modules that were named (`Method.tapped`) gave, as they gave it."""
     earlier: tuple[tuple[Tensor, ...], ...] = ()
     """Of each member, what its stages before the last said, where its task lets them: lists of heat maps."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from okdc.cohort.hooks import Hook
 from okdc.errors import CutError
 from okdc.system.randomness import random_state, set_random_state
 
@@ -55,10 +56,11 @@ class Tape:
 
     def __init__(self) -> None:
         self.recording = False
+        self.member = -1  # whose pass this is
         self.alone = False  # every member sees images of its own, and runs the trunk for itself
         self.outputs: dict[str, list[Any]] = {}
         self.position: dict[str, int] = {}
-        self.tapped: dict[tuple[str, int], Tensor] = {}
+        self.tapped: dict[tuple[str, int], Any] = {}
         self.handling: dict[str, Handling] = {}
         self.divisor: dict[str, int] = {}  # of the gradients that members send into a trunk, by its cut; absent: 1
         self.proof: Proof | None = None
@@ -80,11 +82,13 @@ class Tape:
 
     def start(self, alone: bool = False) -> None:
         self.clear()
+        self.member = -1
         for tape in (self, *self.inner):
             tape.recording, tape.alone = True, alone
 
     def rewind(self) -> None:
-        """Begin the next branch: every module's first call is answered by its first output again."""
+        """Begin the next member: every module's first call is answered by its first output again."""
+        self.member += 1
         for tape in (self, *self.inner):
             tape.position = {}
 
@@ -114,7 +118,7 @@ def divide_gradient(tensor: Tensor, divisor: int) -> Tensor:
     return _Divided.apply(tensor, divisor)
 
 
-class Record:
+class Record(Hook):
     """Forward hook that puts a trunk module's output on the tape, and divides the gradient of the target's own tail."""
 
     def __init__(self, tape: Tape, name: str) -> None:
@@ -197,6 +201,8 @@ class Replay(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # what Python asks of everything: how the original is copied is its own affair
+                raise
             return getattr(self.__dict__["_original"][0], name)
 
     def __len__(self) -> int:
@@ -209,16 +215,22 @@ class Replay(nn.Module):
         return True
 
 
-class Tap:
-    """Hook that keeps a member's feature map (a module's output) or its embedding (the classifier's input)."""
+class Tap(Hook):
+    """Hook that keeps a module's output as a map, or as it is where `layout` is empty; or the classifier's input."""
 
-    def __init__(self, tape: Tape, kind: str, member: int, layout: str) -> None:
-        self.tape, self.kind, self.member, self.layout = tape, kind, member, layout
+    def __init__(self, tape: Tape, kind: str, layout: str = "") -> None:
+        self.tape, self.kind, self.layout = tape, kind, layout
 
     def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
         if self.tape.recording:
-            value = as_vector(args[0]) if self.kind == "embedding" else as_map(output, self.layout)
-            self.tape.tapped[self.kind, self.member] = value
+            self.tape.tapped[self.kind, self.tape.member] = self._value(args, output)
+
+    def _value(self, args: Any, output: Any) -> Any:
+        if self.kind == "embedding":
+            return as_vector(args[0])
+        if self.layout:
+            return as_map(output, self.layout)
+        return tree_map_only(Tensor, torch.clone, output)  # which an in-place activation may be about to change
 
 
 def as_vector(x: Tensor) -> Tensor:

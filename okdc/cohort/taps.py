@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.anatomy.shapes import layout
 from okdc.cohort.plan import member_name
-from okdc.cohort.replay import Tap, Tape, as_map
+from okdc.cohort.replay import Replay, Tap, Tape, as_map
 from okdc.errors import CutError, MethodError, nearest
 
 NAMES = ("feature_maps", "embeddings", "stage_maps", "exit_maps", "shared")
@@ -27,15 +27,40 @@ def checked(taps: Sequence[str]) -> tuple[str, ...]:
     return tuple(taps)
 
 
+def checked_modules(tapped: Mapping[str, str], network: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+    """Modules by the author's names for them; MethodError for those that the network does not have or call once."""
+    if not isinstance(tapped, Mapping):
+        raise MethodError(
+            f'tapped is {tapped!r}; expected a dictionary that gives modules names, such as {{"early": "layer1.1"}}.'
+        )
+    calls, known = Counter(call.name for call in anatomy.calls), dict(network.named_modules())
+    for name in tapped.values():
+        if name not in known:
+            raise MethodError(
+                f"{anatomy.name} has no module {name!r} to look at.{nearest(str(name), known)} print(network) shows "
+                "all that it has."
+            )
+        if calls[name] != 1:
+            raise MethodError(
+                f"{name!r} of {anatomy.name} is called {calls[name]} times in a pass; expected a module that is called "
+                "once. Name the module that it is in."
+            )
+    return dict(tapped)
+
+
 class Taps:
     """Which layers of the members are looked at, and what they gave in this pass.
 
-    `kinds` are some of NAMES. `cut` is that of the first branch, None where nothing
-    is shared. CutError where the method looks at what is shared and that is nothing, or neither map nor tokens.
+    `kinds` are some of NAMES, `modules` others by the author's names for them. `cut` is that of the first branch, None
+    where nothing is shared. CutError where the method looks at what is shared and that is nothing, or neither map nor
+    tokens.
     """
 
-    def __init__(self, kinds: Sequence[str], tape: Tape, target: Anatomy, cut: str | None) -> None:
-        self.kinds, self.tape, self.cut = tuple(kinds), tape, cut
+    def __init__(
+        self, kinds: Sequence[str], modules: dict[str, str], tape: Tape, target: Anatomy, cut: str | None
+    ) -> None:
+        self.kinds, self.modules, self.tape, self.cut = tuple(kinds), modules, tape, cut
+        self.givers: list[dict[str, int]] = []  # of each member: whose modules those are, by the author's names
         self.shared_layout = _layout_at_cut(target, tape, cut) if "shared" in kinds else None
         self.stages: list[int] = []  # how many of each member
         self.exits: list[tuple[str, str]] = []  # of the target
@@ -58,11 +83,24 @@ class Taps:
         if "exit_maps" in self.kinds and not self.members:
             self.exits = _exit_outputs(anatomy)
             places += [(f"exit{s}", name, where) for s, (name, where) in enumerate(self.exits)]
-        for _, name, _ in places:
+        for name in [*(place[1] for place in places), *self.modules.values()]:
             if not all(way[name] for way in ways):
                 raise CutError(_untapped(f"{name!r} of {anatomy.name}"))
         self.members += 1
-        return [(name, Tap(self.tape, kind, self.members - 1, where)) for kind, name, where in places]
+        return [(name, Tap(self.tape, kind, where)) for kind, name, where in places]
+
+    def modules_of_next(self, network: nn.Module, anatomy: Anatomy, parent: int) -> list[tuple[str, Tap]]:
+        """Those of the modules with names that are the next member's own; others it has from its `parent`, or not."""
+        own, place = dict(network.named_modules()), len(self.givers)
+        givers: dict[str, int] = {}
+        for key, name in self.modules.items():
+            if _replayed(own, name):
+                givers[key] = self.givers[parent][key]
+            elif name in own:
+                givers |= dict.fromkeys(checked_modules({key: name}, network, anatomy), place)
+        self.givers.append(givers)
+        mine = [key for key, giver in givers.items() if giver == place]
+        return [(self.modules[key], Tap(self.tape, f"module {key}")) for key in mine]
 
     def found(self, alone: bool) -> dict[str, Any]:
         """What the kinds gave in this pass, by name; nothing is shared where each member ran the trunk `alone`."""
@@ -77,6 +115,11 @@ class Taps:
             )
         if "exit_maps" in self.kinds:
             found["exit_maps"] = tuple(self._look(f"exit{s}", 0) for s in range(len(self.exits)))
+        if self.modules:
+            found["tapped"] = tuple(
+                {key: self._look(f"module {key}", i if alone else giver) for key, giver in givers.items()}
+                for i, givers in enumerate(self.givers)
+            )
         if self.cut and self.shared_layout and not alone:
             found["shared"] = as_map(self.tape.outputs[self.cut][0], self.shared_layout)
         return found
@@ -84,9 +127,10 @@ class Taps:
     def _of_all(self, kind: str) -> tuple[Tensor, ...]:
         return tuple(self._look(kind, i) for i in range(self.members))
 
-    def _look(self, kind: str, member: int) -> Tensor:
+    def _look(self, kind: str, member: int) -> Any:
         if (kind, member) not in self.tape.tapped:
-            raise CutError(_untapped(f"the {kind.replace('_', ' ')}'s module of the {member_name(member)}"))
+            words = repr(kind) if kind.startswith("module ") else f"the {kind.replace('_', ' ')}'s module"
+            raise CutError(_untapped(f"{words} of the {member_name(member)}"))
         return self.tape.tapped[kind, member]
 
 
@@ -95,6 +139,12 @@ def _untapped(what: str) -> str:
         f"the method looks at what {what} gives, and in training mode that is not called in every pass. Let it run for "
         "each batch, or choose a method that looks at logits alone, such as --method dml."
     )
+
+
+def _replayed(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a module of that name is in the trunk of a branch that has these modules."""
+    parts = name.split(".")
+    return any(isinstance(modules.get(".".join(parts[: i + 1])), Replay) for i in range(len(parts)))
 
 
 def _layout_at_cut(anatomy: Anatomy, tape: Tape, cut: str | None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
 from okdc.anatomy.modes import unchanged
-from okdc.cohort.replay import Record, Replay, Tap, Tape
+from okdc.cohort.replay import Replay, Tape
 
 
 def before(target: nn.Module, anatomy: Anatomy, cut: str) -> dict[str, nn.Module]:
@@ -60,10 +60,6 @@ def on_its_own(member: nn.Module) -> nn.Module:
             for key, child in module._modules.items():
                 if isinstance(child, Replay):
                     module._modules[key] = child._original[0]
-    for module in network.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for number in [n for n, hook in hooks.items() if isinstance(hook, (Record, Tap))]:
-                del hooks[number]
     network.zero_grad()
     return network
 

@@ -114,7 +114,10 @@ class ShuffledBatches:
             if self.views > 1:
                 images = images.unflatten(0, (self.views, -1))
             batch = self.augmentation(images, labels, epoch, step, self.places.places)
-            yield (*batch, indices) if self.needs.indices else batch
+            if self.needs.mixed and self.augmentation.mixup:
+                yield (*batch, *self.augmentation.mixed_of(indices, images, epoch, step))
+            else:
+                yield (*batch, indices) if self.needs.indices else batch
 
 
 class OrderedBatches:

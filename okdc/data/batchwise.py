@@ -17,8 +17,8 @@ from torch import Tensor
 from okdc.system.randomness import uniform
 
 ATTEMPTS = 10  # of timm to find a crop that fits, before it takes the middle
-FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # of Pillow, and how many pixels they reach to each side
-ONE = 2**22  # Pillow's weights are whole numbers of this part, so that sums are exact, here in float64
+FILTERS = ("bilinear", "bicubic")  # of Pillow
+ONE = 2**22  # Pillow's weights are whole numbers of this part, so that sums are exact in float64, in whatever order
 DRAWS = 4 + 4 * ATTEMPTS
 
 
@@ -86,31 +86,35 @@ def crop_boxes(
 def resized_crop(images: Tensor, boxes: tuple[Tensor, ...], size: tuple[int, int], interpolation: str) -> Tensor:
     """Pillow's resize of a box of each image (B, C, h, w): across first, then down, rounded to levels each time."""
     top, left, tall, wide = boxes
-    across = _weights(left, wide, images.shape[-1], size[1], interpolation)
-    down = _weights(top, tall, images.shape[-2], size[0], interpolation)
-    rows = _levels(torch.matmul(images.double(), across.transpose(1, 2)[:, None]))
-    return _levels(torch.matmul(down[:, None], rows)).to(torch.uint8)
+    channels, height, width = images.shape[1:]
+    across = _weights(left, wide, width, size[1], interpolation)
+    down = _weights(top, tall, height, size[0], interpolation)
+    # Rows of all channels beside one another, so that an image takes one product each way.
+    rows = images.transpose(1, 2).flatten(1, 2).double()
+    rows = _levels(torch.bmm(rows, across.mT)).view(-1, height, channels * size[1])
+    pixels = _levels(torch.bmm(down, rows)).to(torch.uint8)
+    return pixels.unflatten(2, (channels, size[1])).transpose(1, 2).contiguous()
 
 
 def _levels(x: Tensor) -> Tensor:
-    return (x / ONE + 0.5).floor_().clamp_(0, 255)
+    return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _weights(start: Tensor, length: Tensor, inputs: int, outputs: int, interpolation: str) -> Tensor:
     """How much of each of `inputs` pixels is in each of `outputs`: (B, outputs, inputs), for boxes given by (B,)."""
     scale = (length.double() / outputs)[:, None, None]
     stretch = scale.clamp_min(1)  # where there are fewer pixels than before, each takes in more of them
-    reach = FILTERS[interpolation] * stretch
     centre = (torch.arange(outputs, device=start.device)[:, None] + 0.5) * scale
     pixel = torch.arange(inputs, device=start.device) - start[:, None, None]
-    first, last = (centre - reach + 0.5).long().clamp_min(0), (centre + reach + 0.5).long()
-    inside = (pixel >= first) & (pixel < torch.minimum(last, length[:, None, None]))
-    weights = _filter(((pixel - centre + 0.5) / stretch).abs(), interpolation) * inside
-    return (ONE * weights / weights.sum(-1, keepdim=True)).round()
+    inside = (pixel >= 0) & (pixel < length[:, None, None])
+    weights = _filter((pixel - centre).add_(0.5).div_(stretch).abs_(), interpolation).mul_(inside)
+    total = weights.sum(-1, keepdim=True)
+    return weights.mul_(ONE).div_(total).round_().div_(ONE)
 
 
 def _filter(x: Tensor, interpolation: str) -> Tensor:
+    """What a pixel counts by its distance from the centre; none where that is beyond 1, or 2."""
     if interpolation == "bilinear":
-        return (1 - x).clamp_min(0)
+        return (1 - x).clamp_min_(0)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))

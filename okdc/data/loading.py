@@ -168,10 +168,11 @@ def _check_fills(part: Part, images: int, name: str) -> None:
 
 
 def _refuse_blends(settings: DataSettings, needs: Needs) -> None:
-    if (needs.pairs or needs.indices) and (settings.mixup or settings.cutmix):
+    if (needs.pairs or needs.indices) and not needs.mixed and (settings.mixup or settings.cutmix):
         raise DataError(
             "the method compares images of one class with images of others, and --mixup and --cutmix make images "
-            "that are of two classes. Leave them out, or choose another --method."
+            "that are of two classes. Leave them out, or choose another --method. A method of your own that can take "
+            "them says so: Needs(mixed=True)."
         )
 
 

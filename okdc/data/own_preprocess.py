@@ -103,6 +103,33 @@ def _check_pixels(images: Tensor, mean: Tensor, std: Tensor) -> None:
             f"{'darker' if (least >= 0).all() else 'brighter'} than the mean {mean.flatten().tolist()}. Is there a "
             "Normalize in its transform? If not: mean=[0], std=[1]."
         )
+    for channel, values in enumerate(pixels):
+        _check_steps(values, channel, float(mean[channel]), float(std[channel]))
+
+
+def _check_steps(values: Tensor, channel: int, mean: float, std: float) -> None:
+    """DataError where the pixels of a channel are 8 bits wide, and mean and std put them between whole levels.
+
+    Only pixels over more than half of such a range show it: then no larger step than one level fits in.
+    """
+    distinct = values.double().unique()
+    if not 64 < len(distinct) <= 256:
+        return
+    span = float(distinct[-1] - distinct[0])
+    count = round(span / float(distinct.diff().quantile(0.1)))
+    places = (distinct - distinct[0]) / span * count
+    if not 128 < count < 256 or (places - places.round()).abs().max() > 0.05:
+        return
+    step = span / count
+    levels = 1 / (step * std)  # from black to white
+    black = (float(distinct[0]) * std + mean) * levels
+    if max(abs(levels - round(levels)), abs(black - round(black))) > 0.2:
+        raise DataError(
+            f"mean and std do not say what the loader does: channel {channel} of its first batch goes in steps of "
+            f"{step:.4g} from {float(distinct[0]):.4g}, and by mean {mean:.4g} and std {std:.4g} its pixels of 8 bits "
+            f"lie between whole levels. If its darkest is black, mean is {-float(distinct[0]) / step / 255:.4g} and "
+            f"std {1 / (255 * step):.4g}. Give those that its transform has."
+        )
 
 
 def _tell_whole_numbers(images: Tensor) -> None:

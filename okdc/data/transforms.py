@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -150,10 +151,11 @@ class BatchAugmentation:
             self.erase = RandomErasing(settings.reprob, mode=settings.remode, max_count=settings.recount, device=where)
         self.mixup, self.mixes_until = None, settings.mixup_off_epoch or math.inf
         if settings.mixup or settings.cutmix:
+            law = {"prob": settings.mixup_prob, "switch_prob": settings.mixup_switch_prob}
             self.mixup = Mixup(
-                settings.mixup, settings.cutmix, prob=settings.mixup_prob, switch_prob=settings.mixup_switch_prob,
-                label_smoothing=settings.smoothing, num_classes=num_classes,
-            )  # fmt: skip
+                settings.mixup, settings.cutmix, **law, label_smoothing=settings.smoothing, num_classes=num_classes
+            )
+            self.pair = Mixup(settings.mixup, settings.cutmix, **law, label_smoothing=0, num_classes=2)
 
     def __call__(
         self, images: Tensor, labels: Tensor, epoch: int, step: int, places: Sequence[int] | None = None
@@ -175,11 +177,30 @@ class BatchAugmentation:
             return torch.stack([view for view, _ in views]), views[0][1]
         return self._mixed(images, labels, epoch, step)
 
+    def mixed_of(self, indices: Tensor, images: Tensor, epoch: int, step: int) -> Batch:
+        """Of what images (B, C, H, W) of these `indices` (B,) are mixed: indices (B, 2), and shares (B,) of the first.
+
+        timm mixes an image with the one as far from the other end, and all of a batch alike.
+        """
+        even = len(indices) // 2 * 2
+        others = torch.cat([indices[:even].flip(0), indices[even:]])
+        shares = torch.ones(len(indices), device=images.device)
+        two, classes = images.new_zeros(2, 1, *images.shape[-2:]), torch.arange(2, device=images.device)
+        with self._drawing(self.pair, epoch, step) as mixup:
+            shares[:even] = mixup(two, classes)[1][0, 0]
+        return torch.stack([indices, others], 1), shares
+
+    @contextmanager
+    def _drawing(self, mixup: Mixup, epoch: int, step: int) -> Iterator[Mixup]:
+        """It, set for the epoch, while random numbers are the step's."""
+        mixup.mixup_enabled = epoch < self.mixes_until  # labels stay soft, as timm's do
+        with borrowed_generators(self.seed, epoch, step, 3):
+            yield mixup
+
     def _mixed(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> Batch:
         if self.mixup:
-            self.mixup.mixup_enabled = epoch < self.mixes_until  # labels stay soft, as timm's do
-            with borrowed_generators(self.seed, epoch, step, 3):
-                return self._mix(self.mixup, images, labels)
+            with self._drawing(self.mixup, epoch, step) as mixup:
+                return self._mix(mixup, images, labels)
         if self.smoothing:
             labels = mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         return images, labels

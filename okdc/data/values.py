@@ -16,7 +16,7 @@ BadImage = tuple[str, str, int]  # name, reason, class index
 Counts = dict[str, dict[str, dict[str, int]]]  # split -> class -> {"images": N, "unreadable": those met so far}
 Batch = tuple[Tensor, Tensor]
 Label = int | list[float]  # the index of a class, or of each class whether it is there
-TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps indices
+TrainBatch = tuple[Tensor, ...]  # images (B, C, H, W) or (V, B, C, H, W), labels (B,) or (B, classes), perhaps more
 
 
 class TrainBatches(Protocol):
@@ -26,6 +26,7 @@ class TrainBatches(Protocol):
         """The batches of `epoch` (0-based) from step `start` on: images (B, C, H, W), labels (B,) or (B, classes).
 
         With views the images are (V, B, C, H, W); with indices a third tensor (B,) int64 says which image each one is.
+        Where the method takes mixed images, and they are, indices are (B, 2), and shares (B,) follow: `Needs.mixed`.
         """
         ...
 

@@ -7,10 +7,11 @@ digits, scenes and animals do; images from above and cells do not.
 Paper: C. Yang, Z. An, L. Cai, Y. Xu, Hierarchical Self-supervised Augmented Knowledge Distillation, IJCAI 2021, arXiv
     2107.13715: section 3.2, the loss with which its teacher network is trained by itself. Nothing is taken of 3.3, in
     which that network then teaches another one.
-Code: None was at hand; the paper's formulas were written out.
-Differs: The paper's auxiliary classifiers have layers like those of the stages that follow; okdc's branches are copies
-    of them. The last one, which judges the network's own embedding, is one linear layer. Weights of classes act on the
-    network's own loss alone. Label smoothing and mixup share the joint labels as they share the labels.
+Code: winycg/HSAKD was read, and not copied: how it trains its teacher for CIFAR-100 from scratch, and the auxiliary
+    classifiers of its WRN. The loss is the same, with a weight of 1 for each part.
+Differs: okdc's branches are copies of the stages that follow; theirs have such layers. The last one, which judges the
+    network's own embedding, is one linear layer; theirs has one more stage as wide as the last. Weights of classes act
+    on the network's own loss alone. Label smoothing and mixup share the joint labels as they share the labels.
 Costs: Each image is run in four poses, so a step takes four times as long and as much memory for the network alone, and
     the branches come on top. --members 2 leaves the last branch.
 """

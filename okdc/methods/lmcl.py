@@ -10,14 +10,17 @@ Differs: The hyper-gradient is exact; the code's recursion has lost a factor (th
     of batch norm do not see the look-ahead. With memory=true each network is contrasted with its own bank; the code
     takes the first network's for both. Your network's own end is judged and ships, never a branch. A network of one
     stage (a ViT) is tapped after each third of its blocks. Peers may differ in widths and in their number of stages.
+    --mixup and --cutmix, which the authors do without, act on the contrast as in mcl (okdc methods mcl).
 Costs: One whole network more. Each network has a branch after every stage but the last, which is about twice its FLOPs
     on CIFAR. Every 50th step takes the time of thirteen others and three times their memory (measured with ResNet-20).
+    memory=true keeps an embedding of every training image for each network, width x 4 bytes; bank_dtype=float16 halves
+    that: numbers are rounded to 11 bits, and still compared in float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +34,17 @@ from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank, mutual_contrast
 from okdc.methods.shared.lookahead import descend, hypergradient
+from okdc.methods.shared.mixing import Mixed, of_classes
 from okdc.methods.shared.towers import Aggregator, Matching, Taps, Towers
 from okdc.needs import Needs
 from okdc.system.randomness import random_state, set_random_state
+
+
+class Told(NamedTuple):
+    """What a batch is held against: images drawn from the bank, each (B, 2 + K), and of what it is mixed."""
+
+    drawn: tuple[Tensor, ...]
+    mixed: Mixed | None
 
 
 class Lmcl(Method):
@@ -43,6 +54,7 @@ class Lmcl(Method):
     second_order = True
 
     matching_momentum: Tensor
+    train_labels: Tensor | None
 
     def __init__(
         self,
@@ -59,6 +71,7 @@ class Lmcl(Method):
         width: int = 128,
         negatives: int = 8192,
         memory_momentum: float = 0.5,
+        bank_dtype: Literal["float32", "float16"] = "float32",
         meta_every: int = 50,
         meta_steps: int = 2,
         meta_momentum: float = 0.9,
@@ -77,7 +90,10 @@ class Lmcl(Method):
         self.meta_steps = meta_steps
         self.meta_sgd = {"momentum": meta_momentum, "weight_decay": meta_weight_decay}
         self.detach_weight_inputs = detach_weight_inputs
-        self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
+        self.bank = None
+        if memory:
+            self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum, dtype=bank_dtype)
+        self.register_buffer("train_labels", train_labels, persistent=False)
         self.towers = Towers(cohort, width, branch_depth == "first_block")
         try:
             self.aggregators = nn.ModuleList(Aggregator(widths) for widths in self.towers.widths)
@@ -91,48 +107,62 @@ class Lmcl(Method):
             self.strip()
             raise
 
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
-        taps, rows = self.towers(images), self._rows(self._draw(indices))
-        parts = self.layered_losses(taps, labels, rows)
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, shares: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        taps = self.towers(images)
+        parts = self.layered_losses(taps, labels, *self._held(self._told(indices, shares)))
         if self.bank is not None and self.training:
             assert indices is not None
-            self.bank.update(indices, [network.embeddings[-1] for network in taps])
+            self.bank.update(indices, [network.embeddings[-1] for network in taps], shares)
         return parts
 
-    def layered_losses(self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None = None) -> dict[str, Tensor]:
-        """Spec section 4 on what the networks said; `rows` of the banks as `mutual_contrast` takes them."""
+    def layered_losses(
+        self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None = None, mixed: Mixed | None = None
+    ) -> dict[str, Tensor]:
+        """Spec section 4 on what the networks said; `rows` of the banks and `mixed` as `mutual_contrast` takes them."""
         parts, names = {}, self.cohort.names
         aggregated = [a(x.logits, x.features) for a, x in zip(self.aggregators, taps, strict=True)]
-        for name, network, mixed in zip(names, taps, aggregated, strict=True):
+        for name, network, together in zip(names, taps, aggregated, strict=True):
             parts[f"ce/{name}"] = self._labelled(network, labels)
-            parts[f"ce/{name}_mixed"] = cross_entropy(mixed, labels)
+            parts[f"ce/{name}_mixed"] = cross_entropy(together, labels)
             taught = [
                 self.task.distance(network.logits[-1], teacher, labels, self.temperature) for teacher in aggregated
             ]
             parts[f"kd/{name}"] = torch.stack(taught).sum()
         with torch.no_grad():
             matched = self.matching([network.features for network in taps])
-        return parts | self._contrast(taps, labels, rows, matched)
+        return parts | self._contrast(taps, labels, matched, rows, mixed)
 
     def _labelled(self, network: Taps, labels: Tensor) -> Tensor:
         return torch.stack([cross_entropy(z, labels) for z in network.logits]).sum()
 
     def _contrast(
-        self, taps: list[Taps], labels: Tensor, rows: list[Tensor] | None, matched: dict[tuple[int, int], Tensor]
+        self,
+        taps: list[Taps],
+        labels: Tensor,
+        matched: dict[tuple[int, int], Tensor],
+        rows: list[Tensor] | None,
+        mixed: Mixed | None,
     ) -> dict[str, Tensor]:
         """The weighted terms; the sum over ordered pairs of networks has each pair twice, with the same weight."""
         embeddings, twice = [network.embeddings for network in taps], {pair: 2 * w for pair, w in matched.items()}
-        terms = mutual_contrast(embeddings, labels, rows, twice, tau=self.tau, temperature=self.temperature)
+        terms = mutual_contrast(
+            embeddings, labels, rows, twice, tau=self.tau, temperature=self.temperature, mixed=mixed
+        )
         return {name: weight * getattr(terms, name) for name, weight in self.weights.items()}
 
-    def _draw(self, indices: Tensor | None = None) -> Tensor | None:
+    def _told(self, indices: Tensor | None = None, shares: Tensor | None = None) -> Told:
+        """What stays the same of a batch while the networks look ahead."""
         if self.bank is None:
-            return None
+            return Told((), of_classes(self.train_labels, indices, shares))
         assert indices is not None  # `needs` asked for them
-        return self.bank.draw(indices)
+        return Told(self.bank.draw_each(indices), None if shares is None else Mixed(shares))
 
-    def _rows(self, drawn: Tensor | None) -> list[Tensor] | None:
-        return None if self.bank is None or drawn is None else self.bank.gather(drawn)
+    def _held(self, told: Told) -> tuple[list[Tensor] | None, Mixed | None]:
+        if self.bank is None:
+            return None, told.mixed
+        return self.bank.held(told.drawn, told.mixed and told.mixed.shares)
 
     def after_step(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """At steps 0, meta_every, 2 meta_every .. of an epoch, move the matching by the batches' hyper-gradient."""
@@ -162,16 +192,16 @@ class Lmcl(Method):
             return functional_call(self.towers, dict(zip(moving, theta, strict=True)) | buffers, (images,))
 
         def contrast(
-            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, drawn: Tensor | None, share: float
+            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, told: Told, share: float
         ) -> Tensor:
             seen = taps(theta, images)
             features = [x.features.detach() if self.detach_weight_inputs else x.features for x in seen]
             matched = functional_call(self.matching, dict(zip(asked, phi, strict=True)), (features,))
-            terms = self._contrast(seen, labels, self._rows(drawn), matched)
+            terms = self._contrast(seen, labels, matched, *self._held(told))
             return share * torch.stack(list(terms.values())).sum()
 
         def labelled(
-            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, drawn: Tensor | None, share: float
+            theta: list[Tensor], phi: list[Tensor], images: Tensor, labels: Tensor, told: Told, share: float
         ) -> Tensor:
             return share * torch.stack([self._labelled(network, labels) for network in taps(theta, images)]).sum()
 
@@ -186,10 +216,10 @@ class Lmcl(Method):
         finally:
             set_random_state(state)
 
-    def _parts(self, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor, Tensor | None, float]]:
-        """Of each batch images, labels, the images that it is held against in banks, and its share of all images."""
+    def _parts(self, batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, Tensor, Told, float]]:
+        """Of each batch images, labels, what else it is held against, and its share of all images."""
         total = sum(len(labels) for _, labels, *_ in batches)
-        return [(images, labels, self._draw(*indices), len(labels) / total) for images, labels, *indices in batches]
+        return [(images, labels, self._told(*rest), len(labels) / total) for images, labels, *rest in batches]
 
     def _try_meta_step(self) -> None:
         """NetworkError, before training, where a network's operations cannot be differentiated twice."""
@@ -221,4 +251,4 @@ class Lmcl(Method):
 
     @classmethod
     def needs(cls, *, memory: bool = False, **settings: Any) -> Needs:
-        return Needs(indices=True) if memory else Needs(pairs=True)
+        return Needs(indices=True, mixed=True) if memory else Needs(pairs=True, mixed=True)

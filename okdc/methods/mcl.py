@@ -9,14 +9,20 @@ Differs: Your network is member 0. With three members or more and logit_kd, it i
     logits (in the code the last one does). An image without another of its class in the batch is left out of the
     contrast, where the code gives NaN. Negatives of the memory are drawn on the device and by the labels, not by the
     data set.
+Mixup: The authors do without. With --mixup or --cutmix the contrast of an image that is of two is share L(first) +
+    (1 - share) L(second), as in i-Mix (Lee et al., ICLR 2021) and MixCo (Kim et al. 2020). Their candidates are not
+    mixed. Those of a batch are here, and count as positives by their shares of the anchor's class. Rows of the memory
+    are for one image each: a mixed image moves the row of the one that it has more of, by 2 share - 1 of what a whole
+    one would, so half and half moves none. No run of ours shows what it gains.
 Costs: One whole network more (or, with members=3 and more, the last two stages of each), and a head of two small layers
-    per member. memory=true keeps an embedding of every training image for each network, and reads 8194 of them for each
-    image.
+    per member. memory=true keeps an embedding of every training image for each network, width x 4 bytes, and reads 8194
+    of them for each image, twice as many with mixup. bank_dtype=float16 halves what is kept: numbers are rounded to 11
+    bits, and still compared in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +32,14 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import cross_entropy
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.contrast import Bank, EmbeddingHead, mutual_contrast
+from okdc.methods.shared.mixing import Mixed, of_classes
 from okdc.needs import Needs
 
 
 class Mcl(Method):
     """Mutual Contrastive Learning on the last embedding: within the batch, or with `memory` against a memory bank."""
+
+    train_labels: Tensor | None
 
     share = "none"
     taps = ("embeddings",)
@@ -50,6 +59,7 @@ class Mcl(Method):
         width: int = 128,
         negatives: int = 8192,
         memory_momentum: float = 0.5,
+        bank_dtype: Literal["float32", "float16"] = "float32",
         train_labels: Tensor | None = None,
     ) -> None:
         super().__init__(cohort)
@@ -58,18 +68,25 @@ class Mcl(Method):
         self.temperature = temperature
         self.logit_kd = self.compares = logit_kd
         self.heads = nn.ModuleList(EmbeddingHead(inputs, width) for inputs in cohort.embedding_widths)
-        self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum) if memory else None
+        self.bank = None
+        if memory:
+            self.bank = Bank(train_labels, len(cohort), width, negatives, memory_momentum, dtype=bank_dtype)
+        self.register_buffer("train_labels", train_labels, persistent=False)
 
-    def forward(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, indices: Tensor | None = None, shares: Tensor | None = None
+    ) -> dict[str, Tensor]:
         out = self.cohort(images)
-        if self.bank is None:
-            return self.losses(out, labels)
-        assert indices is not None  # `needs` asked for them
-        rows = self.bank.gather(self.bank.draw(indices))
         embeddings = self.embeddings(out)
-        parts = self.mutual_losses(out.logits, embeddings, labels, rows)
+        if self.bank is None:
+            return self.mutual_losses(
+                out.logits, embeddings, labels, None, of_classes(self.train_labels, indices, shares)
+            )
+        assert indices is not None  # `needs` asked for them
+        rows, mixed = self.bank.held(self.bank.draw_each(indices), shares)
+        parts = self.mutual_losses(out.logits, embeddings, labels, rows, mixed)
         if self.training:
-            self.bank.update(indices, embeddings)
+            self.bank.update(indices, embeddings, shares)
         return parts
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
@@ -85,6 +102,7 @@ class Mcl(Method):
         embeddings: list[Tensor],
         labels: Tensor,
         rows: list[Tensor] | None = None,
+        mixed: Mixed | None = None,
     ) -> dict[str, Tensor]:
         """Spec section 4 on logits (B, C) and embeddings (B, d) of the members, candidates as in `mutual_contrast`."""
         parts = {f"ce/{name}": cross_entropy(z, labels) for name, z in zip(self.cohort.names, logits, strict=True)}
@@ -93,14 +111,14 @@ class Mcl(Method):
             for name, z in list(zip(self.cohort.names, logits))[: 2 if len(logits) == 2 else 1]:
                 parts[f"kd/{name}"] = self.task.distance(z, teacher, labels, self.temperature)
         terms = mutual_contrast(
-            [e[None] for e in embeddings], labels, rows, tau=self.tau, temperature=self.temperature
+            [e[None] for e in embeddings], labels, rows, tau=self.tau, temperature=self.temperature, mixed=mixed
         )._asdict()
         terms["vcl"] = terms["vcl"] / (len(logits) - 1)  # each network's own contrast counts once, not in every pair
         return parts | {name: weight * terms[name] for name, weight in self.weights.items()}
 
     @classmethod
     def needs(cls, *, memory: bool = False, **settings: Any) -> Needs:
-        return Needs(indices=True) if memory else Needs(pairs=True)
+        return Needs(indices=True, mixed=True) if memory else Needs(pairs=True, mixed=True)
 
     @classmethod
     def plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from okdc import deploy, losses, methods, report, tasks, training
@@ -28,7 +30,7 @@ from okdc.pipeline import (
     settling,
     teachers,
 )
-from okdc.pipeline.facts import choice, facts_of, metrics_of
+from okdc.pipeline.facts import choice, facts_of, facts_of_training, metrics_of
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import (
@@ -104,11 +106,16 @@ def compress(
                 run_folder.note(folder, task.facts())
             if leads:
                 metrics |= _test(target, data, resolved.train, state)
+            facts = facts_of_training(trained, state)
+            data.leave_device()
             data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
+            del trained, state
+        # The other processes end here. What trained is gone, so that a GPU is free while files are written on the CPU.
+        gc.collect()
+        torch.cuda.empty_cache()
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further, task)
         if leads:
-            _deliver(result, trained, state, lost, logs)
-    data.leave_device()
+            _deliver(result, facts, lost, logs)
     return result
 
 
@@ -250,7 +257,7 @@ def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainSt
     return judged | {"holdout": state.best}
 
 
-def _deliver(result: Result, method: Method, state: TrainState, lost: str | None, logs: loggers.Loggers) -> None:
+def _deliver(result: Result, training: dict[str, Any], lost: str | None, logs: loggers.Loggers) -> None:
     """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
     data, formats, folder = result.data, result.recipe.export, result.path
     further: list[dict[str, Any]] = []
@@ -265,7 +272,7 @@ def _deliver(result: Result, method: Method, state: TrainState, lost: str | None
         raise
     finally:  # a run that is trained has a report, also when its export failed: it says why
         shown = {"examples": examples.of(result), "pictured": examples.pictured(result), "byproducts": further}
-        report.write(folder, facts_of(result, method, state) | shown)
+        report.write(folder, facts_of(result, training) | shown)
         logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
     if result.verification and not deploy.is_known(data.preprocess):
         say(f"{folder / 'export'}: {deploy.UNKNOWN}")

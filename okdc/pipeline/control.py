@@ -31,7 +31,7 @@ def train_control(recipe: Recipe, output: str | Path, experiment: str | None, re
     try:
         compress(recipe=alone, output=folder.parent, experiment=f"{folder.name}-{PLAIN}", resume="auto")
     except SystemExit:
-        say("This was the control. To go on with it and then with the run: the same command with --resume auto.")
+        say("This was the control. To go on with it and then with the run: the same command with --resume auto.", True)
         raise
     say(f"The control is done. Now the run, with {recipe.method['name']}.")
 

@@ -6,9 +6,10 @@ One pass over the images, of which only those that are shown are kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from okdc.pipeline.result import Result
 
 EACH = 6  # images of a group
+ALIKE = 2  # of the surest right answers, at most so many have one label: else an easy class could have all
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def of(result: Result) -> dict[str, Any] | None:
         right, weight = verdict
         theirs = task.notable(outs[1], labels) if control is not None else None
         for name, wanted in _groups(right, None if theirs is None else theirs[0]):
-            groups[name] = _kept(groups.get(name, []), wanted, weight, right, moved, labels, outs)
+            alike = ALIKE if name == "right" else EACH
+            groups[name] = _kept(groups.get(name, []), wanted, weight, right, moved, labels, outs, alike)
     return _facts(groups, result)
 
 
@@ -89,19 +95,39 @@ def _groups(right: Tensor, theirs: Tensor | None) -> Iterator[tuple[str, Tensor]
 
 
 def _kept(
-    kept: list[Seen], wanted: Tensor, weight: Tensor, right: Tensor, images: Tensor, labels: Tensor, outs: list[Tensor]
+    kept: list[Seen],
+    wanted: Tensor,
+    weight: Tensor,
+    right: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    outs: list[Tensor],
+    alike: int,
 ) -> list[Seen]:
-    """The most telling images of a group, with those of a further batch; of equals the first."""
+    """The most telling images of a group, `alike` of a label at most, with those of a further batch; of equals the
+    first."""
     wanted = wanted & weight.isfinite()
     if len(kept) == EACH:
         wanted &= weight > kept[-1].weight
     places = wanted.nonzero()[:, 0]
-    for i in places[weight[places].argsort(descending=True, stable=True)][:EACH].tolist():
+    surest = places[weight[places].argsort(descending=True, stable=True)].tolist()
+    for i in _spread(surest, lambda i: labels[i], alike):
         given = [out[i].float().cpu() for out in outs]
         image, label = images[i].float().cpu(), labels[i].cpu()
         seen = Seen(float(weight[i]), image.clone(), label.clone(), given[0], (*given, None)[1], bool(right[i]))
         kept = [*kept, seen]
-    return sorted(kept, key=lambda each: -each.weight)[:EACH]
+    return _spread(sorted(kept, key=lambda each: -each.weight), lambda each: each.label, alike)
+
+
+def _spread(ranked: Sequence[T], label: Callable[[T], Tensor], alike: int) -> list[T]:
+    """The first EACH, of which `alike` at most have the same label."""
+    chosen: list[T] = []
+    counts = Counter[str]()
+    for each in ranked:
+        counts[key := str(label(each).tolist())] += 1
+        if counts[key] <= alike and len(chosen) < EACH:
+            chosen.append(each)
+    return chosen
 
 
 def _control(result: Result) -> nn.Module | None:

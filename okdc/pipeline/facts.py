@@ -52,9 +52,9 @@ def choice(settings: TrainSettings, state: TrainState) -> dict[str, Any]:
     return {"eval_metric": settings.eval_metric} | ({"stopped_early": early} if early else {})
 
 
-def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any]:
-    """Everything that the report shows, as plain values."""
-    cohort, recipe = method.cohort, result.recipe
+def facts_of_training(method: Method, state: TrainState) -> dict[str, Any]:
+    """What the report shows of the training itself, so that nothing need keep that in memory."""
+    cohort = method.cohort
     shared = {id(p) for p in cohort.target.parameters()}
     members = [
         {
@@ -67,26 +67,34 @@ def facts_of(result: Result, method: Method, state: TrainState) -> dict[str, Any
         }
         for i, (cost, member) in enumerate(zip(cohort.costs, cohort.members, strict=True))
     ]
+    return {
+        "cut": cohort.cut, "members": members, "confusion": state.confusion, "history": state.history,
+        "trained_params": sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]),
+    }  # fmt: skip
+
+
+def facts_of(result: Result, training: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the report shows, as plain values; `training` is what `facts_of_training` gave."""
+    recipe, target = result.recipe, training["members"][0]
     name = recipe.method["name"]
     return {
         "title": f"{result.arch} · {name} · {result.data.name}",
         "network": {
-            "name": result.arch, "params": cohort.costs[0].params, "flops": cohort.costs[0].flops,
-            "input_size": list(result.data.preprocess["input_size"]), "cut": cohort.cut,
+            "name": result.arch, "params": target["params"], "flops": target["flops"],
+            "input_size": list(result.data.preprocess["input_size"]), "cut": training["cut"],
         },
         "method": {
             "name": name, "summary": methods.card(name).splitlines()[0],
             "settings": {k: v for k, v in recipe.method.items() if k != "name"},
         },
-        "members": members,
-        "trained_params": sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]),
+        "members": training["members"], "trained_params": training["trained_params"],
         "data": {
             "name": result.data.name, "classes": len(result.data.classes),
             "train_images": result.data.sizes[0], "validation_images": result.data.sizes[1],
             "image_counts": result.data.image_counts, "unreadable": result.data.unreadable,
         },
-        **result.task.detail(state.confusion, result.data.classes), "task": result.task.name,
-        "history": state.history, "metrics": result.metrics, "verification": result.verification,
+        **result.task.detail(training["confusion"], result.data.classes), "task": result.task.name,
+        "history": training["history"], "metrics": result.metrics, "verification": result.verification,
         "baseline": (control := run_folder.find_baseline(result.path, recipe)),
         "same_rate": same_rate(result.path, recipe) if control else None,
         "control_command": control_command(result.path, recipe),

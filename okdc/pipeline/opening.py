@@ -92,8 +92,9 @@ def _cost(method: Method, recipe: Recipe) -> str:
     learning = sum(p.numel() for p in method.parameters() if p.requires_grad)
     fixed = sum(p.numel() for p in method.parameters())
     states = 1 if recipe.train.opt in ("sgd", "momentum", "nesterov") else 2
-    gigabytes = 4 * (fixed + (1 + states) * learning) / 2**30
-    memory = f"{gigabytes:.2g} GiB of weights, gradients and optimizer; images come on top"
+    size = 4 * (fixed + (1 + states) * learning)
+    memory = f"{size / 2**30:.2g} GiB" if size >= 2**30 else f"{max(1, size / 2**20):.0f} MiB"
+    memory += " of weights, gradients and optimizer; images come on top"
     if len(costs) == 1:
         return memory
     times = sum(each.flops for each in costs) / costs[0].flops

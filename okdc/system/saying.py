@@ -17,9 +17,9 @@ _log: TextIO | None = None
 _waiting: list[str] = []
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, unless quiet, and record it."""
-    if not quiet:
+def say(text: str, always: bool = False) -> None:
+    """Print a line on stderr, unless quiet, or `always`, and record it."""
+    if always or not quiet:
         print(text, file=sys.stderr, flush=True)
     record(text)
 

@@ -10,9 +10,9 @@ It is handed the method and the data, and knows no name of either. A step from b
 5. `Method.before_step` may let a member sit the step out. Losses and gradient norms come back in one transfer. Where
    one is not finite, buffers are put back and the step is skipped; else gradients are clipped and the optimizer steps.
 6. `Method.after_step` gets the group's batches, then the moving average follows the target, then the schedule moves.
-7. After the last step `evaluation` scores all members, `state.save` writes a checkpoint, `progress` tells a person and
-   `loggers` whom `--log` names. `--eval-metric` says by what an epoch is the best, and `--patience` how long to wait
-   for a better one.
+7. After the last step `evaluation` scores all members, `saving` writes a checkpoint beside the steps that follow,
+   `progress` tells a person and `loggers` whom `--log` names. `--eval-metric` says by what an epoch is the best, and
+   `--patience` how long to wait for a better one.
 
 Imports: `errors`, `ranks`, `recipe`, `system`, `tasks`.
 """

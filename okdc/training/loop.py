@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from okdc.training.machine import Machine, fast_arithmetic
 from okdc.training.parallel import synchronised
 from okdc.training.progress import Display, Row, faster_data, write_summary
 from okdc.training.restoring import restore
+from okdc.training.saving import Saver
 from okdc.training.state import Run, TrainState, build, save
 from okdc.training.step import Batch, put, stepper
 from okdc.training.watch import Watch
@@ -84,9 +86,9 @@ def fit(
         loggers.begin(state.history)
         if not state.is_over(settings):
             waiting = Waiting(settings.timeout if world() == 1 else 0)  # of several ranks the watch says which is late
-            # What was done is saved when no alarm of `waiting` can ring any more.
-            with data_that_stops(state, run), waiting, Watch(settings.timeout) as watch:
-                _train(state, data, run, stop, display, loggers, waiting, watch)
+            # What was done is saved when no alarm of `waiting` can ring any more, and nothing else is being written.
+            with data_that_stops(state, run), Saver(state, run) as saver, waiting, Watch(settings.timeout) as watch:
+                _train(state, data, run, stop, display, loggers, waiting, watch, saver)
         if early := state.stopped_early(settings):
             display.note(f"Stopped early {early}. A larger --patience with --resume goes on.")
         barrier()  # what the first rank has written is there for all
@@ -128,6 +130,7 @@ def _train(
     loggers: Loggers,
     waiting: Waiting,
     watch: Watch,
+    saver: Saver,
 ) -> None:
     method, settings = state.method, run.settings
     step = stepper(state, run, stop)
@@ -152,9 +155,10 @@ def _train(
                 bad = next(name for name in state.sums if name.startswith("skipped/")).removeprefix("skipped/")
                 display.note(f"step {state.step} of epoch {state.epoch + 1} was skipped: {put(bad)} was not finite")
             display.step(state.epoch, state.step, losses, state.lr, state.speed, state.seconds_left(run))
-            _leave_if_asked(state, run, stop, display)
+            _leave_if_asked(state, run, stop, display, saver)
+            saver.check()
             if settings.recovery_interval and state.step % settings.recovery_interval == 0 and rank() == 0:
-                save(state, run)
+                saver.save()
         if not state.sums:
             raise DataError(f"epoch {state.epoch + 1} had no batches; give a loader that can be read anew each epoch.")
 
@@ -164,13 +168,13 @@ def _train(
         if data.validation is not None:
             batches = waiting.over(watch.over(share(data.validation), "validation", state))
             metrics, counts = evaluate(state, batches, run.machine, stop)
-            _leave_if_asked(state, run, stop, display)
+            _leave_if_asked(state, run, stop, display, saver)
         state.between = time.perf_counter() - clock
         row = _row(state, metrics)
-        _finish_epoch(state, row, counts, run)
+        _finish_epoch(state, row, counts, run, saver)
         display.epoch(row)
         loggers.epoch(row)
-        _leave_if_asked(state, run, stop, display)
+        _leave_if_asked(state, run, stop, display, saver)
 
 
 @torch.no_grad()
@@ -226,7 +230,7 @@ def _row(state: TrainState, metrics: dict[str, float]) -> Row:
     }
 
 
-def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run) -> None:
+def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run, saver: Saver) -> None:
     task, value = state.method.task, row[run.metric]
     metric = run.settings.eval_metric or task.metric
     # Without validation the last is the best.
@@ -238,14 +242,14 @@ def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run) 
     if state.schedule is not None:
         state.schedule.step(state.epoch)
     if rank() == 0:
-        save(state, run, best=improved)
+        saver.save(best=improved)
         write_summary(run.folder / "summary.csv", state.history)
 
 
-def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Display) -> None:
+def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Display, saver: Saver) -> None:
     if not stop.wish:
         return
-    first(lambda: save(state, run))
+    first(lambda: saver.save(wait=True))
     where = f"{counted(state.epoch, 'epoch')} and {state.step} of {run.steps} steps are done and saved"
-    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {run.last}")
+    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {quote(str(run.last))}", always=True)
     raise SystemExit(stop.exit_code)

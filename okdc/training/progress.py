@@ -70,13 +70,13 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def note(self, text: str) -> None:
-        """Say something once, above the bar."""
+    def note(self, text: str, always: bool = False) -> None:
+        """Say something once, above the bar; `always`: also to whoever wants no progress (-q)."""
         if self.live:
             self.console.print(Text(text), soft_wrap=True)  # a command in it can be copied
             record(text)
         elif not self.quiet:
-            say(text)
+            say(text, always)
 
     def step(self, epoch: int, step: int, losses: Mapping[str, float], lr: float, speed: float, left: float) -> None:
         """Step `step` of epoch `epoch` is done, at `speed` images per second, with `left` seconds to the end of the

@@ -185,9 +185,23 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
     return payload
 
 
-def save(state: TrainState, run: Run, best: bool = False) -> None:
-    """Write last.pth.tar, from which a run goes on, and with `best` model_best.pth.tar, which holds what ships."""
+# Payloads by the file that each is for, in the order in which they are written, and how many of each file are kept.
+Contents = dict[Path, tuple[dict[str, Any], int]]
+
+
+def contents(state: TrainState, run: Run, best: bool = False) -> Contents:
+    """What last.pth.tar holds, from which a run goes on, and with `best` model_best.pth.tar, which holds what ships."""
     # The best first: a run killed between the two resumes from the older last and writes the same best once more.
-    if best:
-        checkpoint.save(run.folder / checkpoint.BEST, _best(state, run))
-    checkpoint.save(run.last, _payload(state, run), run.settings.checkpoint_hist)
+    first: Contents = {run.folder / checkpoint.BEST: (_best(state, run), 1)} if best else {}
+    return first | {run.last: (_payload(state, run), run.settings.checkpoint_hist)}
+
+
+def write(files: Contents) -> None:
+    """Write each file whole or not at all; RunError when it cannot be written."""
+    for path, (payload, keep) in files.items():
+        checkpoint.save(path, payload, keep)
+
+
+def save(state: TrainState, run: Run) -> None:
+    """Write last.pth.tar here and now."""
+    write(contents(state, run))

@@ -23,7 +23,7 @@ from okdc.training.state import Run, TrainState
 PATIENCE, PATIENCE_FP16 = 5, 25
 LARGEST_STATISTIC = 2**14  # numbers in a buffer of batch norm and the like
 
-Batch = tuple[Tensor, ...]  # images, labels, and the images' indices where the method needs them
+Batch = tuple[Tensor, ...]  # images, labels, and what else the method needs (`okdc.needs`)
 
 
 def stepper(state: TrainState, run: Run, stop: StopSignal) -> Callable[[list[Batch]], dict[str, float]]:

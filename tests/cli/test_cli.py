@@ -175,6 +175,10 @@ def test_what_of_timms_is_not_there_says_what_to_type() -> None:
         told = " ".join(refused.stderr.split())
         assert refused.exit_code == 2 and f"{flag} is a flag of timm" in told and advice in told
         assert max(map(len, refused.stderr.splitlines())) <= 80
+    several = okdc("compress", "/images", "--aug-splits", "3", "--resplit", "--jsd", "--dist-bn", "reduce")
+    told = " ".join(several.stderr.split())
+    assert several.exit_code == 2 and "3 flags of timm are here that okdc does not have. --aug-splits: --method" in told
+    assert "--jsd: methods have their own losses" in told and "--dist-bn" not in told
     twice = okdc("compress", "/images", "--data", "/other")
     assert twice.exit_code == 2 and "given twice: /images and --data /other" in " ".join(twice.stderr.split())
     missing = okdc("compress", "/nope")

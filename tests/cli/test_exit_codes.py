@@ -84,6 +84,6 @@ def test_a_signal_ends_a_run_that_is_saved(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Rung, "waiting", [number])
-    done = okdc(f"compress {DATA} --model {__name__}:Rung {SMALL} --output {tmp_path} --experiment run")
+    done = okdc(f"compress {DATA} --model {__name__}:Rung {SMALL} --output {tmp_path} --experiment run -q")
     assert done.exit_code == 128 + number, done.output
     assert (tmp_path / "run" / "last.pth.tar").is_file() and "--resume" in done.stderr

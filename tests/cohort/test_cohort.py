@@ -259,6 +259,36 @@ def test_a_copy_of_a_cohort_has_its_own_tape() -> None:
     assert any(m._forward_hooks for m in cohort.target.modules())
 
 
+@pytest.mark.parametrize("kind", [networks.Tiny, networks.Tokens])
+def test_a_copy_of_a_member_alone_has_nothing_of_the_cohort(kind: type[nn.Module]) -> None:
+    target = kind()
+    seen: list[int] = []
+    handle = target.head.register_forward_hook(lambda m, args, output: seen.append(1))  # the user's own stays
+    as_it_came = {name: set(vars(module)) for name, module in target.named_modules()}
+    branches = [Branch("early" if kind is networks.Tiny else "blocks.3")] * 2
+    cohort = Cohort(target, example(), branches, taps=("embeddings", "feature_maps")).eval()
+
+    def hooks(network: nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules())
+
+    lonely = copy.deepcopy(cohort.target)
+    part, holder = copy.deepcopy(cohort.target.head), copy.deepcopy(nn.ModuleList([cohort.target]))
+    assert hooks(cohort.target) > 3 and hooks(lonely) == hooks(part) == hooks(holder) == 1
+    assert {name: set(vars(module)) for name, module in lonely.named_modules()} == as_it_came
+    seen.clear()
+    assert torch.equal(lonely(example()), cohort(example()).logits[0]) and len(seen) == 4
+    twin = copy.deepcopy(cohort)
+    again = copy.deepcopy(twin)  # a copy of a copy is as good
+    assert list(again.state_dict()) == list(twin.state_dict()) == list(cohort.state_dict())
+    assert sum(isinstance(m, Replay) for m in again.modules()) == sum(isinstance(m, Replay) for m in cohort.modules())
+    assert hooks(again.target) == hooks(cohort.target) and hooks(copy.deepcopy(again.target)) == 1
+    said, expected = again(example()), cohort(example())
+    assert all(map(torch.equal, (*said.logits, *said.embeddings), (*expected.logits, *expected.embeddings)))
+    handle.remove()
+    assert cohort.strip() is target and hooks(target) == 0
+    assert {name: set(vars(module)) for name, module in target.named_modules()} == as_it_came
+
+
 def test_the_trunk_runs_once() -> None:
     cohort = Cohort(networks.Tiny(), example(), [Branch("early"), Branch("early")])
     tracked = int(cohort.target.stem[1].num_batches_tracked)

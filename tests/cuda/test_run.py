@@ -134,3 +134,13 @@ def epochs(run: Path) -> int:
     """How many lines of summary.csv are of an epoch that is done."""
     table = run / "summary.csv"
     return max(0, len(table.read_text().splitlines()) - 1) if table.exists() else 0
+
+
+def test_what_is_saved_beside_the_training_is_what_the_device_had(device: torch.device, tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=4)
+    result = trained(network, tmp_path, device, epochs=1, onnx=False, torch=False)
+    saved = torch.load(result.path / "last.pth.tar", weights_only=True)  # where they were when they were saved
+    assert {value.device.type for value in saved["okdc"]["method"].values() if isinstance(value, torch.Tensor)} == {
+        "cpu"
+    }
+    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in network.state_dict().items())

@@ -110,6 +110,30 @@ def test_indices_say_which_image_it_is() -> None:
     assert all(torch.equal(one[i], other[i]) for i in set(one) & set(other)) and len(set(one) & set(other)) > 1000
 
 
+@pytest.mark.parametrize("law", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0, "mixup_prob": 0.5}])
+def test_a_method_that_takes_mixed_images_is_told_of_which_and_how_much(law: dict[str, float]) -> None:
+    needs, size = Needs(indices=True, mixed=True), 25  # the odd one out stays as it is
+    plain = {
+        int(i): x for xs, _, ii in digits(Needs(indices=True), no_aug=True).train.batches(0) for i, x in zip(ii, xs)
+    }
+    data = digits(needs, batch_size=size, no_aug=True, mixup_off_epoch=1, smoothing=0.1, **law)
+    seen = set()
+    for images, labels, indices, shares in data.train.batches(0):
+        own, others = torch.nn.functional.one_hot(data.train_labels[indices], 10).float().unbind(1)
+        exact = 0.9 * (shares[:, None] * own + (1 - shares[:, None]) * others) + 0.01
+        torch.testing.assert_close(labels, exact)
+        assert shares[-1] == 1 and indices[-1, 0] == indices[-1, 1] and (shares[:-1] == shares[0]).all()
+        assert torch.equal(indices[:-1, 0], indices[:-1, 1].flip(0))
+        if list(law) == ["mixup"] and all(int(i) in plain for i in indices.flatten()):
+            first, second = (torch.stack([plain[int(i)] for i in column]) for column in indices.unbind(1))
+            by = shares.view(-1, 1, 1, 1)
+            torch.testing.assert_close(images, by * first + (1 - by) * second, rtol=1e-4, atol=1e-4)
+            seen.add("images")
+        seen.add(float(shares[0]))
+    assert len(seen) > 5 and ("images" in seen or len(law) > 1 or "cutmix" in law)
+    assert {float(s) for *_, shares in data.train.batches(1) for s in shares} == {1.0}  # mixup_off_epoch
+
+
 @pytest.mark.parametrize(("classes", "batch_size", "expected"), [(100, 128, 2), (10, 128, 16), (10, 40, 4), (2, 6, 3)])
 def test_every_class_of_a_batch_has_a_pair(classes: int, batch_size: int, expected: int) -> None:
     labels = torch.arange(classes * 20)[torch.randperm(classes * 20)] % classes

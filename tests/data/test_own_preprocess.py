@@ -181,6 +181,16 @@ def test_what_is_said_must_be_what_the_raw_images_show() -> None:
     assert "assumed" not in known(loader(*READ["v1"][0]), mean=MEAN, std=STD).preprocess
 
 
+def test_pixels_of_8_bits_show_a_wrong_std_that_their_range_allows() -> None:
+    plain = [v1.Resize(32), v1.CenterCrop(28), v1.ToTensor(), lambda x: (x - 0.45) / 0.25]
+    for wrong in ({"mean": [0.5], "std": [0.1]}, {"mean": [0.45], "std": [0.2]}, {"mean": [0.448], "std": [0.25]}):
+        with pytest.raises(DataError, match=r"in steps of 0\.01569 .* std 0\.25\. Give those"):
+            known(list(loader(*plain)), **wrong)
+    assert known(list(loader(*plain)), mean=[0.45], std=[0.25]).preprocess["std"] == (0.25,) * 3
+    noisy = [*plain, lambda x: x + 0.001 * torch.rand(x.shape)]  # these could have been anything
+    assert known(list(loader(*noisy)), mean=[0.5], std=[0.1]).preprocess["std"] == (0.1,) * 3
+
+
 def test_what_is_said_later_is_checked_alike() -> None:
     batches = list(loader(v1.Resize((28, 28)), v1.ToTensor(), lambda x: (x - 0.45) / 0.25))
     for data in (known(batches), wrap(batches)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from okdc.errors import ExportError
 from okdc.measure import benchmark
 from okdc.recipe import ExportSettings
 from okdc.system import shipped
-from okdc.verification import Exported
+from okdc.verification import Exported, latency
 from okdc.verification.alone import Alone, measure_alone
 from okdc.verification.runners import start
 from tests.helpers.exported import EXAMPLE, assert_same, tiny
@@ -223,6 +224,78 @@ def test_the_real_ones_give_what_torch_gives(written: tuple[torch.nn.Module, Pat
     run = Alone(str(runtime.path), path, "cpu", {"precision": "fp32"})
     assert run.provider.startswith(runtime.module.NAME)
     assert_same(run, network)
+
+
+WEB = runtimes.known()["onnxruntime_web"]
+NODE = """#!/usr/bin/env python3
+import json, os, struct, sys, time
+
+if sys.argv[2].startswith("require.resolve"):
+    sys.exit(os.path.exists("no package"))
+
+
+def say(**told):
+    sys.stdout.buffer.write(json.dumps(told).encode() + b"\\n")
+
+
+seconds = 0.0
+say(web="1.2.3")
+sys.stdout.flush()
+while sides := sys.stdin.buffer.read(16):
+    batch, *rest = struct.unpack("4i", sides)
+    sys.stdin.buffer.read(4 * batch * rest[0] * rest[1] * rest[2])
+    if batch == 3:
+        say(error="no kernel for Resize")
+    else:
+        seconds += 10.0 * batch
+        say(shape=[batch, 2], seconds=seconds)
+        sys.stdout.buffer.write(struct.pack(f"{2 * batch}f", *range(2 * batch)))
+    sys.stdout.flush()
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which `node` is found that answers as onnxruntime-web on node does, and counts."""
+    (tmp_path / "node").write_text(NODE)
+    (tmp_path / "node").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_onnxruntime_web_gives_what_torch_gives(written: tuple[torch.nn.Module, Path]) -> None:
+    if reason := WEB.module.available():
+        pytest.skip(reason)
+    network, path = written
+    run = Alone(str(WEB.path), path, "cpu", {"precision": "fp32"})
+    assert run.provider.startswith("onnxruntime-web 1.")
+    assert_same(run, network)
+    with pytest.raises(RuntimeError, match=r"nowhere\.onnx"):
+        WEB.module.runner(path.with_name("nowhere.onnx"))
+
+
+def test_what_node_answers_is_read_and_what_it_says_is_raised(node: Path) -> None:
+    run = WEB.module.runner("model.onnx", threads=2)
+    assert run.provider == "onnxruntime-web 1.2.3"
+    images = np.zeros((2, 3, 4, 5), dtype=np.float32)
+    assert run(images).tolist() == [[0, 1], [2, 3]] and run(images[:1]).tolist() == [[0, 1]]
+    with pytest.raises(RuntimeError, match="no kernel for Resize"):
+        run(np.zeros((3, 3, 4, 5), dtype=np.float32))
+
+
+def test_the_processor_time_of_another_process_counts(node: Path) -> None:
+    """Else a file in a browser's engine would be the fastest of all, and be recommended."""
+    run, images = WEB.module.runner("model.onnx"), np.zeros((2, 3, 4, 5), dtype=np.float32)
+    assert 20_000 <= latency.measure(run, images, [2], threads=1)[0]["cpu_ms"] < 21_000
+
+
+def test_what_onnxruntime_web_lacks_is_said(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WEB.module.available() is None
+    (node / "no package").touch()
+    assert "npm install onnxruntime-web" in WEB.module.available()
+    monkeypatch.setenv("PATH", "")
+    assert "install Node.js" in WEB.module.available()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shlex
 import sys
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from okdc import methods, testing
 from okdc.cli import main, timm_flags
+from okdc.measure.estimate import measure
 from okdc.recipe import flat_settings
 from tests.helpers.networks import Tiny
 
@@ -174,6 +176,25 @@ def test_a_member_sits_a_step_out_as_the_page_shows(tmp_path: Path, monkeypatch:
     assert not any(torch.equal(value, third[name]) for name, value in second.items() if "num_batches" not in name)
 
 
+def test_a_head_of_ones_own_counts_as_a_member_as_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heading = "## A head of your own that counts as a member"
+    images = torch.randn(64, 3, 32, 32)
+    aside = _run(heading, Tiny(), images, tmp_path, monkeypatch)["Aside"]
+    case = testing.Case(aside, Tiny)
+    for demand in (testing.learns, testing.resume, testing.student):
+        demand(case)
+    method = case.build()
+    assert [row.name for row in measure(method).networks] == ["target", "early"]
+    early = method.byproducts()["early"].eval()
+    out = method.eval().cohort(images)
+    torch.testing.assert_close(early(images), method.said(out)[1])
+    torch.testing.assert_close(method.ensemble(out), (out.logits[0] + early(images)) / 2)
+    method.strip()
+    assert early(images).shape == (64, 4)
+
+
 def test_a_mean_teacher_with_weak_and_strong_views_is_as_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +208,10 @@ def test_a_mean_teacher_with_weak_and_strong_views_is_as_the_page_shows(
     weak, strong = case.batch(method)[0]
     assert not torch.equal(weak, strong) and 0 <= method.logged()["agreement"] <= 1
     mean, trained = method.mean.head.weight, method.cohort.target.head.weight
+    assert method.student is method.mean
+    for network in (method.mean, method.byproducts()["trained"], method.strip()):  # each ships as it is
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+        assert b"okdc" not in pickle.dumps(network)
     torch.testing.assert_close(mean, (case.build().mean.head.weight + trained) / 2)  # at first half of each
 
 

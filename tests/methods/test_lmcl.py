@@ -592,4 +592,31 @@ def test_refusals_and_needs() -> None:
         Lmcl(Cohort(Tiny(), IMAGES, [Branch()]), meta_every=0)
     with pytest.raises(DataError, match="memory=false"):
         Lmcl(Cohort(Tiny(), IMAGES, [Branch()]), memory=True)
-    assert Lmcl.needs(memory=True) == Needs(indices=True) and Lmcl.needs(tau=0.1) == Needs(pairs=True)
+    assert Lmcl.needs(memory=True) == Needs(indices=True, mixed=True)
+    assert Lmcl.needs(tau=0.1) == Needs(pairs=True, mixed=True)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_mixed_images_in_losses_and_meta_steps(memory: bool) -> None:
+    images, classes = IMAGES.double(), torch.nn.functional.one_hot(LABELS, 4).double()
+    indices = torch.stack([torch.arange(8), torch.arange(8).flip(0)], 1)
+
+    def found(*batch: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)
+        lmcl = method(memory=memory, negatives=6).double()
+        torch.manual_seed(1)
+        parts = lmcl(*batch)
+        lmcl.lr.fill_(0.1)
+        torch.manual_seed(2)
+        return [*parts.values(), *lmcl.meta_gradient([batch])]
+
+    plain = found(images, LABELS, *([indices[:, 0]] if memory else []))
+    alone = found(images, classes, indices, torch.ones(8))
+    halved = found(images, (classes + classes.flip(0)) / 2, indices, torch.full((8,), 0.5))
+    for mine, theirs in zip(plain, alone, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(plain[-1], halved[-1], rtol=1e-3)
+    if not memory:  # a bank draws others for the first than for the second
+        swapped = found(images, (classes + classes.flip(0)) / 2, indices.flip(1), torch.full((8,), 0.5))
+        for mine, theirs in zip(halved, swapped, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import DataError
 from okdc.methods.mcl import Mcl
 from okdc.methods.shared.contrast import Bank, EmbeddingHead, contrast, mutual_contrast
+from okdc.methods.shared.mixing import of_classes
 from okdc.needs import Needs
 from tests.helpers.networks import Tiny, Tokens
 from tests.methods.golden import assert_same, load
@@ -132,7 +134,8 @@ def test_what_is_drawn_is_oneself_one_alike_and_others_of_all_other_classes() ->
 
 
 def test_needs_follow_the_form_and_a_bank_needs_labels() -> None:
-    assert Mcl.needs() == Needs(pairs=True) and Mcl.needs(memory=True, tau=0.07) == Needs(indices=True)
+    assert Mcl.needs() == Needs(pairs=True, mixed=True)
+    assert Mcl.needs(memory=True, tau=0.07) == Needs(indices=True, mixed=True)
     cohort = Cohort(Tiny(), IMAGES, [Branch()], taps=Mcl.taps)
     with pytest.raises(DataError, match=r"got none.*memory=false"):
         Mcl(cohort, memory=True)
@@ -156,6 +159,105 @@ def test_the_bank_learns_in_training_alone_and_resumes_exactly() -> None:
         torch.manual_seed(5)
         m(IMAGES, LABELS, indices)
     assert torch.equal(mcl.bank.rows, twin.bank.rows)
+
+
+def mixture() -> tuple[Tensor, Tensor, Tensor]:
+    """Indices (8, 2), shares (8,) and soft labels, as timm mixes an image with the one as far from the other end."""
+    indices = torch.stack([torch.arange(8), torch.arange(8).flip(0)], 1)
+    shares = torch.full((8,), 0.7, dtype=torch.float64)
+    one_hot = torch.nn.functional.one_hot(TRAIN_LABELS[indices], 4).double()
+    return indices, shares, 0.7 * one_hot[:, 0] + 0.3 * one_hot[:, 1]
+
+
+def of_one_anchor(vector: Tensor, candidates: Tensor, positives: list[tuple[int, float]], tau: float) -> float:
+    """-log softmax of the candidates, its mean over positives (which, and how much each counts)."""
+    scores = [float(vector @ candidate) / tau for candidate in candidates]
+    whole = math.log(sum(math.exp(score) for score in scores))
+    return sum(counts * (whole - scores[i]) for i, counts in positives) / sum(counts for _, counts in positives)
+
+
+def test_mixed_images_of_a_batch_are_alike_by_their_shares() -> None:
+    torch.manual_seed(0)
+    mcl = method(vcl=1.0, soft_vcl=0.0, icl=1.0, soft_icl=0.0, tau=0.5).double()
+    a, b = (torch.nn.functional.normalize(torch.randn(8, 6).double()) for _ in range(2))
+    (indices, shares, labels), logits = mixture(), (torch.randn(8, 4).double(),) * 2
+    parts = mcl.mutual_losses(logits, [a, b], labels, None, of_classes(mcl.train_labels, indices, shares))
+    expected = {"vcl": 0.0, "icl": 0.0}
+    for name, pairs in {"vcl": [(a, a), (b, b)], "icl": [(a, b), (b, a)]}.items():
+        for mine, theirs in pairs:
+            for anchor in range(8):
+                others = [i for i in range(8) if i != anchor]
+                for share, kind in zip((0.7, 0.3), TRAIN_LABELS[indices[anchor]].tolist(), strict=True):
+                    has = [(n, float(labels[i, kind])) for n, i in enumerate(others)]  # how much it is of this class
+                    expected[name] += share * of_one_anchor(mine[anchor], theirs[others], has, 0.5) / 8
+    assert {name: parts[name].item() for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+def test_mixed_images_are_held_against_the_bank_for_the_sake_of_both() -> None:
+    torch.manual_seed(0)
+    mcl = method(memory=True, negatives=5, vcl=1.0, soft_vcl=0.0, icl=1.0, soft_icl=0.0, tau=0.5).double()
+    a, b = (torch.nn.functional.normalize(torch.randn(8, 128).double()) for _ in range(2))
+    (indices, shares, labels), logits = mixture(), (torch.randn(8, 4).double(),) * 2
+    drawn = mcl.bank.draw_each(indices)
+    assert torch.equal(torch.stack([each[:, 0] for each in drawn], 1), indices)
+    parts = mcl.mutual_losses(logits, [a, b], labels, *mcl.bank.held(drawn, shares))
+    expected = {"vcl": 0.0, "icl": 0.0}
+    for share, images in zip((0.7, 0.3), drawn, strict=True):
+        for anchor in range(8):
+            rows = mcl.bank.rows[:, images[anchor]]
+            for m, mine in enumerate((a, b)):
+                own, other = rows[m][1:], rows[1 - m]  # its own network's row of the image itself is no candidate
+                expected["vcl"] += share * of_one_anchor(mine[anchor], own, [(0, 1.0)], 0.5) / 8
+                expected["icl"] += share * of_one_anchor(mine[anchor], other, [(0, 1.0), (1, 1.0)], 0.5) / 8
+    assert {name: parts[name].item() for name in expected} == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_images_that_are_mixed_with_nothing_have_the_losses_of_images(memory: bool) -> None:
+    torch.manual_seed(0)
+    mcl = method(memory=memory, negatives=16).double()
+    twin = copy.deepcopy(mcl)
+    images, (indices, shares, _) = IMAGES.double(), mixture()
+    torch.manual_seed(1)
+    plain = mcl(images, LABELS, *([indices[:, 0]] if memory else []))
+    torch.manual_seed(1)
+    mixed = twin(images, LABELS, indices, torch.ones_like(shares))
+    assert plain.keys() == mixed.keys()
+    for name, value in plain.items():
+        assert mixed[name].item() == pytest.approx(value.item(), rel=1e-14), name
+    if memory:
+        assert torch.equal(mcl.bank.rows, twin.bank.rows)
+
+
+def test_what_enters_the_bank_of_a_mixed_image() -> None:
+    torch.manual_seed(0)
+    bank = Bank(TRAIN_LABELS, 1, 6, 5, 0.5).double()
+    before, new = bank.rows[0].clone(), torch.nn.functional.normalize(torch.randn(3, 6).double())
+    indices, shares = torch.tensor([[0, 9], [1, 8], [2, 7]]), torch.tensor([0.9, 0.2, 0.5])
+    bank.update(indices, [new], shares)
+    moved = {0: 0.4 * new[0] + 0.6 * before[0], 8: 0.3 * new[1] + 0.7 * before[8], 2: before[2]}  # (1 - 0.5) (2 s - 1)
+    for image, row in moved.items():
+        torch.testing.assert_close(bank.rows[0, image], row / row.norm(), rtol=1e-6, atol=1e-6)
+    untouched = [i for i in range(40) if i not in moved]
+    assert torch.equal(bank.rows[0, untouched], before[untouched])
+
+
+def test_a_bank_of_half_precision_takes_half_the_memory_and_says_nearly_the_same() -> None:
+    torch.manual_seed(0)
+    half, full = (method(memory=True, negatives=16, bank_dtype=dtype) for dtype in ("float16", "float32"))
+    full.load_state_dict(copy.deepcopy(half.state_dict()))  # rows too, which any float32 can hold
+    assert full.bank.rows.dtype == torch.float32 and 2 * half.bank.rows.nbytes == full.bank.rows.nbytes
+    parts = []
+    for mcl in (half, full):
+        torch.manual_seed(5)
+        first = mcl(IMAGES, LABELS, torch.arange(8))
+        again = mcl(IMAGES, LABELS, torch.arange(8))
+        parts.append({name: x.detach() for name, x in [*first.items(), *((f"then {n}", x) for n, x in again.items())]})
+    assert half.bank.rows.dtype == torch.float16 and all(x.dtype == torch.float32 for x in parts[0].values())
+    torch.testing.assert_close(half.bank.rows.float(), full.bank.rows, rtol=0, atol=3e-4)  # two roundings
+    names = ("vcl", "icl", "soft_vcl", "soft_icl")
+    assert all(parts[0][name] == parts[1][name] for name in names)  # of the same rows
+    assert all(parts[0][f"then {name}"] == pytest.approx(float(parts[1][f"then {name}"]), rel=1e-3) for name in names)
 
 
 def test_networks_of_another_architecture() -> None:

@@ -139,6 +139,31 @@ def test_a_relaxed_positive_is_any_image_of_the_class() -> None:
         assert torch.equal(positives.unique(), (LABELS[image] == LABELS).nonzero()[:, 0])
 
 
+def test_mixed_images_are_held_against_the_banks_for_the_sake_of_both() -> None:
+    torch.manual_seed(0)
+    made = method().double()
+    z = [torch.randn(6, 4).double() for _ in range(3)]
+    v = [nn.functional.normalize(torch.randn(6, 128).double()) for _ in range(3)]
+    indices, shares = torch.stack([torch.arange(6), torch.arange(6).flip(0)], 1), torch.full((6,), 0.7).double()
+    rows = [made.drawn(each) for each in made.bank.draw_each(indices)]
+    assert torch.equal(rows[1][:, 0], indices[:, 1])
+    first, second, mixed, alone = (
+        made.contrastive_losses(z, v, LABELS[:6], *more)
+        for more in (rows[:1], rows[1:], (*rows, shares), (*rows, torch.ones(6)))
+    )
+    for name in first:
+        if name.startswith("nce/"):  # linear in the shares, which are the same for all images of a batch
+            torch.testing.assert_close(mixed[name], shares[0] * first[name] + (1 - shares[0]) * second[name])
+            assert not torch.allclose(first[name], second[name])
+        assert torch.equal(alone[name], first[name])
+    unlike = made.contrastive_losses(z, v, LABELS[:6], *rows, torch.tensor([1.0, 1, 1, 0, 0, 0]))
+    told = [memory_scores(made.bank.rows[m][each], v[0], made.tau) for m in (1, 2) for each in rows]
+    by_hand = sum(
+        nce(told[i][part], 40) / 2 for i, part in ((0, [0, 1, 2]), (1, [3, 4, 5]), (2, [0, 1, 2]), (3, [3, 4, 5]))
+    )
+    torch.testing.assert_close(unlike["nce/target"], made.beta * by_hand)
+
+
 def test_only_the_target_learns_from_the_mean_unless_all_shall() -> None:
     images, labels, indices = torch.randn(8, 3, 32, 32), LABELS[:8], torch.arange(8)
     keys = [key for key in method()(images, labels, indices) if key.startswith("kd/")]
@@ -167,6 +192,14 @@ def test_banks_remember_the_images_of_a_training_batch_alone() -> None:
     assert torch.equal(changed.nonzero()[:, 1].reshape(3, 4), indices.sort().values.expand(3, 4))
     torch.testing.assert_close(made.bank.rows[:, indices].norm(dim=2), torch.ones(3, 4))
     assert "bank.rows" in made.state_dict() and "bank.order" not in made.state_dict()
+
+
+def test_banks_of_half_precision_are_compared_in_float32() -> None:
+    made, images, indices = method(bank_dtype="float16"), torch.randn(4, 3, 32, 32), torch.tensor([3, 9, 20, 7])
+    parts = made(images, LABELS[indices], indices)
+    assert made.bank.rows.dtype == torch.float16 and parts["nce/target"].dtype == torch.float32
+    sum(parts.values()).backward()
+    torch.testing.assert_close(made.bank.rows[:, indices].float().norm(dim=2), torch.ones(3, 4), atol=1e-3, rtol=0)
 
 
 def test_an_image_that_is_twice_in_a_batch_leaves_its_last_embedding() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from okdc.errors import CutError, MethodError, RecipeError
 from okdc.losses import cross_entropy
 from okdc.methods import Method
 from okdc.methods.shared.parts import ramp
+from okdc.needs import Needs
 from okdc.pipeline.assemble_cohort import build_method
 from tests.helpers.networks import Tiny
 
@@ -43,6 +45,8 @@ def cohort(*taps: str) -> Cohort:
         ({"trunk_gradient": "average"}, "trunk_gradient is 'average'; expected 'sum' or 'mean'"),
         ({"members": "3"}, "members is '3'; expected a whole number"),
         ({"members": 0}, "members is 0; expected a whole number of 1 or more"),
+        ({"needs": lambda self: Needs()}, "needs is a function; expected a class method"),
+        ({"needs": Needs(views=True)}, "needs is a Needs; expected a class method"),
         ({"tasks": "classify"}, r"tasks is the string 'classify'; expected a tuple"),
     ],
 )
@@ -115,6 +119,13 @@ class Unbegun(Begun):
         self.temperature = 3.0
 
 
+class Asks(Method):
+    losses = author().losses
+
+    def __init__(self, cohort: Cohort, margin: float) -> None:
+        super().__init__(cohort)
+
+
 class Groups(Method):
     losses = author().losses
 
@@ -142,6 +153,7 @@ REFUSED: dict[str, tuple[type[Method], str]] = {
     "a float": (gives(lambda out, y: {"ce": out.logits[0].sum().item()}), r"'ce' of Mine is a float.*item\(\)"),
     "no gradient": (gives(lambda out, y: {"ce": out.logits[0].detach().sum()}), r"no loss of Mine has a gradient"),
     "a number for a name": (gives(lambda out, y: {0: out.logits[0].sum()}), "Mine calls a loss 0; expected a string"),
+    "a setting without a default": (Asks, r"Asks cannot be made without margin: .*-kwargs margin=VALUE"),
     "no losses": (type("Mine", (Method,), {}), "Mine has no losses: write `def losses"),
     "no super().__init__ before a module": (Begun, r"__init__ of Begun does not call super\(\).__init__\(cohort\)"),
     "no super().__init__ at all": (Unbegun, r"__init__ of Unbegun does not call super\(\).__init__\(cohort\)"),
@@ -154,6 +166,17 @@ REFUSED: dict[str, tuple[type[Method], str]] = {
         "reaches the target.*leave out .detach",
     ),
     "param_groups without the target": (Groups, "param_groups of Groups has no parameter of the target"),
+    "an after_step that fails": (
+        author(after_step=lambda self, batches: next(batches).mean()),
+        r"after_step of Mine fails in a first step, in line \d+ of test_mistakes.py: AttributeError: .*read once",
+    ),
+    "an after_step without batches": (
+        author(after_step=lambda self: None), r"after_step of Mine fails in a first step: TypeError: .*read once",
+    ),
+    "a before_step that fails": (
+        author(before_step=lambda self: self.cohort.target.head.weight.grad.missing()),
+        "before_step of Mine fails in a first step, in line .*when a step has its gradients",
+    ),
     "modules in a plain list": (Hidden, r"self.heads of Hidden is a plain list with a Linear that learns.*ModuleList"),
 }  # fmt: skip
 
@@ -190,6 +213,48 @@ class Saved(Centred):
         self.centre, self.seen = state["centre"], state["seen"]
 
 
+class Grows(Method):
+    """A mutable default, too."""
+
+    losses = gives(lambda out, y: both(out, y)).losses
+
+    def __init__(self, cohort: Cohort, *, seen: list[int] = [1]) -> None:  # noqa: B006
+        super().__init__(cohort)
+        self.seen = seen
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.seen.append(1)
+        return super().forward(images, labels)
+
+
+class Following(Method):
+    """All that a step changes besides weights is changed after it."""
+
+    losses = author().losses
+    inside: dict[str, Any] | None = None
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__(cohort)
+        self.mean = copy.deepcopy(cohort.target).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros(()))
+        self.counts, self.seen = {"steps": 0}, 0
+        if self.inside is not None:
+            self.further = self.inside
+
+    def before_step(self) -> None:
+        assert self.cohort.target.head.weight.grad is not None
+
+    @torch.no_grad()
+    def after_step(self, batches: Any) -> None:
+        for mean, new in zip(self.mean.parameters(), self.cohort.target.parameters(), strict=True):
+            assert new.grad is None
+            mean.lerp_(new + 1, 0.5)
+        self.cohort.target.head.weight.mul_(2)
+        self.steps += len(next(batches)[1])
+        self.counts["steps"] += 1
+        self.seen += 1
+
+
 WARNED: dict[str, tuple[type[Method], list[str]]] = {
     "nothing wrong": (author(), []),
     "a sum instead of a mean": (
@@ -208,6 +273,13 @@ WARNED: dict[str, tuple[type[Method], list[str]]] = {
         Centred, ["self.centre holds a tensor that is no buffer", "self.seen went from 0 to 1 in a step"],
     ),
     "those with a state of their own": (Saved, []),
+    "a list that grows": (Grows, [r"self.seen went from \[1\] to \[1, 1\] in a step, and no checkpoint has it"]),
+    "names that okdc does not look at": (
+        author(tap=("embeddings",), on_epoch_start=lambda self: None, views=2, heads=3),
+        ["Mine.on_epoch_start is nothing .* mean begin_epoch", "Mine.tap is .* mean taps", "Mine.views .* mean needs"],
+    ),
+    "what after_step counts": (Following, ["self.seen went from 0 to 1 in a step, and no checkpoint has it"]),
+    "what could not be put back is not tried": (type("Mine", (Following,), {"inside": {"other": object()}}), []),
     "a teacher in a list": (type("Mine", (Hidden,), {"frozen": True}), []),
 }  # fmt: skip
 
@@ -263,6 +335,16 @@ def test_the_step_on_trial_leaves_nothing_behind() -> None:
     assert torch.equal(torch.rand(3), drawn)
     for mine, theirs in zip(method.state_dict().values(), by_hand.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_what_follows_a_step_is_tried_and_undone() -> None:
+    network = Tiny()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    method = okdc.build(network, IMAGES, Following, share="none")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in method.mean.state_dict().items())
+    assert (method.steps, method.counts, method.seen) == (0, {"steps": 0}, 0)
+    assert all(p.grad is None for p in method.parameters())
 
 
 # --- how it is named --------------------------------------------------------------------------------------------------

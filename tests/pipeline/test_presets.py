@@ -19,7 +19,7 @@ from okdc import networks, recipe
 from okdc.cli import main
 from okdc.data.images import Images
 from okdc.errors import NetworkError, RecipeError
-from okdc.pipeline import compress, control, presets
+from okdc.pipeline import compress, control, forecast, presets
 from okdc.pipeline.opening import small_images
 from okdc.recipe import FINETUNE, SCRATCH, NetworkSettings, Recipe, default_preset
 
@@ -94,6 +94,17 @@ def test_without_weights_it_learns_from_scratch_and_says_so(capsys: pytest.Captu
     assert "is a function" in str(networks.lacks_weights(NetworkSettings("tests.helpers.networks:Tiny")))
     with pytest.raises(NetworkError, match="no network 'resnet0'"):
         networks.lacks_weights(NetworkSettings("resnet0", pretrained=True))
+
+
+def test_few_photos_without_weights_end_with_what_to_type(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compress", "--data", str(photos), *SMALL]
+    monkeypatch.setattr(sys, "argv", ["okdc", *words])
+    result = okdc(*words)
+    assert result.exit_code == 2 and "resnet20_cifar has no pre-trained weights" in said(result)
+    assert "your 54 images, which are too few" in said(result) and "on this CPU" in said(result)
+    typed = [line.strip() for line in result.stderr.splitlines() if line.startswith("  okdc ")]
+    given = shlex.join(["okdc", *words])
+    assert typed == [f"{given} --preset finetune --checkpoint FILE", f"{given} --preset scratch"], "not wrapped"
 
 
 def test_a_preset_beside_a_recipe_is_refused() -> None:
@@ -215,6 +226,23 @@ def test_quiet_says_results_alone_and_verbose_where_an_error_arose(photos: Path,
     again = okdc(*words, "--output", tmp_path, "--experiment", "a", "-v")
     assert "Traceback" in again.stderr and "never written over" in said(again)
     assert "Traceback" not in okdc(*words, "--output", tmp_path, "--experiment", "a").stderr
+
+
+def test_the_time_is_told_before_it_is_spent_and_what_takes_less(photos: Path) -> None:
+    typed = {"data": str(photos), "model": "resnet20_cifar", "img_size": 160, "device": "cpu"}
+    found = forecast.forecast(recipe.resolve(recipe.preset_recipe(SCRATCH), flat=typed), control=True)
+    assert found and found.run > found.control > 0 and found.epochs == 100 and found.smaller is None, "a size was typed"
+    short = " ".join(forecast.told(forecast.Forecast(20, 4, 2)).split())
+    assert short == (
+        "Training takes about 2 minutes on this CPU if nothing else runs, with the control (40 seconds of it)."
+    )
+    told = forecast.told(forecast.Forecast(20, 50, 25, smaller=0.25)).splitlines()
+    assert "about 25 minutes on this CPU" in told[0] and max(map(len, told)) <= 80
+    rows = [line.split("about ") for line in told if line.startswith("  --")]
+    assert [(flags.strip(), takes) for flags, takes in rows] == [
+        ("--no-baseline", "17 minutes"), ("--img-size 128", "6 minutes"), ("--img-size 128 --no-baseline", "4 minutes"),
+    ]  # fmt: skip
+    assert "--epochs 5 " in forecast.told(forecast.Forecast(20, 75, 0))
 
 
 def test_images_much_smaller_than_the_input_are_told() -> None:

@@ -3,7 +3,7 @@
     python tests/scale/keeping.py
 
 Of the size of Tiny-ImageNet's, 64 x 64, in a table of arrays: how many are kept by themselves. Then 10,000 validation
-images beside training images that --aa lets nobody keep.
+images beside training images that --aa lets nobody keep. Then random resized crops and flips of batches of 128.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from okdc.data import load, open_source
+from okdc.data.batchwise import Law
 from okdc.data.resident import _room
 from okdc.recipe import DataSettings
 from tests.scale.measuring import cost, table
@@ -50,8 +51,21 @@ def begin(validation: int) -> tuple[str, ...]:
         return f"{validation:,}", f"{cost(start, n=1).seconds:.2f}"
 
 
+def crop(side: int, interpolation: str, batch: int = 128, batches: int = 10) -> tuple[str, ...]:
+    images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8)
+    law = Law((side, side), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=interpolation, hflip=0.5)
+
+    def work() -> None:
+        for number in range(batches):
+            law(images, torch.arange(batch) + batch * number)
+
+    return f"{side} x {side}", interpolation, f"{batch * batches / cost(work, n=5).seconds:,.0f}"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kept = _room(torch.device("cpu")) // (64 * 64 * 3)
     print(f"images of 64 x 64 pixels that are kept by themselves: up to {kept:,} (Tiny-ImageNet has 100,000)\n")
     table(("validation images", "load, CPU s"), map(begin, (1000, 10_000)))
+    filters = ("bilinear", "bicubic")
+    table(("images", "filter", "crops a CPU second"), (crop(side, each) for side in (32, 64) for each in filters))

@@ -50,4 +50,4 @@ def row(ranks: int, anchors: int) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     whole = int(sys.argv[1]) if sys.argv[1:] else 2048
-    table(("anchors", "ranks", "CPU s a step and rank", "MB a rank"), (row(ranks, whole) for ranks in (1, 2, 4)))
+    table(("anchors", "ranks", "CPU s a step and rank", "MB a rank"), (row(ranks, whole) for ranks in (1, 2, 4, 8)))

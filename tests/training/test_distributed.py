@@ -35,7 +35,7 @@ from okdc.errors import DataError, OkdcError, RecipeError, RunError, TrainingErr
 from okdc.methods import Method
 from okdc.needs import NOTHING, Needs
 from okdc.pipeline import run_folder
-from okdc.ranks import _Sum, local_rank, rank, world
+from okdc.ranks import gather, local_rank, rank, world
 from okdc.recipe import DataSettings, Recipe, TrainSettings
 from okdc.system.signals import end_with_parent
 from okdc.training import fit
@@ -56,6 +56,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kdcl, general": ("kdcl", {"soft_target": "general"}),
     "kdcl, linear": ("kdcl", {"soft_target": "linear"}),
     "switokd, cold": ("switokd", {"temperature": 0.02}),  # in which teachers pause soon
+    "mcl, mixed": ("mcl", {}),
+    "mcl, memory, mixed": ("mcl", {"memory": True, "negatives": 16}),
+    "lmcl, mixed": ("lmcl", {"meta_every": 2}),
+    "mcl_okd, mixed": ("mcl_okd", {"negatives": 8}),
     "sokd, sp": ("sokd", {"distance": "sp"}),
 }
 
@@ -68,9 +72,9 @@ class Synchronised(nn.BatchNorm2d):
             return super().forward(x)
         axes = [0, *range(2, x.dim())]
         n = world() * x.numel() / x.shape[1]
-        mean = _Sum.apply(x.sum(axes)) / n
+        mean = gather(x.sum(axes)[None]).sum(0) / n
         shape = (1, -1, *[1] * (x.dim() - 2))
-        var = _Sum.apply((x - mean.view(shape)).square().sum(axes)) / n
+        var = gather((x - mean.view(shape)).square().sum(axes)[None]).sum(0) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -109,6 +113,9 @@ def tensors() -> tuple[Tensor, Tensor]:
 class Batches:
     """This process's part of each batch, with views and indices where the method asks for them."""
 
+    mixed = False
+    """Each image with the one as far from the other end."""
+
     def __init__(self, steps: int, method: Method, needs: Any) -> None:
         self.images, self.labels = tensors()
         self.steps, self.needs, self.views = steps, needs, len(method.cohort)
@@ -121,6 +128,14 @@ class Batches:
         for chosen in order[start : self.steps]:
             mine = chosen.chunk(world())[rank()]
             images, labels = self.images[mine], self.labels[mine]
+            if self.mixed:
+                others, classes = (
+                    chosen.flip(0).chunk(world())[rank()],
+                    nn.functional.one_hot(self.labels).to(PRECISION),
+                )
+                mixture = (0.7 * x[mine] + 0.3 * x[others] for x in (self.images, classes))
+                yield (*mixture, torch.stack([mine, others], 1), torch.full((len(mine),), 0.7, dtype=PRECISION))
+                continue
             if self.needs.views:
                 images = torch.stack([images + 0.1 * i for i in range(self.views)])
             yield (images, labels, mine) if self.needs.indices else (images, labels)
@@ -135,6 +150,7 @@ def train(
     images, labels = tensors()
     part = list(zip(images[:27].split(6), labels[:27].split(6)))  # 5 batches, unevenly divided
     batches = Troubled(trouble, steps, method, needs) if trouble else Batches(steps, method, needs)
+    batches.mixed = case.endswith(", mixed")
     aside = Aside(part) if trouble == "stalls aside" else part
     data: Any = SimpleNamespace(train=batches, validation=part, held_out=aside if needs.held_out else None)
     wanted = replace(
@@ -158,14 +174,14 @@ def is_free(port: int) -> bool:
         return tried.connect_ex(("localhost", port)) != 0
 
 
-def start(*arguments: str, processes: int = 2, **environment: str) -> list[subprocess.Popen]:
+def start(*arguments: str, processes: int = 2, file: str = __file__, **environment: str) -> list[subprocess.Popen]:
     common = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
     }  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, *arguments], env=common | {"RANK": str(i), **environment},
+            [sys.executable, "-W", "error", file, *arguments], env=common | {"RANK": str(i), **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(processes)

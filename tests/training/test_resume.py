@@ -247,6 +247,8 @@ def run_and_be_killed(root: str) -> None:
 
         def before(epoch: int, index: int, number=number) -> None:
             if (epoch, index) == (1, 3):
+                for saving in set(threading.enumerate()) - {threading.main_thread()}:
+                    saving.join()  # so that it is known which state is on the disk
                 os.kill(os.getpid(), number)
 
         with open(f"{root}/{number.name}.txt", "w") as output:

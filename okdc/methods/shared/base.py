@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -178,6 +178,14 @@ class Method(nn.Module):
         """What the method asks of the training data when it is given these settings; by default nothing special."""
         return Needs()
 
+    @classmethod
+    def tapped(cls, anatomy: Anatomy, **settings: Any) -> Mapping[str, str]:
+        """Further modules that `losses` looks at: the author's names for them, and theirs in the network.
+
+        They are those of `network.named_modules()`, and `out.tapped[member]["early"]` is what it gave; by default none.
+        """
+        return {}
+
     def costs(self) -> tuple[Cost, ...]:
         """What each network costs that a step runs: the members, then those that the method has beside them."""
         return self.cohort.costs
@@ -198,6 +206,7 @@ class Method(nn.Module):
             "peer networks": cls.share == "none" and cls.members > 1,
             "embeddings": "embeddings" in cls.taps,
             "feature maps": bool({"feature_maps", "stage_maps", "exit_maps"} & set(cls.taps)),
+            "modules by name": cls.tapped.__func__ is not Method.tapped.__func__,  # type: ignore[attr-defined]
             "map at the cut": "shared" in cls.taps,
             "a view per member": needs.views is True,
             f"{len(needs.strengths(1))} views": needs.views not in (False, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from okdc.cohort import Branch, Cohort
 from okdc.errors import MethodError, RecipeError
 from okdc.methods.shared import loading
 from okdc.methods.shared.base import Method
-from okdc.methods.shared.checks import refuse_unwritten
+from okdc.methods.shared.checks import misspelt, refuse_unwritten
 from okdc.methods.shared.trial import try_step
 from okdc.tasks.task import Task
+
+log = logging.getLogger("okdc")
 
 
 def build(
@@ -63,6 +66,8 @@ def build(
     try:
         built = _made(kind, cohort, given | settings).to(example.device)
         strip = built.strip
+        for problem in misspelt(kind):
+            log.warning("%s", problem)
         try_step(built, kind.needs(**settings), soft_labels)
         return built
     except BaseException:
@@ -86,8 +91,9 @@ def _cohort(
     plan = kind.plan(anatomy, **wishes, **forms, **{k: v for k, v in settings.items() if k in planned})
     _refuse_ignored(forms, plan)
     return Cohort(
-        network, example, plan, taps=kind.taps, trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options
-    )
+        network, example, plan, taps=kind.taps, tapped=kind.tapped(anatomy, **settings),
+        trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options,
+    )  # fmt: skip
 
 
 def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:
@@ -107,6 +113,14 @@ def _made(kind: type[Method], cohort: Cohort, settings: dict[str, Any]) -> Metho
     missing = MethodError(
         f"the __init__ of {kind.__name__} does not call super().__init__(cohort): write that as its first line."
     )
+    asked = list(python_inspect.signature(kind.__init__).parameters.values())[2:]  # after self and the cohort
+    for each in asked:
+        several = each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        if each.default is each.empty and not several and each.name not in settings:
+            raise MethodError(
+                f"{kind.__name__} cannot be made without {each.name}: give it (--method-kwargs {each.name}=VALUE), "
+                "or give it a default in __init__."
+            )
     try:
         made = kind(cohort, **settings)
     except AttributeError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from inspect import getattr_static
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
 CHOICES = {"share": ("trunk", "none"), "trunk_gradient": ("sum", "mean")}
+ELSEWHERE = {  # what other frameworks call it
+    "on_epoch_start": "begin_epoch", "on_train_epoch_start": "begin_epoch", "training_step": "forward",
+    "configure_optimizers": "param_groups", "on_before_optimizer_step": "before_step",
+    "on_train_batch_end": "after_step", "views": "needs", "pairs": "needs", "indices": "needs", "held_out": "needs",
+}  # fmt: skip
 
 
 def refuse_declared(kind: type[Method]) -> None:
@@ -31,10 +38,29 @@ def refuse_declared(kind: type[Method]) -> None:
         raise MethodError(
             f"{kind.__name__}: members is {kind.members!r}; expected a whole number of 1 or more, the target included."
         )
+    if not isinstance(getattr_static(kind, "needs"), classmethod):
+        given = type(getattr_static(kind, "needs")).__name__
+        raise MethodError(
+            f"{kind.__name__}: needs is a {given}; expected a class method, because "
+            "it is asked before there is a method: @classmethod, def needs(cls, **settings), return okdc.Needs(...)."
+        )
     if isinstance(kind.tasks, str):
         raise MethodError(
             f"{kind.__name__}: tasks is the string {kind.tasks!r}; expected a tuple, even of one: ({kind.tasks!r},)."
         )
+
+
+def misspelt(kind: type[Method]) -> list[str]:
+    """Names that the class has and okdc never looks at, which are nearly those of attributes or hooks, in words."""
+    base = next(each for each in kind.__mro__ if each.__module__ == "okdc.methods.shared.base")
+    known = [name for name in vars(base) if not name.startswith("_")]
+    found = []
+    for own in kind.__mro__[: kind.__mro__.index(base)]:
+        for name in vars(own).keys() - known:
+            meant = ELSEWHERE.get(name) or next(iter(get_close_matches(name, known, 1, 0.85)), None)
+            if meant and not name.startswith("_"):
+                found.append(f"{kind.__name__}.{name} is nothing that okdc looks at. Did you mean {meant}?")
+    return sorted(found)
 
 
 def refuse_unwritten(kind: type[Method]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import ceil, log1p, sqrt
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from okdc.errors import DataError
+from okdc.methods.shared.mixing import Mixed, positives
 from okdc.ranks import drawn_together, gather, rank, world
 from okdc.system.randomness import uniform
 
@@ -49,24 +50,35 @@ def mutual_contrast(
     *,
     tau: float,
     temperature: float,
+    mixed: Mixed | None = None,
 ) -> Terms:
     """The four terms, summed over all pairs i < j of networks and of their taps, each pair taken both ways.
 
     Network i gives embeddings (S_i, B, d). Candidates are the batch, labels (B,) or (B, C), or where given `rows`
     (B, K, d) of each network's bank: own, same class, others. `weights[i, j]` (S_i, S_j, B) are those of the anchors.
+    `mixed`: of what the anchors, and where there are no rows the candidates, are mixed.
     """
     if rows is None:
-        batch = _Batch([gather(each, 1) for each in embeddings], labels)
+        batch = _Batch(_of_all_ranks(embeddings), labels, mixed)
     pairs = []
     with torch.autocast(embeddings[0].device.type, enabled=False):
         for i, j in combinations(range(len(embeddings)), 2):
             a, b = embeddings[i], embeddings[j]
             weight = a.new_ones(len(a), len(b), a.shape[1]) if weights is None else weights[i, j]
-            if rows is None:
+            if rows is not None and mixed is not None and mixed.rows is not None:
+                shares, others = mixed.shares.to(weight), mixed.rows
+                pairs.append(_in_banks(a, b, weight * shares, rows[i], rows[j], tau, temperature))
+                pairs.append(_in_banks(a, b, weight * (1 - shares), others[i], others[j], tau, temperature))
+            elif rows is None:
                 pairs.append(_in_batch(a, b, weight, batch, i, j, tau, temperature))
             else:
                 pairs.append(_in_banks(a, b, weight, rows[i], rows[j], tau, temperature))
     return Terms(*(torch.stack(values).sum() for values in zip(*pairs, strict=True)))
+
+
+def _of_all_ranks(embeddings: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Embeddings (S, B, d) of each network as those of the whole batch, (S, N, d), told in one message."""
+    return embeddings if world() == 1 else gather(torch.cat(list(embeddings)), 1).split([len(x) for x in embeddings])
 
 
 class _Batch:
@@ -74,16 +86,21 @@ class _Batch:
     anchors (B,) they are; `share` of the whole batch's mean over its anchors is a sum over the own ones.
     """
 
-    def __init__(self, everyone: list[Tensor], labels: Tensor) -> None:
+    def __init__(self, everyone: Sequence[Tensor], labels: Tensor, mixed: Mixed | None = None) -> None:
         self.everyone = everyone
         labels = labels if labels.dim() == 1 else labels.argmax(1)
-        every = gather(labels)
         place = rank() * len(labels) + torch.arange(len(labels), device=labels.device)
-        self.others = torch.arange(len(every), device=labels.device) != place[:, None]  # no image is its own candidate
-        self.positives = self.others & (labels[:, None] == every)
-        ordered = every.sort().values
-        twins = ordered[1:] == ordered[:-1]
-        anchors = (F.pad(twins, (0, 1)) | F.pad(twins, (1, 0))).sum()  # those of all ranks that have a positive
+        every = torch.arange(world() * len(labels), device=labels.device)
+        self.others = every != place[:, None]  # no image is its own candidate
+        if mixed:
+            self.positives = positives(mixed, self.others, everyone[0].dtype)
+            anchors = gather(self.positives.sum(1)).sum()
+        else:
+            every = gather(labels)
+            self.positives = self.others & (labels[:, None] == every)
+            ordered = every.sort().values
+            twins = ordered[1:] == ordered[:-1]
+            anchors = (F.pad(twins, (0, 1)) | F.pad(twins, (1, 0))).sum()  # those of all ranks that have a positive
         self.share = world() / anchors.clamp_min(1)  # over the ranks, losses are averaged
 
 
@@ -139,14 +156,15 @@ def contrast(
 ) -> Tensor:
     """InfoNCE of logits (..., B, K) with masks (B, K) and weights (..., B): mean over positives, then over anchors.
 
-    Anchors without a positive are left out of the mean, which is 0 where there is no other. `share`: what the sum over
-    anchors is multiplied by in place of being divided by their number.
+    Positives may be weights too, which sum to 1 at most. Anchors without a positive are left out of the mean, which is
+    0 where there is no other. `share`: what the sum over anchors is multiplied by in place of being divided by their
+    number.
     """
     # A finite floor: a row without a candidate would otherwise have a gradient that is not a number.
     floor = torch.finfo(logits.dtype).min
     log_p = logits - logits.masked_fill(~candidates, floor).logsumexp(-1, keepdim=True)
     count = positives.sum(-1)
-    each = -log_p.masked_fill(~positives, 0).sum(-1) / count.clamp_min(1)
+    each = -(log_p * positives).sum(-1) / count.clamp_min(1)
     share = 1 / (count > 0).sum().clamp_min(1) if share is None else share
     return (weight * each).sum() * share
 
@@ -163,7 +181,8 @@ class Bank(nn.Module):
     """The last embedding of every training image in each of M networks, and the images that each is compared with.
 
     With `replacement`, or where the other classes have too few, an image may be drawn more than once for another one.
-    DataError without `labels` (N,), or where they are of one class.
+    `dtype` is what rows are kept in; they are compared and moved in float32 at least. DataError
+    without `labels` (N,), or where they are of one class.
     """
 
     rows: Tensor
@@ -179,6 +198,7 @@ class Bank(nn.Module):
         negatives: int,
         momentum: float,
         replacement: bool = True,
+        dtype: Literal["float32", "float16"] = "float32",
     ) -> None:
         super().__init__()
         if labels is None or len(labels.unique()) < 2:
@@ -190,7 +210,8 @@ class Bank(nn.Module):
             )
         self.negatives, self.momentum = negatives, momentum
         spread = 1 / sqrt(width / 3)
-        self.register_buffer("rows", torch.empty(networks, len(labels), width).uniform_(-spread, spread))
+        rows = torch.empty(networks, len(labels), width, dtype=getattr(torch, dtype))
+        self.register_buffer("rows", rows.uniform_(-spread, spread))
         counts = labels.bincount()
         others = len(labels) - int(counts.max())
         self.replacement = replacement or negatives > others
@@ -201,6 +222,10 @@ class Bank(nn.Module):
             "counts": counts[labels],
         }.items():  # fmt: skip
             self.register_buffer(name, value, persistent=False)
+
+    def draw_each(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """`draw` of images (B,), or of both that each of a mixed batch is of, (B, 2)."""
+        return tuple(self.draw(each) for each in (indices[:, None] if indices.dim() == 1 else indices).unbind(1))
 
     def draw(self, indices: Tensor) -> Tensor:
         """Of each image (B,): itself, one of its class, and `negatives` of other classes, (B, 2 + negatives)."""
@@ -225,19 +250,33 @@ class Bank(nn.Module):
         return place.gather(1, doubled(place).sort(dim=1, stable=True).indices[:, : self.negatives])
 
     def gather(self, drawn: Tensor) -> list[Tensor]:
-        """The rows of images (B, K) in each network's bank, M times (B, K, d)."""
-        return [rows[drawn] for rows in self.rows]
+        """The rows of images (B, K) in each network's bank, M times (B, K, d), in float32 at least."""
+        return [rows[drawn].to(torch.promote_types(rows.dtype, torch.float32)) for rows in self.rows]
+
+    def held(self, drawn: Sequence[Tensor], shares: Tensor | None) -> tuple[list[Tensor], Mixed | None]:
+        """The rows of what `draw_each` drew, as `mutual_contrast` takes them."""
+        rows = [self.gather(each) for each in drawn]
+        return rows[0], None if shares is None else Mixed(shares, rows=rows[1])
 
     @torch.no_grad()
-    def update(self, indices: Tensor, embeddings: Sequence[Tensor]) -> None:
-        """Move the rows of images (B,) towards what M networks now give for them, (B, d) each, at unit length."""
-        indices, embeddings = gather(indices), [gather(each.detach()) for each in embeddings]
+    def update(self, indices: Tensor, embeddings: Sequence[Tensor], shares: Tensor | None = None) -> None:
+        """Move the rows of images (B,) towards what M networks now give for them, (B, d) each, at unit length.
+
+        Of mixed images, indices (B, 2) and `shares` (B,) of the first, it moves the row of the one that has more, by as
+        much less as the other has of it: not at all where both have half.
+        """
+        now, more = gather(torch.stack(list(embeddings)), 1), None
+        if shares is not None:
+            indices = torch.where(shares < 0.5, indices[:, 1], indices[:, 0])
+            more = gather((2 * shares - 1).abs().to(now))
+        indices = gather(indices)
         # An image that stands in a batch twice leaves its last embedding, in whatever order a device writes.
         last = (torch.arange(len(indices), device=indices.device) * (indices[:, None] == indices)).amax(1)
-        for rows, new in zip(self.rows, embeddings, strict=True):
-            old = rows[indices]
-            moved = F.normalize(self.momentum * old + (1 - self.momentum) * new[last])
-            rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old)
+        kept = self.momentum if more is None else 1 - (1 - self.momentum) * more[last, None]
+        for rows, new in zip(self.rows, now, strict=True):
+            old = rows[indices].to(new.dtype)
+            moved = F.normalize(kept * old + (1 - kept) * new[last])
+            rows[indices] = torch.where(moved.isfinite().all(1, keepdim=True), moved, old).to(rows.dtype)
 
 
 def doubled(numbers: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from okdc.cohort import Cohort
 from okdc.errors import MethodError
+from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
 # What every module has, its parameters, buffers and modules among it, and what a method logs in a step.
 _OURS = vars(nn.Module()).keys() | {"_logged"}
+
+_CONSTANT = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Task)
 
 Kept = dict[str, dict[str, tuple[Any, Any]]]  # by module and attribute: the value, and what was in it
 
@@ -63,6 +66,27 @@ def put_back(method: Method, before: Kept) -> None:
             vars(module)[name] = value
 
 
+def can_be_put_back(method: Method) -> bool:
+    """Whether `put_back` undoes all that a step may do to plain attributes: it does not look into other objects."""
+    known = {id(each) for each in (*method.parameters(), *method.buffers(), *method.modules())}
+    return all(_is_plain(value, known) for module in _own(method).values() for value in _attributes(module).values())
+
+
+def _is_plain(value: Any, known: set[int]) -> bool:
+    """A tensor, a list, set or dictionary of what never changes, or what never changes itself."""
+    if isinstance(value, (list, set, dict)):
+        return all(_is_constant(each, known) for each in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor) or _is_constant(value, known)
+
+
+def _is_constant(value: Any, known: set[int]) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(_is_constant(each, known) for each in value)
+    if id(value) in known:  # put back elsewhere
+        return True
+    return value is None or isinstance(value, _CONSTANT) or (callable(value) and not isinstance(value, nn.Module))
+
+
 def forgotten(method: Method, before: Kept, after: Kept) -> list[str]:
     """What a run that goes on would not have, in words: tensors that are no buffers, and numbers that changed."""
     found, kind = [], type(method).__name__
@@ -76,10 +100,11 @@ def forgotten(method: Method, before: Kept, after: Kept) -> list[str]:
                     f"{kind}: {path}{name} holds a tensor that is no buffer: no checkpoint has it, and it does not "
                     f'move to a device. self.register_buffer("{name}", ...), if a later step looks at it.'
                 )
-            elif isinstance(value, (int, float)) and then != content:
+            elif isinstance(value, (int, float, list)) and then != content:
                 found.append(
-                    f"{kind}: {path}{name} went from {then} to {content} in a step, and no checkpoint has it: a run "
-                    "that goes on would begin anew. Make it a buffer, or write get_extra_state and set_extra_state."
+                    f"{kind}: {path}{name} went from {then!r:.60} to {content!r:.60} in a step, and no checkpoint has "
+                    "it: a run that goes on would begin anew. Make it a buffer, or write get_extra_state and "
+                    "set_extra_state."
                 )
     return found
 

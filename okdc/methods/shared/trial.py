@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from okdc.anatomy.modes import unchanged
 from okdc.errors import MethodError, OkdcError, first_line
 from okdc.methods.shared.checks import refuse_losses
-from okdc.methods.shared.memory import forgotten, kept, put_back, refuse_hidden
+from okdc.methods.shared.memory import can_be_put_back, forgotten, kept, put_back, refuse_hidden
 from okdc.needs import NOTHING, Needs
 from okdc.system.randomness import random_state, set_random_state
 
@@ -23,7 +26,12 @@ if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
 IMAGES = 4  # two of each of two classes, so that methods that compare images find pairs
+BASE = "okdc.methods.shared.base"
 ABSURD = 1e4  # of a loss on noise; the cross-entropy of a million classes is 14
+HOOKS = {
+    "before_step": "It is called when a step has its gradients, with nothing.",
+    "after_step": "It is called after each step of the optimizer, with the batches of it, which can be read once.",
+}
 
 log = logging.getLogger("okdc")
 
@@ -59,20 +67,56 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
         soft = _softened(method, batch) if soft_labels and batch[1].dim() == 1 else None
         parts = refuse_losses(kind, _soft_losses(method, batch, soft) if soft else method.train()(*batch))
         found = _sizes(kind, parts, method.cohort.anatomy.num_classes) + _idle(method, parts)
+        if any(getattr(kind, name).__module__ != BASE for name in HOOKS) and can_be_put_back(method):
+            _try_hooks(method, soft or batch)
         found += forgotten(method, before, kept(method))
         return found + (_other_losses(method, batch, soft) if soft else [])
 
 
 @contextmanager
 def undone(method: Method) -> Iterator[None]:
-    """Buffers, modes and random numbers are afterwards what they were, and what is remembered beside them."""
-    before = kept(method)
+    """All is afterwards what it was: buffers, modes, random numbers, gradients, and what is remembered beside them."""
+    before, own = kept(method), [(p, p.grad) for p in method.parameters()]
     try:
         with unchanged(method):
             yield
     finally:
+        for parameter, gradient in own:
+            parameter.grad = gradient
         put_back(method, before)
         method.logged()  # and forgotten
+
+
+def _try_hooks(method: Method, batch: tuple[Tensor, ...]) -> None:
+    """MethodError where what is called around an optimizer step fails; parameters are afterwards what they were."""
+    parameters = list(method.parameters())
+    values = [parameter.detach().clone() for parameter in parameters]
+    try:
+        _try_hook(method, "before_step")
+        for parameter in parameters:
+            parameter.grad = None  # as the loop does after a step
+        _try_hook(method, "after_step", iter([batch]))
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def _try_hook(method: Method, name: str, *given: Any) -> None:
+    """Call it; MethodError, with the line of the author's file, in place of what it raises."""
+    try:
+        getattr(method, name)(*given)
+    except OkdcError:
+        raise
+    except Exception as error:
+        kind = type(method)
+        file = inspect.unwrap(getattr(kind, name)).__code__.co_filename
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f", in line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else ""
+        raise MethodError(
+            f"{name} of {kind.__name__} fails in a first step{where}: {type(error).__name__}: {first_line(error)}. "
+            f"{HOOKS[name]}"
+        ) from error
 
 
 def _refuse_groups(method: Method) -> None:
@@ -108,7 +152,7 @@ def _sizes(kind: type[Method], parts: dict[str, Tensor], classes: int) -> list[s
         if not value.requires_grad:
             found.append(
                 f"{kind.__name__}: the loss {name!r} has no gradient, so nothing learns from it. Leave out .detach() "
-                "and torch.no_grad() if something should."
+                f"and torch.no_grad() if something should; else write it down by self.log({name!r}, ...)."
             )
     return found
 
@@ -132,20 +176,16 @@ def _idle(method: Method, parts: dict[str, Tensor]) -> list[str]:
 
 
 def _reached(total: Tensor, learning: list[nn.Parameter]) -> set[int]:
-    """The ids of the parameters that a loss reaches."""
+    """The ids of the parameters that a loss reaches, which have their gradients now."""
     return {id(p) for p, found in zip(learning, gradients(total, learning), strict=True) if found is not None}
 
 
 def gradients(total: Tensor, learning: list[nn.Parameter]) -> list[Tensor | None]:
-    """What a loss gives to each parameter; their own gradients are afterwards what they were."""
-    before = [p.grad for p in learning]
+    """What a loss gives to each parameter, which keeps it."""
     for parameter in learning:
         parameter.grad = None
     total.backward()  # not autograd.grad, which gradient checkpointing may refuse
-    found = [p.grad for p in learning]
-    for parameter, gradient in zip(learning, before, strict=True):
-        parameter.grad = gradient
-    return found
+    return [p.grad for p in learning]
 
 
 def _groups(method: Method) -> dict[str, list[nn.Parameter]]:

@@ -1,0 +1,117 @@
+"""torchrun's elastic restart, with gloo on this machine: a process is killed, a node is lost and another one joins.
+
+    python tests/scale/elastic.py [killed] [nodes]
+
+killed: one of two processes is killed in the middle; the run ends with the weights of one that nothing happened to.
+nodes: of two nodes of one process each one is killed; the other goes on alone, then with a third one that joins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from okdc.training import checkpoint
+
+RUN = "compress --model test_resnet --img-size 32 --method dml --data digits --no-onnx --device cpu -j 0 -b 32"
+RUN += " --recovery-interval 5 --log-interval 1 --output . --experiment run --resume auto"
+
+
+started: list[subprocess.Popen[bytes]] = []
+
+
+def agent(folder: Path, name: str, epochs: int, *flags: str) -> subprocess.Popen[bytes]:
+    """torchrun with the flags of a node; what it says is in the file `name`."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a node that joins waits for an address that nobody tells it
+    }  # fmt: skip
+    line = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "okdc", *RUN.split(), "--epochs", str(epochs)]
+    with open(folder / name, "wb") as said:
+        started.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT))
+    return started[-1]
+
+
+def one_node(folder: Path, restarts: int) -> subprocess.Popen[bytes]:
+    return agent(folder, "said", 2, "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
+
+
+def until(true: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 240) -> None:
+    """Wait for what comes true while the process lives."""
+    start = time.monotonic()
+    while not true():
+        if process.poll() is not None or time.monotonic() > start + seconds:
+            raise RuntimeError(f"it did not come, exit code {process.poll()}")
+        time.sleep(0.02)
+
+
+def said(folder: Path, name: str = "said") -> str:
+    return (folder / name).read_text(errors="replace")
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(each) for each in children]
+
+
+def killed(root: Path) -> None:
+    """A worker is killed in the second epoch."""
+    for name in ("whole", "killed"):
+        folder = root / name
+        folder.mkdir()
+        process = one_node(folder, 1)
+        if name == "killed":
+            until(lambda: "epoch 2/2 step 7/" in said(root / "killed"), process)
+            os.kill(workers(process)[-1], signal.SIGKILL)
+        process.wait(600)
+    print(*re.findall(r".*(?:Continuing|lost the others).*", said(root / "killed")), sep="\n")
+    one, other = (checkpoint.load(root / name / "run" / checkpoint.LAST) for name in ("whole", "killed"))
+    same = all(torch.equal(value, other["state_dict"][key]) for key, value in one["state_dict"].items())
+    print(f"exit code {process.returncode}; the same weights as without: {same}")
+
+
+def nodes(root: Path) -> None:
+    """Two nodes, then the first alone, then the first and a third."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [
+        "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=okdc",
+        f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=5",
+    ]  # fmt: skip
+    first = agent(root, "first", 6, *flags)
+    second = agent(root, "second", 6, *flags)
+    until(lambda: "epoch 2/6 step 3/" in said(root, "first") + said(root, "second"), first)
+    for lost in (*workers(second), second.pid):
+        os.kill(lost, signal.SIGKILL)
+    second.wait()
+    until(lambda: "epoch 3/6 step 3/" in said(root, "first"), first)
+    third = agent(root, "third", 6, *flags)
+    codes = first.wait(600), third.wait(600)
+    told = re.compile(r".*(?:Continuing|before|lost the others|Stopped|error:).*|epoch ./6: .{11}")
+    for name in ("first", "second", "third"):
+        print(*(f"{name}: {line}" for line in told.findall(said(root, name))), sep="\n")
+    print(f"exit codes {codes}")
+    if any(codes):
+        print(*(said(root, name)[-3000:] for name in ("first", "third")), sep="\n\n")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("killed", "nodes"):
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            try:
+                {"killed": killed, "nodes": nodes}[name](Path(folder))
+            finally:
+                for process in started:
+                    process.terminate()  # torchrun ends its workers
+                    process.wait(60)
