@@ -306,7 +306,7 @@ def test_meta_step() -> None:
     def contrast(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
         taps = functional_call(lmcl.towers, dict(zip(names, theta)), (t["x"],))
         matched = functional_call(matching, dict(zip(found, phi)), ([x.features for x in taps],))
-        return sum(lmcl._contrast(taps, t["labels"], None, matched).values())  # type: ignore[return-value]
+        return sum(lmcl._contrast(taps, t["labels"], matched, None, None).values())  # type: ignore[return-value]
 
     def labelled(theta: list[Tensor], phi: list[Tensor]) -> Tensor:
         taps = functional_call(lmcl.towers, dict(zip(names, theta)), (t["x"],))
