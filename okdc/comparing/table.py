@@ -108,6 +108,10 @@ def verdict(found: Sequence[Line]) -> str:
         if _real(line.gain):
             return f"Use {line.name} here: {_told(line.gain)} over plain training for as many epochs.{many}"
     best = tried[0]
+    if best.gain and best.gain.seeds == 1 and best.gain.mean <= 0:
+        return (
+            "No method was ahead of plain training, but one seed cannot tell that from chance: give --seeds 3 or more."
+        )
     if best.gain and best.gain.seeds == 1:
         return (
             f"The best method is {best.name}, {_told(best.gain)} over plain training, but one seed cannot tell a gain "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import okdc
 from okdc import methods, recipe
 from okdc.cohort import Branch, Cohort, CohortOutput
-from okdc.errors import CutError, MethodError, RecipeError
+from okdc.errors import CutError, MethodError, OkdcError, RecipeError
 from okdc.losses import cross_entropy
 from okdc.methods import Method
 from okdc.methods.shared.parts import ramp
@@ -298,6 +298,63 @@ def test_what_could_be_meant_is_said(mistake: str, caplog: pytest.LogCaptureFixt
 
 def picks(out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
     return {"ce": -out.logits[0].log_softmax(1).gather(1, labels[:, None]).mean() + 0 * out.logits[1].sum()}
+
+
+class Remembering(Method):
+    """Keeps what the target said, with its graph."""
+
+    members = 1
+
+    def __init__(self, cohort: Cohort) -> None:
+        super().__init__(cohort)
+        self.register_buffer("past", torch.zeros(4, 4))
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        self.past = 0.9 * self.past + 0.1 * out.logits[0]
+        return {"ce": cross_entropy(out.logits[0], labels)}
+
+
+class Unindexed(Method):
+    """Asks for indices, and does not take them."""
+
+    members = 1
+
+    @classmethod
+    def needs(cls, **settings: Any) -> Needs:
+        return Needs(indices=True)
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(self.cohort(images).logits[0], labels)}
+
+
+class Misspelt(Method):
+    """Looks for what an output does not have."""
+
+    members = 1
+
+    def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(out.logit[0], labels)}  # type: ignore[attr-defined]
+
+
+class AllLabels(Misspelt):
+    """Wants the labels of all images."""
+
+    def __init__(self, cohort: Cohort, train_labels: Tensor) -> None:
+        super().__init__(cohort)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Remembering, r"the buffer 'past' of Remembering holds a graph after a step.*\.detach\(\) what fills it"),
+        (Unindexed, r"forward of Unindexed fails.*given\. By what needs.*images \(4, 3, 16, 16\).*indices \(4,\)"),
+        (Misspelt, r"losses of Misspelt fails in a first step, in line \d+ of test_mistakes.py: AttributeError.*logit"),
+        (AllLabels, r"needs the labels of all training images.*train_labels=LABELS"),
+    ],
+)  # fmt: skip
+def test_what_fails_in_a_step_is_told_with_the_authors_line(kind: type[Method], words: str) -> None:
+    with pytest.raises(OkdcError, match=words):
+        okdc.build(Tiny(), IMAGES, kind)
 
 
 def test_losses_that_need_classes_are_refused_where_labels_are_probabilities(caplog: pytest.LogCaptureFixture) -> None:

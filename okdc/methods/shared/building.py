@@ -103,7 +103,13 @@ def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor |
     if teacher is not None and not kind.needs_teacher:
         raise RecipeError(f"{kind.__name__} takes no teacher: leave it out, or say needs_teacher = True in the class.")
     given: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
-    if "train_labels" in python_inspect.signature(kind.__init__).parameters:
+    takes = python_inspect.signature(kind.__init__).parameters.get("train_labels")
+    if takes is not None and takes.default is takes.empty and train_labels is None:
+        raise RecipeError(
+            f"{kind.__name__} needs the labels of all training images, which are not known here. By hand, give "
+            "okdc.build(..., train_labels=LABELS); with --data, a folder or a table and no stream."
+        )
+    if takes is not None:
         given["train_labels"] = train_labels
     return given
 

@@ -65,10 +65,11 @@ def problems(method: Method, needs: Needs = NOTHING, soft_labels: bool = False) 
         batch = batch_of(method, needs)
         before = kept(method)
         soft = _softened(method, batch) if soft_labels and batch[1].dim() == 1 else None
-        parts = refuse_losses(kind, _soft_losses(method, batch, soft) if soft else method.train()(*batch))
+        parts = refuse_losses(kind, _soft_losses(method, batch, soft) if soft else _losses(method, batch))
         found = _sizes(kind, parts, method.cohort.anatomy.num_classes) + _idle(method, parts)
         if any(getattr(kind, name).__module__ != BASE for name in HOOKS) and can_be_put_back(method):
             _try_hooks(method, soft or batch)
+        _refuse_graphs(method)
         found += forgotten(method, before, kept(method))
         return found + (_other_losses(method, batch, soft) if soft else [])
 
@@ -109,14 +110,45 @@ def _try_hook(method: Method, name: str, *given: Any) -> None:
     except OkdcError:
         raise
     except Exception as error:
-        kind = type(method)
-        file = inspect.unwrap(getattr(kind, name)).__code__.co_filename
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        where = f", in line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else ""
-        raise MethodError(
-            f"{name} of {kind.__name__} fails in a first step{where}: {type(error).__name__}: {first_line(error)}. "
-            f"{HOOKS[name]}"
-        ) from error
+        raise _in_words(type(method), name, error, HOOKS[name]) from error
+
+
+def _in_words(kind: type[Method], name: str, error: Exception, advice: str) -> MethodError:
+    """What an author's `name` raised, with the line of his file."""
+    file = inspect.unwrap(getattr(kind, name)).__code__.co_filename
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f", in line {frames[-1].lineno} of {PurePath(frames[-1].filename).name}" if frames else ""
+    told = first_line(error).rstrip(".")
+    return MethodError(
+        f"{name} of {kind.__name__} fails in a first step{where}: {type(error).__name__}: {told}. {advice}"
+    )
+
+
+def _losses(method: Method, batch: tuple[Tensor, ...]) -> Any:
+    """The losses; MethodError, with the line of the author's file, in place of what they raise."""
+    kind = type(method)
+    try:
+        return method.train()(*batch)
+    except (OkdcError, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if kind.__module__.startswith("okdc."):
+            raise
+        name = "losses" if kind.forward.__module__ == BASE else "forward"
+        shapes = zip(("images", "labels", "indices"), batch)
+        given = ", ".join(f"{each} {tuple(tensor.shape)}" for each, tensor in shapes)
+        advice = f"By what needs() returns, forward is called with {given}."
+        raise _in_words(kind, name, error, advice) from error
+
+
+def _refuse_graphs(method: Method) -> None:
+    """MethodError for a buffer that was filled with what still has a gradient: the next step would go back into it."""
+    for name, buffer in method.named_buffers():
+        if buffer.requires_grad:
+            raise MethodError(
+                f"the buffer {name!r} of {type(method).__name__} holds a graph after a step, which the next step would "
+                "go back into: .detach() what fills it."
+            )
 
 
 def _refuse_groups(method: Method) -> None:
