@@ -108,6 +108,7 @@ def compress(
         raise SystemExit(launch.launch(command, resolved.train, rendezvous))
     controlled = with_baseline or (with_baseline is None and preset == recipe.FINETUNE and here is None)
     if preset is not None and resume is None and here is None:
+        run_folder.choose(Path(output), resolved, experiment, resume)  # an error comes before the time is told
         forecast.announce(resolved, bool(controlled))
     if controlled:
         control.train_control(resolved, output, experiment, resume)
@@ -154,7 +155,7 @@ def export(source: str, output: str | None, push_to_hub: str | None, **_: Any) -
     verification = pipeline.export(source, output=output, push_to_hub=push_to_hub, **flags.given())
     places = [Path(output)] if output else [Path(source) / "export", Path(Path(source).name) / "export"]
     folder = next((place for place in places if (place / "predict.py").is_file()), None)
-    command = f"python {folder / 'predict.py'} IMAGE" if folder else None
+    command = tables.prediction(folder / "predict.py") if folder else None
     show(verification, lambda: tables.show_verification(verification, command, source))
     require_asked(verification, flags.given())
 

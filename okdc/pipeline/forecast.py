@@ -50,6 +50,7 @@ def forecast(recipe: Recipe, control: bool) -> Forecast | None:
     """
     if choose_device(recipe.train.device).type != "cpu" or methods.get(recipe.method["name"]).needs_teacher:
         return None
+    say("Trying a step, to tell how long training takes")
     try:
         with _unsaid():
             source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
@@ -73,13 +74,13 @@ def announce(recipe: Recipe, control: bool) -> None:
 
 def told(found: Forecast) -> str:
     """What to expect, and, where that is long, what to add to the command for less."""
-    text = f"Training takes about {about(found.seconds)} on this CPU if nothing else runs"
+    text = f"By the step that was tried, training takes about {about(found.seconds)} on this CPU"
     if found.control:
         text += f", with the control ({about(found.epochs * found.control)} of it)"
     if found.seconds <= LONG:
         return _filled(f"{text}.")
     rows = [f"  {flags:46}about {about(seconds)}" for flags, seconds in _shorter(found)]
-    last = "If you stop it with Ctrl-C to add one, give the new run a name: --experiment NAME"
+    last = "To add one: stop this with Ctrl-C, and give the new run a name, --experiment NAME"
     return "\n".join([_filled(f"{text}. It takes less if you add one of these to the command:"), *rows, _filled(last)])
 
 
@@ -120,7 +121,7 @@ def _shorter(found: Forecast) -> Iterator[tuple[str, float]]:
 def _tried(recipe: Recipe, source: Any, control: bool) -> Forecast:
     """What a batch of noise takes in the recipe's network and method, for as many images as there are."""
     with own_randomness():
-        network = replace(recipe.network, pretrained=False, checkpoint=None)  # as fast as with any weights
+        network = replace(recipe.network, pretrained=False)  # as fast as with any weights; a checkpoint has to fit
         target = networks.load(network, len(source.classes))
         size = networks.data_config(target, network)["input_size"]
         method = assemble_cohort.build_method(

@@ -234,7 +234,7 @@ def test_the_time_is_told_before_it_is_spent_and_what_takes_less(photos: Path) -
     assert found and found.run > found.control > 0 and found.epochs == 100 and found.smaller is None, "a size was typed"
     short = " ".join(forecast.told(forecast.Forecast(20, 4, 2)).split())
     assert short == (
-        "Training takes about 2 minutes on this CPU if nothing else runs, with the control (40 seconds of it)."
+        "By the step that was tried, training takes about 2 minutes on this CPU, with the control (40 seconds of it)."
     )
     told = forecast.told(forecast.Forecast(20, 50, 25, smaller=0.25)).splitlines()
     assert "about 25 minutes on this CPU" in told[0] and max(map(len, told)) <= 80

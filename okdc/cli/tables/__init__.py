@@ -12,7 +12,7 @@ from okdc.cli.tables.anatomies import (
 )
 from okdc.cli.tables.comparisons import facts_of_comparison, show_benchmark, show_comparison, show_profile
 from okdc.cli.tables.listings import facts_of_method, settings_of, show_findings, show_methods
-from okdc.cli.tables.results import facts_of_result, show_result, show_verification
+from okdc.cli.tables.results import facts_of_result, prediction, show_result, show_verification
 
 __all__ = [
     "facts_of_anatomy",
@@ -20,6 +20,7 @@ __all__ = [
     "facts_of_estimate",
     "facts_of_method",
     "facts_of_result",
+    "prediction",
     "settings_of",
     "show_anatomy",
     "show_benchmark",

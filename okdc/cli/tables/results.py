@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -15,11 +19,18 @@ from okdc.report import words
 from okdc.report.rendering import plain
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from okdc.pipeline import Result
     from okdc.tasks.task import Task
     from okdc.verification.schema import Latency, Row, Verification
+
+
+def prediction(predict: Path) -> str:
+    """What to type to try predict.py: by the Python that runs here, which has what it needs."""
+    python, here = Path(sys.executable), Path.cwd()
+    if python.is_relative_to(here):
+        python = python.relative_to(here)
+    name = "python" if shutil.which("python") == sys.executable else str(python)
+    return f"{shlex.join([name, str(predict)])} IMAGE"
 
 
 def facts_of_result(result: Result) -> dict[str, Any]:
@@ -92,7 +103,7 @@ def show_result(result: Result) -> None:
         console.print(f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False)
     if result.verification:
         predict = folder / "export" / "predict.py"  # where there is a file that it runs
-        show_verification(result.verification, f"python {predict} IMAGE" if predict.is_file() else None)
+        show_verification(result.verification, prediction(predict) if predict.is_file() else None)
     else:
         page.next_command(f"okdc export {folder} --onnx")
 
