@@ -155,7 +155,13 @@ def _refuse_groups(method: Method) -> None:
     """MethodError where the optimizer would be given nothing of the target."""
     if method.student is not method.cohort.target:  # an average, for example
         return
-    given = {id(p) for group in method.param_groups(0.1) for p in _listed(group)}
+    groups = method.param_groups(0.1)
+    if not isinstance(groups, list):
+        raise MethodError(
+            f"param_groups of {type(method).__name__} gave {type(groups).__name__}; expected a list of dictionaries "
+            "with params and lr, as torch's optimizers take."
+        )
+    given = {id(p) for group in groups for p in _listed(group)}
     learning = [p for p in method.cohort.target.parameters() if p.requires_grad]
     if learning and not any(id(p) in given for p in learning):
         raise MethodError(
@@ -250,10 +256,10 @@ def _soft_losses(method: Method, batch: tuple[Tensor, ...], soft: tuple[Tensor, 
     except OkdcError:
         raise
     except Exception as error:
-        method(*batch)  # which raises an error of its own where the labels are not to blame
+        _losses(method, batch)  # which raises an error of its own where the labels are not to blame
+        told = first_line(error).rstrip(".")
         raise MethodError(
-            f"the losses of {type(method).__name__} cannot use labels that are probabilities: {first_line(error)}. "
-            f"{_ADVICE}"
+            f"the losses of {type(method).__name__} cannot use labels that are probabilities: {told}. {_ADVICE}"
         ) from error
 
 
