@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.building import build
-from okdc.methods.shared.first_gradients import FirstGradients, first_gradients
+from okdc.methods.shared.first_passes import FirstGradients, first_gradients, pace
 from okdc.methods.shared.loading import card, get, name_of, names, refuse_task, refuse_unknown, settings
-from okdc.methods.shared.pace import pace
 from okdc.methods.shared.pausing import Pause
 from okdc.methods.shared.trial import batch_of
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from okdc import methods, networks, tasks
 from okdc.data import open_source
 from okdc.errors import OkdcError
 from okdc.pipeline import assemble_cohort
+from okdc.pipeline.opening import filled
 from okdc.recipe import Recipe
 from okdc.system.randomness import own_randomness
 from okdc.system.saying import say
@@ -78,14 +78,10 @@ def told(found: Forecast) -> str:
     if found.control:
         text += f", with the control ({about(found.epochs * found.control)} of it)"
     if found.seconds <= LONG:
-        return _filled(f"{text}.")
+        return filled(f"{text}.")
     rows = [f"  {flags:46}about {about(seconds)}" for flags, seconds in _shorter(found)]
     last = "To add one: stop this with Ctrl-C, and give the new run a name, --experiment NAME"
-    return "\n".join([_filled(f"{text}. It takes less if you add one of these to the command:"), *rows, _filled(last)])
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, 79, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([filled(f"{text}. It takes less if you add one of these to the command:"), *rows, filled(last)])
 
 
 @contextmanager

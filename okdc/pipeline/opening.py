@@ -18,7 +18,7 @@ from okdc.training.machine import choose_device
 
 _WIDTH, _INDENT = 79, 10
 _LOOKED_AT = 8  # images, for their size
-_STEEP = 5.0  # times plain training's gradient, of which is said how to train with it; AHBF has 3 to 10
+_STEEP = 5.0  # times plain training's gradient, of which is said how to train with it; AHBF has 3 to 14
 _BY_SIZE = ("sgd", "momentum", "nesterov")  # optimizers whose step is as large as the gradient
 _SMALL = 2.5  # how many times larger the input is than images of which that is said
 
@@ -37,13 +37,12 @@ def opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
         "cost": _cost(method, recipe),
         "folder": str(folder),
     }
-    return "\n".join(_filled(f"{name:{_INDENT}}{told}", _INDENT) for name, told in rows.items())
+    return "\n".join(filled(f"{name:{_INDENT}}{told}", _INDENT) for name, told in rows.items())
 
 
-def _filled(text: str, indent: int = 0) -> str:
-    return textwrap.fill(
-        text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )  # fmt: skip
+def filled(text: str, indent: int = 0) -> str:
+    """A paragraph in which no word is broken, lines but the first indented."""
+    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def steep(method: Method, recipe: Recipe) -> str | None:
@@ -54,7 +53,7 @@ def steep(method: Method, recipe: Recipe) -> str | None:
     found = methods.first_gradients(method, assemble_cohort.needs(recipe)[0])
     if found.ratio < _STEEP:
         return None
-    return _filled(
+    return filled(
         f"At the start, the losses of {recipe.method['name']} give the network a gradient {found.ratio:.0f} times as "
         f"large as plain training does. If the loss does not fall, type a lower --lr than {settings.peak_lr:.3g}, or "
         f"--clip-grad {found.plain:.2g}, which is as large as the gradient of plain training."
