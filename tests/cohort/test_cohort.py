@@ -18,17 +18,17 @@ from okdc.cohort import Branch, Cohort
 from okdc.cohort.replay import Replay
 from okdc.errors import NetworkError
 from okdc.system.randomness import random_state, set_random_state
-from tests.helpers import networks
+from tests.helpers import networks, traps
 from tests.helpers.cohorts import example, with_weights_of_target
 
 TRAPS = [
-    networks.ControlFlow,
-    networks.ChangesInPlace,
-    networks.CalledTwice,
-    networks.Tuples,
-    networks.Lists,
-    networks.Counting,
-    networks.ReadsAttribute,
+    traps.ControlFlow,
+    traps.ChangesInPlace,
+    traps.CalledTwice,
+    traps.Tuples,
+    traps.Lists,
+    traps.Counting,
+    traps.ReadsAttribute,
     networks.Tokens,
 ]
 ZOO = {

@@ -14,7 +14,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, NetworkError
 from okdc.pipeline import assemble_cohort
-from tests.helpers import networks
+from tests.helpers import networks, traps
 from tests.helpers.cohorts import example, with_weights_of_target
 
 
@@ -47,10 +47,10 @@ def test_refusals_say_what_to_type_and_leave_the_target_alone() -> None:
 @pytest.mark.parametrize(
     "kind, cut, words",
     [
-        (networks.Growing, "early", "in evaluation mode 'head' is the first that differs"),
-        (networks.ByData, "early", "which modules run depends on the images: 'dark.0' for some, 'bright.0' for others"),
-        (networks.OtherOrder, "one", "called in another order, so that 'two.0' of a branch would not learn"),
-        (networks.CalledMoreInTraining, "one", "called in another order, so that 'two.0' of a branch would not learn"),
+        (traps.Growing, "early", "in evaluation mode 'head' is the first that differs"),
+        (traps.ByData, "early", "which modules run depends on the images: 'dark.0' for some, 'bright.0' for others"),
+        (traps.OtherOrder, "one", "called in another order, so that 'two.0' of a branch would not learn"),
+        (traps.CalledMoreInTraining, "one", "called in another order, so that 'two.0' of a branch would not learn"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_with_what_was_seen(kind: type[nn.Module], cut: str, words: str) -> None:
@@ -65,9 +65,9 @@ def test_what_cannot_be_shared_is_refused_with_what_was_seen(kind: type[nn.Modul
 
 def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly() -> None:
     for kind, cut in (
-        (networks.SharedAcross, "middle"),
-        (networks.OtherOrder, "two"),
-        (networks.SkippedInTraining, "one"),
+        (traps.SharedAcross, "middle"),
+        (traps.OtherOrder, "two"),
+        (traps.SkippedInTraining, "one"),
     ):
         torch.manual_seed(0)
         cohort = with_weights_of_target(Cohort(kind(), example(), [Branch(cut)]))
@@ -79,11 +79,11 @@ def test_modules_that_serve_on_both_sides_or_not_in_training_are_shared_exactly(
 def test_modules_left_out_at_random() -> None:
     torch.manual_seed(0)
     with pytest.raises(CutError, match=r"'one' is called in some passes and not in others.*--cut.*--share none"):
-        Cohort(networks.LeftOut("trunk"), example(), [Branch("one")])
+        Cohort(traps.LeftOut("trunk"), example(), [Branch("one")])
     with pytest.raises(CutError, match=r"'two' of LeftOut.* not called in every pass.*--method dml"):
-        Cohort(networks.LeftOut("tail"), example(), [Branch("early")], taps=("feature_maps",))
+        Cohort(traps.LeftOut("tail"), example(), [Branch("early")], taps=("feature_maps",))
     for where, cut in (("tail", "early"), ("trunk", "stem")):
-        cohort = Cohort(networks.LeftOut(where), example(), [Branch(cut)], taps=("embeddings",)).train()
+        cohort = Cohort(traps.LeftOut(where), example(), [Branch(cut)], taps=("embeddings",)).train()
         for _ in range(4):
             sum(z.sum() for z in cohort(example()).logits).backward()
 
@@ -179,7 +179,7 @@ def test_an_anatomy_that_is_given_is_taken_if_it_is_of_this_target() -> None:
 
 def test_what_only_decides_is_carried_too() -> None:
     torch.manual_seed(0)
-    cohort = with_weights_of_target(Cohort(networks.ScaledByData(), example(), [Branch("early")])).eval()
+    cohort = with_weights_of_target(Cohort(traps.ScaledByData(), example(), [Branch("early")])).eval()
     for images in (example(), 10 * example()):
         out = cohort(images)
         assert torch.equal(out.logits[0], out.logits[1])

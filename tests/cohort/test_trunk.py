@@ -14,13 +14,13 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.replay import Record
 from okdc.errors import CutError
-from tests.helpers import networks
+from tests.helpers import networks, traps
 from tests.helpers.cohorts import example, with_weights_of_target
 
 
 def test_gradients_of_a_shared_trunk_are_those_of_unshared_copies() -> None:
     torch.manual_seed(0)
-    target = networks.ChangesInPlace().double()
+    target = traps.ChangesInPlace().double()
     alone = copy.deepcopy(target)
     images = example().double()
     cohort = with_weights_of_target(Cohort(target, images, [Branch("early"), Branch("early")]))
@@ -49,7 +49,7 @@ def test_what_the_branches_share_can_be_looked_at() -> None:
     torch.manual_seed(0)
     for kind, cut, shape in [
         (networks.Tiny, "early", (2, 16, 16, 16)),
-        (networks.ChangesInPlace, "early", (2, 16, 16, 16)),
+        (traps.ChangesInPlace, "early", (2, 16, 16, 16)),
         (networks.Tokens, "blocks.3", (2, 16, 17, 1)),
     ]:
         target = kind().eval()
@@ -67,10 +67,10 @@ def test_what_the_branches_share_can_be_looked_at() -> None:
     with pytest.raises(CutError, match=r"nothing is shared.*--share none"):
         Cohort(networks.Tiny(), example(), [Branch()], taps=("shared",))
     with pytest.raises(CutError, match=r"'pair' gives no single tensor.*--cut"):
-        Cohort(networks.Tuples(), example(), [Branch("pair")], taps=("shared",))
+        Cohort(traps.Tuples(), example(), [Branch("pair")], taps=("shared",))
 
 
-@pytest.mark.parametrize("kind", [networks.Tiny, networks.ChangesInPlace, networks.Tokens])
+@pytest.mark.parametrize("kind", [networks.Tiny, traps.ChangesInPlace, networks.Tokens])
 def test_the_trunk_may_get_the_mean_of_the_gradients(kind: type[nn.Module]) -> None:
     """Exactly a third of the sum in the trunk, exactly the same in the tails, and the same logits."""
     cut = "blocks.3" if kind is networks.Tokens else "early"
