@@ -116,7 +116,8 @@ def _others() -> Iterator[Finding]:
     """The runtimes that --runtimes knows, by the names that it knows them by."""
     for name, runtime in runtimes.known().items():
         found, _, advice = (runtime.module.available() or "").partition(": ")
-        yield Finding(name, found or f"here, for --runtimes {name}", None if found else True, advice)
+        here = f"{_version(name) or 'here'}, for --runtimes {name}"
+        yield Finding(name, found or here, None if found else True, advice)
 
 
 def _rtx() -> Finding:
