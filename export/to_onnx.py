@@ -166,7 +166,7 @@ def _difference(proto: onnx.ModelProto, images: np.ndarray, expected: np.ndarray
         logits = session(images[:batch])
         if len(logits) != batch:  # numbers of all images became a constant, which one image alone is spread over
             raise RuntimeError(
-                f"it gives {len(logits)} answers for {batch} image: numbers that the network computed outside torch are fixed"
+                f"it gives {len(logits)} answers for {batch} image: numbers made outside torch are fixed"
             )
         errors.append(abs(logits - expected[:batch]).max())
     relative = float(max(errors) / abs(expected).max())
