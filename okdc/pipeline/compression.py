@@ -110,6 +110,7 @@ def compress(
             data.leave_device()
             data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
             del trained, state
+            launch.stay_until_closed(held)
         # The other processes end here. What trained is gone, so that a GPU is free while files are written on the CPU.
         gc.collect()
         torch.cuda.empty_cache()
