@@ -55,7 +55,7 @@ def steep(method: Method, recipe: Recipe) -> str | None:
     if found.ratio < _STEEP:
         return None
     return filled(
-        f"At the start, the losses of {recipe.method['name']} give the network a gradient {found.ratio:.0f} times as "
+        f"At the start, the losses of `{recipe.method['name']}` give the network a gradient {found.ratio:.0f} times as "
         f"large as plain training does. If the loss does not fall, type a lower --lr than {settings.peak_lr:.3g}, or "
         f"--clip-grad {found.plain:.2g}, which is as large as the gradient of plain training."
     )
