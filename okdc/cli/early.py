@@ -26,11 +26,12 @@ def refuse_missing(data: str) -> None:
     found = next(parent for parent in path.absolute().parents if parent.is_dir())
     near: list[str] = []
     if found == path.absolute().parent and os.access(found, os.R_OK):
-        near = difflib.get_close_matches(path.name, os.listdir(found), n=1, cutoff=0.7)
-    hint = f" Did you mean {found / near[0]}?" if near else ""
+        near = difflib.get_close_matches(path.name, os.listdir(found), n=2, cutoff=0.7)
+    if near:
+        raise DataError(f"--data '{data}' does not exist. Did you mean {' or '.join(near)}?")
     raise DataError(
         f"--data '{data}' does not exist ('{found}' does); expected a folder of images, a file of labels, or the name "
-        f"of a data set (okdc compress --help lists the forms).{hint}"
+        "of a data set. okdc compress --help lists the forms."
     )
 
 

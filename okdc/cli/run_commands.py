@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--with-baseline/--no-baseline", default=None,
-    help="First train the network alone, as the control to compare with.  [on with --preset finetune]",
+    help="First train the network alone, as the baseline to compare with.  [on with --preset finetune]",
 )  # fmt: skip
 @click.option(
     "--set", "sets", multiple=True, metavar="SECTION.KEY=VALUE", help="Change one setting of the recipe; repeatable."

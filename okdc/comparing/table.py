@@ -96,17 +96,18 @@ def verdict(found: Sequence[Line]) -> str:
     for line in tried:
         if _real(line.gain) and _real(line.equal):
             return (
-                f"Use {line.name} here: {_told(line.gain)} over plain training, and {_told(line.equal)} over plain "
+                f"Use `{line.name}` here: {_told(line.gain)} over plain training, and {_told(line.equal)} over plain "
                 f"training with as much compute.{many}"
             )
     for line in tried:
         if _real(line.gain) and line.equal:
             return (
-                f"{line.name} beats plain training for as many epochs ({_told(line.gain)}), but plain training with as "
-                f"much compute not by more than chance ({_told(line.equal)}): train the plain network longer instead."
+                f"`{line.name}` beats plain training for as many epochs ({_told(line.gain)}), but plain training with "
+                f"as much compute not by more than chance ({_told(line.equal)}): train the plain network longer "
+                "instead."
             )
         if _real(line.gain):
-            return f"Use {line.name} here: {_told(line.gain)} over plain training for as many epochs.{many}"
+            return f"Use `{line.name}` here: {_told(line.gain)} over plain training for as many epochs.{many}"
     best = tried[0]
     if best.gain and best.gain.seeds == 1 and best.gain.mean <= 0:
         return (
@@ -114,10 +115,10 @@ def verdict(found: Sequence[Line]) -> str:
         )
     if best.gain and best.gain.seeds == 1:
         return (
-            f"The best method is {best.name}, {_told(best.gain)} over plain training, but one seed cannot tell a gain "
-            "from chance: give --seeds 3 or more."
+            f"The best method is `{best.name}`, {_told(best.gain)} over plain training, but one seed cannot tell a "
+            "gain from chance: give --seeds 3 or more."
         )
-    return f"Nothing beat plain training by more than chance; the best method is {best.name}, {_told(best.gain)}."
+    return f"Nothing beat plain training by more than chance; the best method is `{best.name}`, {_told(best.gain)}."
 
 
 def _real(gain: Gain | None) -> bool:
@@ -126,6 +127,6 @@ def _real(gain: Gain | None) -> bool:
 
 def _told(gain: Gain | None) -> str:
     if gain is None:
-        return "without a control"
+        return "with nothing to compare"
     interval = "" if gain.low is None else f" (95 % interval {gain.low:+.2f} to {gain.high:+.2f}, {gain.seeds} seeds)"
     return f"{round(gain.mean, 2) + 0.0:+.2f} points{interval}"

@@ -1,4 +1,4 @@
-"""Trains your network alone, with labels. It is the control that a gain is measured against.
+"""Trains your network alone, with labels. A gain is measured against it.
 
 Use it when you want to know whether a method helps: train it with the same settings. A report shows the difference to a
 baseline that lies beside it, and `okdc compare` trains one by itself.

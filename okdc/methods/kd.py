@@ -1,7 +1,7 @@
 """Copies a trained teacher: your network learns from labels and from the predictions of the teacher.
 
 Use it when you have a good network for the same classes (--teacher runs/NAME). It is the usual, offline way, and the
-control for the methods that need no teacher.
+baseline for the methods that need no teacher.
 
 Paper: G. Hinton, O. Vinyals, J. Dean, Distilling the Knowledge in a Neural Network, 2014, arXiv 1503.02531.
 Code: megvii-research/mdistiller was read, and not copied. Its weights of the losses for CIFAR-100 are the defaults.

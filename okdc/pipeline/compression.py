@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from okdc.pipeline import (
     settling,
     teachers,
 )
-from okdc.pipeline.facts import choice, facts_of, facts_of_training, metrics_of
+from okdc.pipeline.facts import choice, command, continuing, facts_of, facts_of_training, metrics_of, typed
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import (
@@ -80,7 +81,21 @@ def compress(
     """
     refuse_address(output, "--output")
     refuse_address(resume, "--resume")
-    resolved = _resolved(model, loader, recipe or run_folder.recipe_of(resume), preset, method, settings)
+    resolved = prepared(recipe or run_folder.recipe_of(resume), model, loader, preset, method, settings)
+    return run(resolved, output, experiment, resume, model, loader, validation)
+
+
+def run(
+    resolved: Recipe,
+    output: str | Path,
+    experiment: str | None,
+    resume: str | None,
+    model: str | nn.Module | None = None,
+    loader: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    go_on: str | None = None,
+) -> Result:
+    """`compress` with a recipe that is `prepared`; `go_on` is what to type after a stop, if not what was typed."""
     with ExitStack() as held:  # so that no other process writes to the folder until the report is there
         held.callback(forget)
         with launch.joined(resolved.train), own_randomness():
@@ -96,7 +111,8 @@ def compress(
             if last is None:
                 assemble.refuse_unfit(target, data.preprocess["input_size"], resolved)
             named = not isinstance(model, nn.Module)
-            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs)
+            go_on = go_on or continuing(folder / checkpoint.LAST)
+            trained, state, further, lost = _train(target, data, resolved, folder, last, named, held, logs, go_on)
             task = trained.task
             target.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST, mapped=True)))
             metrics = metrics_of(state.history, state.best_epoch, len(trained.cohort), task)
@@ -120,13 +136,13 @@ def compress(
     return result
 
 
-def _resolved(
-    model: Any,
-    loader: Any,
+def prepared(
     recipe: Recipe | str | Path | None,
-    preset: str | None,
-    method: str | type[Method] | None,
-    settings: dict[str, Any],
+    model: Any = None,
+    loader: Any = None,
+    preset: str | None = None,
+    method: str | type[Method] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
     """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
     flat: dict[str, Any] = {"method": methods.name_of(method) if method is not None else None, **settings}
@@ -215,6 +231,7 @@ def _train(
     named: bool,
     held: ExitStack,
     logs: loggers.Loggers,
+    go_on: str,
 ) -> tuple[Method, TrainState, dict[str, nn.Module], str | None]:
     """Build the cohort around the target, train and strip it; also the by-products, and why there are none."""
     weights = class_weights.of(recipe, data)
@@ -232,6 +249,7 @@ def _train(
             assemble_cohort.proved_once(recipe, last),
         )
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
+        student["typed"] = [*(typed(folder).splitlines() if last else ()), command()]
         if rank() == 0:
             say(opening.opening(method, data, recipe, folder))
             if last is None and (hint := opening.steep(method, recipe)):
@@ -239,7 +257,7 @@ def _train(
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
-                begin=lambda: _begin(folder, recipe, student, held), loggers=logs,
+                begin=lambda: _begin(folder, recipe, student, held), loggers=logs, go_on=go_on,
             )  # fmt: skip
             return method, state, *byproducts.take(method, folder, settle)
         finally:

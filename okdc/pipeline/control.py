@@ -8,7 +8,8 @@ from pathlib import Path
 from okdc import tasks
 from okdc.errors import RecipeError
 from okdc.pipeline import run_folder
-from okdc.pipeline.compression import compress
+from okdc.pipeline.compression import prepared, run
+from okdc.pipeline.facts import command
 from okdc.recipe import ExportSettings, Recipe, override
 from okdc.system.saying import say
 
@@ -27,18 +28,14 @@ def train_control(recipe: Recipe, output: str | Path, experiment: str | None, re
     if run_folder.find_baseline(folder, recipe) is not None:
         return
     alone = replace(override(recipe, {"method": PLAIN}), export=ExportSettings(onnx=False, byproducts=False))
-    say("First the control: the same network trained alone, to see what the other members add.")
-    try:
-        compress(recipe=alone, output=folder.parent, experiment=f"{folder.name}-{PLAIN}", resume="auto")
-    except SystemExit:
-        say("This was the control. To go on with it and then with the run: the same command with --resume auto.", True)
-        raise
-    say(f"The control is done. Now the run, with {recipe.method['name']}.")
+    say("First the baseline: the same network trained alone, to see what the other members add.")
+    run(prepared(alone), folder.parent, f"{folder.name}-{PLAIN}", "auto", go_on=command())
+    say(f"The baseline is done. Now the run, with the method `{recipe.method['name']}`.")
 
 
 def refuse_processes() -> None:
     """RecipeError: several processes train one run, not two."""
     raise RecipeError(
-        "--with-baseline trains its control in one process, and these are several. Leave it out, and train the control "
+        "--with-baseline trains the baseline in one process, and these are several. Leave it out, and train it "
         "by a command of its own; the report of the run has it."
     )

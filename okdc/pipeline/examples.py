@@ -142,7 +142,7 @@ def _control(result: Result) -> nn.Module | None:
     try:
         network.load_state_dict(checkpoint.student_weights(checkpoint.load(folder / checkpoint.BEST)))
     except (RuntimeError, OkdcError) as error:  # a module of the same name that is another, or a damaged file
-        say(f"The report shows no examples of the control, whose weights in {folder} do not fit: {one_line(error)}")
+        say(f"The report shows no examples of the baseline, whose weights in {folder} do not fit: {one_line(error)}")
         return None
     return network
 

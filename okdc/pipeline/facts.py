@@ -98,7 +98,7 @@ def facts_of(result: Result, training: dict[str, Any]) -> dict[str, Any]:
         "baseline": (control := run_folder.find_baseline(result.path, recipe)),
         "same_rate": same_rate(result.path, recipe) if control else None,
         "control_command": control_command(result.path, recipe),
-        "command": command(), "again": again(result.path, recipe), "recipe": recipe.to_dict(),
+        "command": typed(result.path), "again": again(result.path, recipe), "recipe": recipe.to_dict(),
         "environment": _environment(recipe), "okdc": okdc.__version__,
     }  # fmt: skip
 
@@ -108,6 +108,21 @@ def command() -> str:
     given = Path(sys.argv[0] if sys.argv and sys.argv[0] else "python")
     program = "okdc" if (given.name, given.parent.name) == ("__main__.py", "okdc") else given.name  # python -m okdc
     return shlex.join(["okdc", *sys.argv[1:]]) if program in ("okdc", "okdc.exe") else f"python {program}"
+
+
+def typed(folder: Path) -> str:
+    """The commands that made the run in `folder`, a line each: the one that began it, and those that went on."""
+    return "\n".join((run_folder.read_student(folder) or {}).get("typed") or [command()])
+
+
+def continuing(last: Path) -> str:
+    """The command that goes on from `last`, the checkpoint of a run that was stopped: what was typed, if it was."""
+    typed = shlex.split(command())
+    if typed[:2] != ["okdc", "compress"]:
+        return f"okdc compress --resume {shlex.quote(str(last))}"
+    if any(word.partition("=")[0] == "--resume" for word in typed):
+        return shlex.join(typed)
+    return shlex.join([*typed[:2], "--resume", "auto", *typed[2:]])
 
 
 def again(folder: Path, recipe: Recipe) -> str | None:
@@ -126,7 +141,7 @@ def control_command(folder: Path, recipe: Recipe) -> str | None:
 def same_rate(folder: Path, recipe: Recipe) -> str:
     """That the control of the run in `folder` had its learning rate, and what finds the rate of each."""
     told = (
-        f"The control had the learning rate of the run, {recipe.train.peak_lr:.3g}. The best rate of plain training "
+        f"The baseline had the learning rate of the run, {recipe.train.peak_lr:.3g}. The best rate of plain training "
         "may be another, so a gain or loss may be that of the rate."
     )
     if not _is_named(folder, recipe):

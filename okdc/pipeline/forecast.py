@@ -14,10 +14,12 @@ import torch
 
 from okdc import methods, networks, tasks
 from okdc.data import open_source
+from okdc.data.transforms import MODES, image_transform, preprocessing
 from okdc.errors import OkdcError
 from okdc.pipeline import assemble_cohort
 from okdc.pipeline.opening import filled
 from okdc.recipe import Recipe
+from okdc.system.busy import Others
 from okdc.system.randomness import own_randomness
 from okdc.system.saying import say
 from okdc.training.machine import choose_device
@@ -26,6 +28,9 @@ LONG = 300.0  # seconds of training, from which on is said what makes it shorter
 _SIDE, _EPOCHS = 128, 5  # how small images may be made, and to how few epochs a run may come down, to get there
 _READ = 3  # images, for the time that reading one takes
 _FORWARD = 1 / 3  # of the time of a pass forward and back
+_WRITING = 30.0  # seconds for ONNX: torch has to trace the network, and every file is timed
+_LOOKED = 3  # how often each validation image is looked at again: in torch, in ONNX and by predict.py
+_FREE = 0.8  # share of the cores that torch wants, below which others disturb it
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Forecast:
     run: float
     control: float
     smaller: float | None = None  # their share where images are `_SIDE` pixels large; None where they cannot be
+    after: float = 0.0  # seconds for export and verification
+    others: float = 0.0  # cores that other programs used meanwhile, where they disturbed; then no figure is to be had
 
     @property
     def seconds(self) -> float:
@@ -50,13 +57,19 @@ def forecast(recipe: Recipe, control: bool) -> Forecast | None:
     """
     if choose_device(recipe.train.device).type != "cpu" or methods.get(recipe.method["name"]).needs_teacher:
         return None
-    say("Trying a step, to tell how long training takes")
+    say("Trying a few steps, to tell how long training takes")
     try:
         with _unsaid():
             source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
-            return _tried(recipe, source, control) if hasattr(source.train, "split") else None
+            if not hasattr(source.train, "split"):
+                return None
+            with Others() as others:
+                found = _tried(recipe, source, control)
     except OkdcError:
         return None
+    cores = os.cpu_count() or 1
+    disturbed = cores - others.cores < _FREE * min(torch.get_num_threads(), cores)
+    return replace(found, others=others.cores if disturbed else 0.0)
 
 
 def about(seconds: float) -> str:
@@ -74,14 +87,25 @@ def announce(recipe: Recipe, control: bool) -> None:
 
 def told(found: Forecast) -> str:
     """What to expect, and, where that is long, what to add to the command for less."""
-    text = f"By the step that was tried, training takes about {about(found.seconds)} on this CPU"
-    if found.control:
-        text += f", with the control ({about(found.epochs * found.control)} of it)"
+    if found.others:
+        text = (
+            f"Other programs use {found.others:.1f} of the {os.cpu_count()} cores of this machine, so nobody can tell "
+            "how long training takes. The lines of the first epochs show it"
+        )
+    else:
+        text = f"By the steps that were tried, training takes about {about(found.seconds)} on this CPU"
+        text += f", with the baseline ({about(found.epochs * found.control)} of it)" if found.control else ""
+        text += f". Export and verification take about {about(found.after)} more" if found.after else ""
     if found.seconds <= LONG:
         return filled(f"{text}.")
-    rows = [f"  {flags:46}about {about(seconds)}" for flags, seconds in _shorter(found)]
+    rows = [f"  {flags:46}{_less(found, seconds)}" for flags, seconds in _shorter(found)]
     last = "To add one: stop this with Ctrl-C, and give the new run a name, --experiment NAME"
     return "\n".join([filled(f"{text}. It takes less if you add one of these to the command:"), *rows, filled(last)])
+
+
+def _less(found: Forecast, seconds: float) -> str:
+    """What training takes by flags, in words: its time, or where other programs disturb its share."""
+    return f"about {100 * seconds / found.seconds:.0f} % of it" if found.others else f"about {about(seconds)}"
 
 
 @contextmanager
@@ -124,15 +148,16 @@ def _tried(recipe: Recipe, source: Any, control: bool) -> Forecast:
             target, replace(recipe, network=network), size, len(source.classes), named=True,
             train_labels=source.train.labels,
         )  # fmt: skip
-        alone, together = methods.pace(method, assemble_cohort.needs(recipe)[0])
+        alone, together = methods.pace(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
         method.strip()
         smaller = _smaller(target, size, recipe)
-    read = _reading(source.train)
+        read = _reading(source.train, recipe, networks.data_config(target, network))
     training, validation = len(source.train), len(source.validation or ())
     run, plain = (
         training * (seconds + read) + validation * (seconds * _FORWARD + read) for seconds in (together, alone)
     )
-    return Forecast(recipe.train.epochs, run, plain if control else 0.0, smaller)
+    after = _WRITING + _LOOKED * validation * (alone * _FORWARD + read) if recipe.export.onnx else 0.0
+    return Forecast(recipe.train.epochs, run, plain if control else 0.0, smaller, after)
 
 
 def _smaller(target: torch.nn.Module, size: tuple[int, int, int], recipe: Recipe) -> float | None:
@@ -146,12 +171,14 @@ def _smaller(target: torch.nn.Module, size: tuple[int, int, int], recipe: Recipe
     return _SIDE**2 / (size[1] * size[2])
 
 
-def _reading(images: Any) -> float:
-    """Seconds that reading an image takes, shared by all cores; 0 where the first cannot be read."""
+def _reading(images: Any, recipe: Recipe, config: dict[str, Any]) -> float:
+    """Seconds that reading and augmenting an image take, shared by all cores; 0 where the first cannot be read."""
+    config = preprocessing(recipe.data, config)
+    transform, mode = image_transform(recipe.data, config, training=True), MODES[config["input_size"][0]]
     began = time.process_time()
     try:
         for position in range(min(_READ, len(images))):
-            images[position][0].convert("RGB")
+            transform(images[position][0].convert(mode))
     except Exception:  # whatever reading raises: it is told where images are read to be trained on
         return 0.0
     return (time.process_time() - began) / min(_READ, len(images)) / (os.cpu_count() or 1)

@@ -10,10 +10,10 @@ import timm
 
 from okdc import networks, tasks
 from okdc.data import open_source
-from okdc.errors import DataError, NetworkError, counted
+from okdc.errors import NetworkError, counted
 from okdc.pipeline.facts import command
 from okdc.pipeline.forecast import about, forecast
-from okdc.recipe import FINETUNE, SCRATCH, Recipe, preset_recipe
+from okdc.recipe import FINETUNE, LOADER, SCRATCH, Recipe, preset_recipe
 from okdc.system.saying import say
 
 ENOUGH = 1000  # images, from which on a network is trained from random weights without being asked to
@@ -43,11 +43,10 @@ def settle(preset: str, make: Callable[[str], Recipe], typed: Mapping[str, Any])
 
 
 def _images(recipe: Recipe) -> int | None:
-    """How many images there are to learn from; None for a stream, and for what cannot be read, which is told later."""
-    try:
-        source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
-    except DataError:
+    """How many images there are to learn from; None for a stream and a loader. DataError for what cannot be read."""
+    if recipe.data.data == LOADER:
         return None
+    source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
     return len(source.train) if hasattr(source.train, "__len__") else None
 
 
@@ -56,7 +55,7 @@ def _too_few(images: int, model: str, reason: str, scratch: Recipe) -> str:
     given, found = command().replace(f" --preset {FINETUNE}", ""), forecast(scratch, control=False)
     again = given if given.startswith("okdc ") else f"okdc compress --data {scratch.data.data} --model {model}"
     file = f"{model.rpartition('/')[2]}.pth"
-    takes = f", which takes about {about(found.seconds)} on this CPU" if found else ""
+    takes = f"takes about {about(found.seconds)}" if found and not found.others else "may take long"
     lines = [
         f"{reason}. Without them the network would know nothing but your {counted(images, 'image')}, which are too few "
         "to learn much from. Nothing was trained."
@@ -73,7 +72,7 @@ def _too_few(images: int, model: str, reason: str, scratch: Recipe) -> str:
         file = "FILE"
     lines += [
         f"  {again} --preset {FINETUNE} --checkpoint {file}",
-        f"Or train from random weights{takes}. It usually ends far less accurate:",
+        f"Or train from random weights, which {takes} on this CPU. It usually ends far less accurate:",
         f"  {again} --preset {SCRATCH}",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch import nn
 from okdc import deploy, networks, report, tasks
 from okdc.data import Data, state
 from okdc.pipeline import run_folder
-from okdc.pipeline.facts import command
+from okdc.pipeline.facts import typed
 from okdc.recipe import STATED, ExportSettings, Recipe, override
 from okdc.tasks.task import Task
 
@@ -70,4 +70,4 @@ class Result:
         """What a bundle's card says of the run."""
         recipe = self.recipe
         title, told = run_folder.default_name(recipe), recipe.to_dict()
-        return {"command": command(), "recipe": told, "title": title, "metrics": self.metrics}
+        return {"command": typed(self.path), "recipe": told, "title": title, "metrics": self.metrics}

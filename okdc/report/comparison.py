@@ -50,6 +50,7 @@ def view(facts: dict[str, Any]) -> dict[str, Any]:
         "lines": lines,
         "hues": HUES,
         "error": _standard_error(done, facts["images"]),
+        "equal": any(line["equal"] for line in lines),
         "dots": _dots(done),
         "costs": _costs(done),
         "curves": _curves(done),

@@ -1,4 +1,4 @@
-"""results.png: how the student's metric and loss went, beside the control's, in one picture to send or to paste."""
+"""results.png: how the student's metric and loss went, beside the baseline's, in one picture to send or to paste."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def write(path: Path, facts: dict[str, Any]) -> None:
     kinds = {f"eval_{task.metric}": f"{task.word} on the validation images, %", "eval_loss": "loss on the same images"}
     charts = []
     for key, title in kinds.items():
-        lines: list[Named] = [("student", "student", series(facts, key)), ("control", "baseline", series(control, key))]
+        lines: list[Named] = [
+            ("student", "student", series(facts, key)),
+            ("baseline", "baseline", series(control, key)),
+        ]
         if chart := line_chart(lines, _HIGH):
             charts.append((title, chart))
     if not charts:

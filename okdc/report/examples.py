@@ -17,12 +17,12 @@ SIDE = 160  # pixels of the longer side of a picture
 
 _TITLES = {
     "right": "Most clearly right", "wrong": "Most clearly wrong",
-    "gained": "Right where the control is wrong", "lost": "Wrong where the control is right",
+    "gained": "Right where the baseline is wrong", "lost": "Wrong where the baseline is right",
 }  # fmt: skip
 _NONE = {
     "right": "The student is right on no image.", "wrong": "The student is wrong on no image.",
-    "gained": "The student is right on no image where the control is wrong.",
-    "lost": "The student is wrong on no image where the control is right.",
+    "gained": "The student is right on no image where the baseline is wrong.",
+    "lost": "The student is wrong on no image where the baseline is right.",
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def view(examples: Mapping[str, Any] | None, several: bool) -> dict[str, Any] | 
 def _words(row: Mapping[str, Any]) -> str:
     """What a picture shows, for whoever does not see it."""
     text = f"Its label is {_listed(row['truth'])}; the student says {_answer(row['said'])}"
-    return text + (f"; the control says {_answer(row['control'])}." if row["control"] is not None else ".")
+    return text + (f"; the baseline says {_answer(row['control'])}." if row["control"] is not None else ".")
 
 
 def _answer(said: list[tuple[str, float]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -40,6 +42,7 @@ class StopSignal:
         self.agreed = 0  # by all ranks, in several processes
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
+        self.woken: tuple[int, int] | None = None  # what the signals are written to, and what was it before
 
     @property
     def wish(self) -> int:
@@ -62,9 +65,21 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._handle) for number in heeded()}
+            self._tell_at_once()
         return self
 
+    def _tell_at_once(self) -> None:
+        """Say that the wish has come while a long operation of torch, which a handler waits for, still runs."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self.woken = writing, signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        # Not a threading.Thread: whoever waits for all of those would wait for a signal.
+        _thread.start_new_thread(_tell, (reading, set(self.before)))
+
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.woken:
+            signal.set_wakeup_fd(self.woken[1], warn_on_full_buffer=False)
+            os.close(self.woken[0])
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
@@ -76,7 +91,17 @@ class StopSignal:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may not be called in a handler
+
+
+def _tell(reading: int, numbers: set[int]) -> None:
+    """Say it at the first of the signals, which C writes as they come; all are read, until nothing writes any more."""
+    told = False
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while came := pipe.read(1):
+            if came[0] in numbers and not told:
+                told = True
+                with suppress(OSError):  # a terminal that has hung up
+                    os.write(2, b"\nStopping: this step is finished and saved first. Once more stops at once.\n")
 
 
 def leave_signals(worker: int) -> None:
@@ -85,6 +110,7 @@ def leave_signals(worker: int) -> None:
     The main process needs data to finish its step; it ends its workers itself, also by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a fork has that of its parent
     if hasattr(signal, "sigwaitinfo"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -51,11 +51,12 @@ def fit(
     recipe: dict[str, Any],
     begin: Callable[[], None] = lambda: None,
     loggers: Loggers | None = None,
+    go_on: str | None = None,
 ) -> TrainState:
     """Train `method` on `data`, leaving last.pth.tar, model_best.pth.tar and summary.csv in `folder`.
 
     `begin` is called when nothing more can be refused, before anything is written to `folder`. `loggers` are told of
-    each epoch.
+    each epoch. `go_on` is the command that continues the run, told when it is stopped.
     `resume` is the last.pth.tar of an interrupted run, which goes on as if nothing had happened; a complete one is
     returned at once. The method is left with the weights of the last epoch, the best are in model_best.pth.tar.
     RunError for a checkpoint of another run, TrainingError when the loss stays non-finite, RecipeError for settings
@@ -66,7 +67,7 @@ def fit(
     _refuse(method, data, settings)
     steps = math.ceil(len(data.train) / settings.grad_accum_steps)
     loggers = loggers or Loggers((), folder, recipe)
-    run = Run(settings, folder, arch, recipe, Machine.of(settings), steps)
+    run = Run(settings, folder, arch, recipe, Machine.of(settings), steps, go_on)
     outputs = method.cohort.anatomy.num_classes
     advice = faster_data(recipe, getattr(data.train, "resident", False))
     show = Display(settings.epochs, steps, settings.log_interval, advice, rank() > 0, method.task, outputs)
@@ -250,6 +251,7 @@ def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Disp
     if not stop.wish:
         return
     first(lambda: saver.save(wait=True))
+    by_path = f"okdc compress --resume {quote(str(run.last))}"
     where = f"{counted(state.epoch, 'epoch')} and {state.step} of {run.steps} steps are done and saved"
-    display.note(f"Stopped: {where}. Continue with: okdc compress --resume {quote(str(run.last))}", always=True)
+    display.note(f"Stopped: {where}. Continue with: {run.go_on or by_path}", always=True)
     raise SystemExit(stop.exit_code)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -114,10 +115,17 @@ class Display:
             line += f" · {' '.join(each)}" + (f" · {self.goal.word} of {_told(others)}" if others else "")
         if row["skipped_steps"]:
             line += f" · {row['skipped_steps']} steps skipped"
-        self.note(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %")
+        self.note(self._folded(f"{line} · {row['seconds']:.1f} s · data wait {row['data_wait']:.0f} %"))
         if row["data_wait"] > LONG_WAIT and self.advice:
             self.note(f"The steps waited for data for {row['data_wait']:.0f} % of their time. {self.advice}")
             self.advice = ""
+
+    def _folded(self, line: str) -> str:
+        """The line as it is in a log; on a terminal that is narrower it goes on below, between two figures."""
+        if not self.console.is_terminal:
+            return line
+        whole = line.replace(" ", "\0").replace("\0·\0", "\0· ")  # a line ends behind a dot alone
+        return textwrap.fill(whole, self.console.width, subsequent_indent="  ").replace("\0", " ")
 
     def _render(self) -> Group:
         accuracies = f"{self.goal.word}: {self.accuracies}" if self.accuracies else ""

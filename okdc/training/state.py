@@ -112,6 +112,7 @@ class Run:
     recipe: dict[str, Any]
     machine: Machine
     steps: int  # optimizer steps per epoch
+    go_on: str | None = None  # the command that continues it, where that is known
 
     @property
     def metric(self) -> str:

@@ -52,7 +52,7 @@ def test_a_run_is_done_then_its_bundle_is_no_longer_fit(tmp_path: Path, monkeypa
     assert done.exit_code == 0, done.output
     run: dict[str, Any] = json.loads(done.stdout)
     assert run["method"] == "one" and Path(run["report"]).is_file() and run["metrics"]["epochs"] == 1
-    assert run["control"] is None and run["bundle"] is None and run["verification"] is None
+    assert run["baseline"] is None and run["bundle"] is None and run["verification"] is None
     quick = "--images 32 --batch-sizes 1 --json"
     exported = okdc(f"export {run['run']} --model {TINY} {quick}")
     assert exported.exit_code == 0 and json.loads(exported.stdout)["verdict"] == "pass", exported.output

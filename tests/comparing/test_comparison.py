@@ -103,6 +103,9 @@ def test_a_diverging_run_and_a_wrong_method_are_lines_and_the_command_line_says_
     result = CliRunner().invoke(main, [*command, "--output", str(tmp_path), "--experiment", "c"])
     assert result.exit_code == 0, result.output
     assert "kd is not complete" in result.output and "1 of 2" in result.stderr and "compare.html" in result.output
+    assert "at equal" not in result.output and "top-1, %" in result.output
+    assert "equal compute" not in (tmp_path / "c" / "compare.html").read_text()
+    assert "as much compute" not in (tmp_path / "c" / "compare.md").read_text()
     assert (tmp_path / "c" / "logs" / "one-s42.log").is_file()
 
 

@@ -40,17 +40,17 @@ def line(name: str, mean: float, gain: tuple[float, ...] | None = None, equal: t
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ([line("one", 60, (3, 1, 5), (2, 0.5, 3)), line("baseline", 57)], r"Use one here: \+3\.00 points \(95 %"),
+        ([line("one", 60, (3, 1, 5), (2, 0.5, 3)), line("baseline", 57)], r"Use `one` here: \+3\.00 points \(95 %"),
         (
             [line("dml", 61, (4, -1, 9), (3, -1, 7)), line("one", 60, (3, 1, 5), (2, 0.5, 3)), line("baseline", 57)],
-            "Use one here",  # the better mean is not beyond chance
+            "Use `one` here",  # the better mean is not beyond chance
         ),
         (
             [line("baseline-40-epochs", 61), line("one", 60, (3, 1, 5), (-1, -2, 0)), line("baseline", 57)],
-            r"one beats plain training for as many epochs .* train the plain network longer instead",
+            r"`one` beats plain training for as many epochs .* train the plain network longer instead",
         ),
         ([line("one", 60, (3, 1, 5)), line("baseline", 57)], "for as many epochs"),
-        ([line("baseline", 60), line("one", 59, (-1, -3, 1), (-1, -3, 1))], r"Nothing beat plain .* one, -1\.00"),
+        ([line("baseline", 60), line("one", 59, (-1, -3, 1), (-1, -3, 1))], r"Nothing beat plain .* `one`, -1\.00"),
         ([line("one", 60, (3, None, None), None), line("baseline", 57)], "Nothing beat plain"),
         ([line("baseline", 57)], "No method was trained"),
     ],

@@ -19,9 +19,10 @@ from okdc import networks, recipe
 from okdc.cli import main
 from okdc.data.images import Images
 from okdc.errors import NetworkError, RecipeError
-from okdc.pipeline import compress, control, forecast, presets
+from okdc.pipeline import compress, control, facts, forecast, presets
 from okdc.pipeline.opening import small_images
 from okdc.recipe import FINETUNE, SCRATCH, NetworkSettings, Recipe, default_preset
+from okdc.system import busy
 
 
 @pytest.fixture(scope="module")
@@ -157,14 +158,14 @@ def test_the_control_is_trained_beside_the_run_once(photos: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}-baseline"]
     alone, run = (recipe.load(tmp_path / folder / "recipe.yaml") for folder in (f"{name}-baseline", name))
     assert alone.method["name"] == "baseline" and (alone.train, alone.data) == (run.train, run.data)
-    assert (tmp_path / name / "report.html").read_text().count(f"{name}-baseline"), "the report knows its control"
+    assert (tmp_path / name / "report.html").read_text().count(f"{name}-baseline"), "the report knows its baseline"
     told = json.loads((tmp_path / name / "report.json").read_text())["same_rate"]
-    assert f"{told}\n" in first.output and "The control had the learning rate of the run, 0.00625. " in told
+    assert f"{told}\n" in first.output and "The baseline had the learning rate of the run, 0.00625. " in told
     program, command, *typed = shlex.split(told.partition(" type: ")[2])
     asked = main.commands[command].make_context(command, typed).params
     assert (program, asked["methods"], asked["tune"]) == ("okdc", ["one"], "lr") and Path(asked["recipe"]).is_file()
     again = okdc(*words, "--with-baseline")
-    assert again.exit_code == 0 and "First the control" not in again.output
+    assert again.exit_code == 0 and "First the baseline" not in again.output
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}-2", f"{name}-baseline"]
 
 
@@ -194,6 +195,25 @@ def test_the_commands_of_a_report_are_whole(photos: Path, tmp_path: Path) -> Non
         assert mine == first or folder
     told = json.loads((made / "report.json").read_text())
     assert told["baseline"]["name"] == "first one-baseline" and told["metrics"]["top1"] == facts["metrics"]["top1"]
+
+
+def test_what_goes_on_is_what_was_typed_and_the_run_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, told in (
+        (["okdc", "compress", "my photos", "-b", "8"], "okdc compress --resume auto 'my photos' -b 8"),
+        (["okdc", "compress", "--resume", "runs/a"], "okdc compress --resume runs/a"),
+        (["program.py"], "okdc compress --resume runs/a/last.pth.tar"),
+    ):
+        monkeypatch.setattr(sys, "argv", words)
+        assert facts.continuing(Path("runs/a/last.pth.tar")) == told
+    words = ["compress", "--data", "digits", *SMALL, "--method", "baseline", "-b", "512", "--output", str(tmp_path)]
+    first = [*words, "--experiment", "a", "--epochs", "1"]
+    second = [*words, "--experiment", "a", "--epochs", "2", "--resume", "auto"]
+    for words in (first, second):
+        monkeypatch.setattr(sys, "argv", ["okdc", *words])
+        assert okdc(*words).exit_code == 0
+    typed = [shlex.join(["okdc", *words]) for words in (first, second)]
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["command"].splitlines() == typed
+    assert "\n    ".join(typed) in (tmp_path / "a" / "report.md").read_text()
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
@@ -234,7 +254,8 @@ def test_the_time_is_told_before_it_is_spent_and_what_takes_less(photos: Path) -
     assert found and found.run > found.control > 0 and found.epochs == 100 and found.smaller is None, "a size was typed"
     short = " ".join(forecast.told(forecast.Forecast(20, 4, 2)).split())
     assert short == (
-        "By the step that was tried, training takes about 2 minutes on this CPU, with the control (40 seconds of it)."
+        "By the steps that were tried, training takes about 2 minutes on this CPU, with the baseline (40 seconds of "
+        "it)."
     )
     told = forecast.told(forecast.Forecast(20, 50, 25, smaller=0.25)).splitlines()
     assert "about 25 minutes on this CPU" in told[0] and max(map(len, told)) <= 80
@@ -243,6 +264,26 @@ def test_the_time_is_told_before_it_is_spent_and_what_takes_less(photos: Path) -
         ("--no-baseline", "17 minutes"), ("--img-size 128", "6 minutes"), ("--img-size 128 --no-baseline", "4 minutes"),
     ]  # fmt: skip
     assert "--epochs 5 " in forecast.told(forecast.Forecast(20, 75, 0))
+    short = " ".join(forecast.told(forecast.Forecast(20, 4, 2, after=40)).split())
+    assert short.endswith("Export and verification take about 40 seconds more.")
+    disturbed = forecast.told(forecast.Forecast(20, 50, 25, smaller=0.25, others=1.6))
+    assert disturbed.startswith("Other programs use 1.6 of the ") and "minutes" not in disturbed
+    assert re.search("--no-baseline +about 67 % of it", disturbed)
+
+
+def test_what_other_programs_use_is_not_what_this_one_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "stat"
+    monkeypatch.setattr(busy, "_ALL", told)
+    with busy.Others() as others:  # nothing is known of them
+        pass
+    assert others.cores == 0
+    told.write_text("cpu  1000 0 0 5000 0 0 0 0 0 0\n")
+    with busy.Others() as others:
+        told.write_text("cpu  1900 100 0 5000 0 0 0 0 0 0\n")  # ten seconds of others within a moment
+    assert others.cores > 5
+    with busy.Others() as others:
+        sum(range(1_000_000))
+    assert others.cores == 0
 
 
 def test_images_much_smaller_than_the_input_are_told() -> None:

@@ -91,11 +91,11 @@ def test_the_page_shows_them_with_words_for_those_who_do_not_see(tmp_path: Path,
     text, pictures = without_spaces(page.text), [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == 20 and all(str(each["src"]).startswith("data:image/jpeg;base64,") for each in pictures)
     assert "Its label is 0; the student says 1 (" in without_spaces(str(pictures[2]["alt"]))
-    for words in ("Most clearly wrong", "Right where the control is wrong", "Nobody said how your loader normalises"):
+    for words in ("Most clearly wrong", "Right where the baseline is wrong", "Nobody said how your loader normalises"):
         assert words in text
     found = found | {"groups": found["groups"] | {"lost": []}}
     page, _ = pages(tmp_path, sample(examples=found))
-    assert "The student is wrong on no image where the control is right." in without_spaces(page.text)
+    assert "The student is wrong on no image where the baseline is right." in without_spaces(page.text)
 
 
 def test_the_curves_of_a_run_and_its_control_are_one_picture(tmp_path: Path) -> None:

@@ -342,7 +342,12 @@ def test_a_gain_is_called_what_it_is(tmp_path: Path) -> None:
     assert "+2.1 points over the baseline, within chance" in text and "± 2.7 on 96 images" in text
     assert "The difference is 2 of 96 images. Chance alone makes differences of up to ±8.1 points" in text
     assert "± 3.0 on 96 images" in markdown and "The difference is 2 of 96 images" in markdown
-    facts["data"]["validation_images"] = 9600
+    facts["metrics"]["top1"] = 100.0
+    page, markdown = pages(tmp_path, facts)
+    for text in (without_spaces(page.text), markdown):
+        assert "100.0 % on 96 images" in text.replace("\u00a0", " ") and "± 0.0" not in text, "of all there is no error"
+    assert "The difference is 9 of 96 images. Chance alone makes differences of up to ±6.3 points" in text
+    facts["metrics"]["top1"], facts["data"]["validation_images"] = 92.7083, 9600
     assert "within chance" not in pages(tmp_path, facts)[0].text
 
 
@@ -357,10 +362,10 @@ def test_standard_errors_are_those_of_a_share() -> None:
 def test_a_report_without_control_says_how_to_get_one(tmp_path: Path) -> None:
     asks = "okdc compress --recipe 'my runs/a/recipe.yaml' --method baseline --experiment a-baseline"
     page, markdown = pages(tmp_path, sample(control_command=asks, again="okdc compress --recipe r.yaml"))
-    assert "No control yet" in page.text and asks in page.text and f"    {asks}\n" in markdown
+    assert "No baseline yet" in page.text and asks in page.text and f"    {asks}\n" in markdown
     assert "makes the same run again" in page.text and "okdc compress --recipe r.yaml" in page.text
     page, _ = pages(tmp_path, sample(baseline=control(), control_command=asks))
-    assert "No control yet" not in page.text and "makes the same run again" not in page.text
+    assert "No baseline yet" not in page.text and "makes the same run again" not in page.text
 
 
 def test_losses_of_all_members_and_of_the_student_have_axes_of_their_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from okdc.training.progress import Display, faster_data
 from okdc.training.state import TrainState
@@ -132,6 +133,15 @@ def test_a_network_alone_is_no_ensemble(capsys):
     display.epoch(row)
     said = capsys.readouterr().err
     assert "Acc@1 50.000 Acc@5 90.000" in said and "ensemble" not in said and "target" not in said
+
+
+def test_on_a_narrow_terminal_the_line_of_an_epoch_ends_between_two_figures():
+    display = Display(2, 4, 50)
+    line = "epoch 1/2: loss 2.3 · Acc@1 50.000 Acc@5 90.000 · top-1 of branch1 40.00 · 1.0 s · data wait 0 %"
+    assert display._folded(line) == line, "not in a log"
+    display.console = Console(force_terminal=True, width=60)
+    first, second = display._folded(line).splitlines()
+    assert first.endswith("Acc@5 90.000 ·") and second == "  top-1 of branch1 40.00 · 1.0 s · data wait 0 %"
 
 
 def test_a_bar_is_drawn_on_a_terminal(tmp_path, capsys, monkeypatch):

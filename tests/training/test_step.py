@@ -38,6 +38,19 @@ def test_accumulated_batches_equal_one_big_batch(tmp_path):
     assert small.history[-1]["train_loss"] == pytest.approx(big.history[-1]["train_loss"])
 
 
+def test_a_methods_own_clipping_holds_where_the_user_says_nothing(tmp_path):
+    class Clipped(Tiny):
+        clip_grad = 0.01
+
+    def trained(name, kind, limit):
+        return run(tmp_path / name, replace(SETTINGS, clip_grad=limit), method=kind()).method.cohort.state_dict()
+
+    own, asked = trained("own", Clipped, None), trained("asked", Tiny, 0.01)
+    free, plain = trained("free", Clipped, 0), trained("plain", Tiny, None)
+    assert all(torch.equal(own[name], asked[name]) and torch.equal(free[name], plain[name]) for name in plain)
+    assert any(not torch.equal(own[name], plain[name]) for name in plain)
+
+
 def test_each_batch_of_a_step_may_have_losses_of_other_names(tmp_path):
     class Varying(Tiny):
         """Calls the cross-entropy otherwise in every other batch, and then has no further loss."""

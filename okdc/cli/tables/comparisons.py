@@ -27,21 +27,22 @@ def facts_of_comparison(found: Comparison) -> dict[str, Any]:
 
 def show_comparison(found: Comparison) -> None:
     """One line for each arm, the best first, and what to use."""
-    table = page.table("", f"{found.metric}, %\n± sd", "over\nplain", "at equal\ncompute", "compute", "minutes")
+    equal = any(line.equal for line in found.lines)
+    columns = ["over\nplain", *(["at equal\ncompute"] if equal else ()), "compute", "minutes"]
+    table = page.table("", f"{facts_of(found)['metric']}, %\n± sd", *columns)
     _fold_names(table)
     for line in found.lines:
-        table.add_row(
-            escape(_parted(line.name)), _spread(line.spread), _gained(line.gain), _gained(line.equal),
-            f"{line.compute:.2f}", "" if line.seconds is None else f"{line.seconds / 60:.1f}",
-        )  # fmt: skip
+        minutes = "" if line.seconds is None else f"{line.seconds / 60:.1f}"
+        gains = [_gained(line.gain), *([_gained(line.equal)] if equal else ())]
+        table.add_row(escape(_parted(line.name)), _spread(line.spread), *gains, f"{line.compute:.2f}", minutes)
     console = page.console()
     console.print("\n", table, sep="")
     for line in found.lines:
         if line.problem:
             console.print(f"[red]{escape(line.name)}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
     console.print(
-        "Gains over plain training, for as many epochs and for as much compute, are in points, ± half of their 95 % "
-        "interval. Compute is in FLOPs, and that of plain training is 1. Minutes are those of a run."
+        f"Gains over plain training, for as many epochs{' and for as much compute' * equal}, are in points, ± half of "
+        "their 95 % interval. Compute is in FLOPs, and that of plain training is 1. Minutes are those of a run."
     )
     console.print(f"\n[bold]{escape(found.verdict)}[/]")
     page.next_command(f"open {found.path / 'compare.html'}")

@@ -34,7 +34,7 @@ def prediction(predict: Path) -> str:
 
 
 def facts_of_result(result: Result) -> dict[str, Any]:
-    """A run as plain values: its figures (per cent), those of its control, and where everything is."""
+    """A run as plain values: its figures (per cent), those of its baseline, and where everything is."""
     found = run_folder.find_baseline(result.path, result.recipe)
     byproducts = {name: result.path / "byproducts" / name for name in result.byproducts}
     told: dict[str, Any] = plain(
@@ -47,7 +47,7 @@ def facts_of_result(result: Result) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in result.student.parameters()),
             "validation_images": result.data.sizes[1],
             "metrics": result.metrics,
-            "control": {"run": result.path.parent / found["name"], "metrics": found["metrics"]} if found else None,
+            "baseline": {"run": result.path.parent / found["name"], "metrics": found["metrics"]} if found else None,
             "report": result.path / "report.html",
             "bundle": result.path / "export" if result.verification else None,
             "byproducts": {name: place if place.is_dir() else None for name, place in byproducts.items()},
@@ -58,7 +58,7 @@ def facts_of_result(result: Result) -> dict[str, Any]:
 
 
 def show_result(result: Result) -> None:
-    """The student's accuracy beside its control, what was exported, where everything is, and the next command."""
+    """The student's accuracy beside its baseline, what was exported, where everything is, and the next command."""
     metrics, folder, task = result.metrics, result.path, result.task
     images = result.data.sizes[1] if task.is_share else None
     found = run_folder.find_baseline(folder, result.recipe)
@@ -66,7 +66,7 @@ def show_result(result: Result) -> None:
     table = page.table("", "")
     for label, value in [
         (f"Student, {task.word}, ships", _scored(metrics.get(task.metric), images)),
-        (f"Control, {task.word}", _scored(before, images)),
+        (f"Baseline, {task.word}", _scored(before, images)),
         ("… on the images set aside", page.percent(metrics.get("holdout"))),
         *(
             (f"Student, {each.word}", page.figure(metrics.get(name), each.unit))
@@ -100,7 +100,7 @@ def show_result(result: Result) -> None:
         and result.recipe.method["name"] != "baseline"
         and (command := facts.control_command(folder, result.recipe))
     ):
-        console.print(f"\nNo control yet. To see what the other members add: {command}", soft_wrap=True, markup=False)
+        console.print(f"\nNo baseline yet. To see what the other members add: {command}", soft_wrap=True, markup=False)
     if result.verification:
         predict = folder / "export" / "predict.py"  # where there is a file that it runs
         show_verification(result.verification, prediction(predict) if predict.is_file() else None)

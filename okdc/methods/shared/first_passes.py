@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from okdc.methods.shared.trial import batch_of, gradients, undone
+from okdc.methods.shared.trial import IMAGES, batch_of, gradients, undone
 from okdc.needs import NOTHING, Needs
 
 if TYPE_CHECKING:
     from okdc.methods.shared.base import Method
 
 Loss = Callable[[], Tensor]
+_STEPS = 3  # of which the fastest counts: the first one also sets up what the arithmetic needs
+_SHORT = 1.0  # seconds for a step of whole batches, up to which such steps are timed
 
 
 class FirstGradients(NamedTuple):
@@ -45,9 +47,17 @@ def first_gradients(method: Method, needs: Needs = NOTHING) -> FirstGradients:
         return FirstGradients(norm(alone()), norm(together()))
 
 
-def pace(method: Method, needs: Needs = NOTHING) -> tuple[float, float]:
-    """Seconds that an image takes forward and back, in the target alone and in the method, which is left as it was."""
-    with _losses(method, needs) as (alone, together, images):
+def pace(method: Method, needs: Needs = NOTHING, batch: int = IMAGES) -> tuple[float, float]:
+    """Seconds that an image takes forward and back, in the target alone and in the method, which is left as it was.
+
+    In batches of `batch` images where these are soon computed; in small ones, most time may not be that of the images.
+    """
+    found = _pace(method, needs, IMAGES)
+    return _pace(method, needs, batch) if batch * sum(found) < _SHORT else found
+
+
+def _pace(method: Method, needs: Needs, size: int) -> tuple[float, float]:
+    with _losses(method, needs, size) as (alone, together, images):
         return _seconds(method, alone) / images, _seconds(method, together) / images
 
 
@@ -56,10 +66,10 @@ def _learning(method: Method) -> list[torch.nn.Parameter]:
 
 
 @contextmanager
-def _losses(method: Method, needs: Needs) -> Iterator[tuple[Loss, Loss, int]]:
+def _losses(method: Method, needs: Needs, size: int = IMAGES) -> Iterator[tuple[Loss, Loss, int]]:
     """What runs the target alone and what runs the method, each to its loss, and the number of images."""
     with undone(method):
-        images, labels, *_ = batch = batch_of(method, needs)
+        images, labels, *_ = batch = batch_of(method, needs, size)
         given = images[0] if images.dim() > 1 + len(method.cohort.anatomy.input_size) else images
         method.train()
 
@@ -73,12 +83,12 @@ def _losses(method: Method, needs: Needs) -> Iterator[tuple[Loss, Loss, int]]:
 
 
 def _seconds(method: Method, loss: Loss) -> float:
-    """Those of the faster of two steps: the first one also sets up what the arithmetic needs.
+    """Those of the fastest of a few steps.
 
     The time of the processor counts where it is less than that on the clock: there, other programs were busy.
     """
     learning, taken = _learning(method), []
-    for _ in range(2):
+    for _ in range(_STEPS):
         began, used = time.perf_counter(), time.process_time()
         gradients(loss(), learning)
         taken.append(min(time.perf_counter() - began, time.process_time() - used))
