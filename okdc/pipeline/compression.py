@@ -246,6 +246,7 @@ def _train(
             teacher,
             data.train_labels,
             data.noted,
+            assemble_cohort.proved_once(recipe, last),
         )
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
         student["typed"] = [*(typed(folder).splitlines() if last else ()), command()]
