@@ -126,6 +126,14 @@ def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
     assert "Acc@5" not in lines[1] and "target" not in lines[1]  # of three classes; and Acc@1 is the target's
 
 
+def test_no_time_left_is_told_by_a_first_step(capsys):
+    display = Display(2, 4, 1)
+    for step, left in ((1, 3 * 86_400.0), (2, 50.0)):
+        display.step(0, step, {"ce": 1.0}, 0.1, 10.0, left)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "days" not in first and "left" not in first and "0:00:50 left" in second
+
+
 def test_a_network_alone_is_no_ensemble(capsys):
     display = Display(2, 4, 50)
     row = {"epoch": 0, "train_loss": 1.0, "skipped_steps": 0, "seconds": 1.0, "data_wait": 0.0}
