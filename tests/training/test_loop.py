@@ -30,6 +30,7 @@ from okdc.errors import DataError, RecipeError, TrainingError
 from okdc.methods.ahbf import Ahbf
 from okdc.training import checkpoint
 from okdc.training.loggers import Loggers
+from okdc.training.loop import _tell_idle
 from okdc.training.machine import Machine, choose_device
 from okdc.training.progress import Display, faster_data
 from okdc.training.state import TrainState, save
@@ -577,6 +578,12 @@ def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
     assert "ce" in lines[0] and "images/s" in lines[0] and "left" in lines[0]
     assert "Acc@1" in lines[1] and "branch1" in lines[1] and "ensemble" in lines[1]
     assert "Acc@5" not in lines[1] and "target" not in lines[1]  # of three classes; and Acc@1 is the target's
+
+
+def test_a_loss_that_was_zero_in_every_step_is_told(caplog):
+    rows = [{"loss/ce": 1.0, "loss/kl": 0.0, "loss/late": 0.0}, {"loss/ce": 0.0, "loss/kl": 0.0, "loss/late": 0.5}]
+    _tell_idle(SimpleNamespace(history=rows, method=object()))
+    assert [record.getMessage().split(" was 0")[0] for record in caplog.records] == ["the loss kl of object"]
 
 
 def test_a_network_alone_is_no_ensemble(capsys):
