@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "okdc"
 ALLOWED = {
     "okdc": "",
     "errors": "",
-    "needs": "errors",
     "ranks": "",
     "losses": "errors ranks",
+    "needs": "errors",
     "system": "errors ranks",
     "recipe": "errors system",
     "tasks": "errors losses ranks",
@@ -31,8 +31,8 @@ ALLOWED = {
     "networks": "anatomy errors recipe tasks",
     "deploy": "errors networks okdc recipe system tasks verification",
     "methods": "anatomy cohort errors losses needs ranks system tasks",
-    "pipeline": "anatomy data deploy errors losses methods needs networks okdc ranks recipe report system tasks "
-    "training",
+    "pipeline": "anatomy cohort data deploy errors losses methods needs networks okdc ranks recipe report system "
+    "tasks training",
     "testing": "anatomy errors methods needs networks ranks recipe system training",
     "measure": "anatomy cohort data deploy errors methods needs networks okdc pipeline recipe system tasks training "
     "verification",

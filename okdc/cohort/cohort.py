@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -21,6 +22,7 @@ from okdc.anatomy import Anatomy, inspect
 from okdc.anatomy.modes import at_rest, resting, unchanged
 from okdc.cohort.birth import differ
 from okdc.cohort.hooks import ALONG, Hooks
+from okdc.cohort.known import Found, Known, proved
 from okdc.cohort.plan import UNTAPPED, Branch, CohortOutput, Cost, lineage, member_name
 from okdc.cohort.proof import prove_all, refuse_own_modules, ways_in_training
 from okdc.cohort.replay import Handling, Record, Tape
@@ -42,6 +44,7 @@ class Cohort(nn.Module):
     `trunk_gradient` is what the trunk gets of its members' gradients: their sum, or at each cut their mean.
     `anatomy` is what `inspect` found out about the target on images of this size; without it the target is inspected.
     `task` is what the networks are for, by default classification.
+    `known` may know what the proof of an equal cohort found (`okdc.cohort.known`), so that it is not made again.
     """
 
     target: nn.Module
@@ -84,6 +87,7 @@ class Cohort(nn.Module):
         trunk_gradient: Literal["sum", "mean"] = "sum",
         anatomy: Anatomy | None = None,
         task: Task | None = None,
+        known: Known | None = None,
     ) -> None:
         super().__init__()
         self.target, self.task = target, task or tasks.get()
@@ -95,6 +99,7 @@ class Cohort(nn.Module):
         self.tape = Tape()
         self._hooks = Hooks()
         self._stripped = False
+        self.proof: tuple[str, Found] | None = None  # for `known` of another run
         self._resting: list[nn.Module] = []
         self._names = ("target", *(member_name(i, b.cut is not None) for i, b in enumerate(branches, 1)))
         self.cut = next((b.cut for b in branches if b.cut), None)
@@ -108,7 +113,13 @@ class Cohort(nn.Module):
         try:
             self._record({name: module for trunk in trunks.values() for name, module in trunk.items()}, self.tape)
             ways = ways_in_training(target, example) if trunks or taps or tapped else []
-            prove_all(target, proofs, trunks, self.anatomy, self.tape, ways, example, self.task, one_way=mean)
+            prove = partial(
+                prove_all, target, proofs, trunks, self.anatomy, self.tape, ways, example, self.task, one_way=mean
+            )
+            if trunks and known:
+                self.proof = proved(known, prove, self.tape, target, trunks, example, self.task.name, mean)
+            else:
+                prove()
             self.branches = nn.ModuleList(siblings)
             self.grown = self._grow(branches, trunks, example, redrawn, mean)
             self._resting = [module for member in self.members for module in resting(member)]

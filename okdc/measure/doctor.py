@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import okdc
+from okdc.deploy import runtimes
 from okdc.errors import counted
 from okdc.system import shipped
 
@@ -104,12 +105,19 @@ def _runtimes(gpu: bool) -> Iterator[Finding]:
         yield Finding("onnxruntime", "not installed", False, "pip install onnxruntime-gpu, or onnxruntime.")
     else:
         yield from _providers(both[0], gpu)
-    for package, extra, needs_gpu in (("tensorrt", "okdc[tensorrt]", True), ("openvino", "openvino", False)):
-        found = _version(package)
-        wanted = None if needs_gpu and not gpu else found is not None or None
-        advice = "" if found or (needs_gpu and not gpu) else f"For its files and rows: pip install '{extra}'."
-        yield Finding(package, found or "not installed", wanted, advice)
+    found = _version("tensorrt")
+    advice = "For its files and rows: pip install 'okdc[tensorrt]'." if gpu and not found else ""
+    yield Finding("tensorrt", found or "not installed", True if gpu and found else None, advice)
     yield _rtx()
+    yield from _others()
+
+
+def _others() -> Iterator[Finding]:
+    """The runtimes that --runtimes knows, by the names that it knows them by."""
+    for name, runtime in runtimes.known().items():
+        found, _, advice = (runtime.module.available() or "").partition(": ")
+        here = f"{_version(name) or 'here'}, for --runtimes {name}"
+        yield Finding(name, found or here, None if found else True, advice)
 
 
 def _rtx() -> Finding:

@@ -8,11 +8,12 @@ Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Dis
     10.1609/aaai.v37i6.25937.
 Code: linruigong965/AHBF of 2023-11-29 and 2023-03-03: the fusion classes, the loss loop of train_ahbf.py and its ramp
     were read, and not copied, as there is no licence.
-Differs: Both lambdas and the number of extra blocks are those of the README (2, 4 and 4). The ramp is that of the first
-    release: it ends with the run and peaks at 1. preset=head is today's code: a kd_weight of 0.75 and a ramp of 240
-    epochs; for its two extra blocks, type --extra-blocks 2. Every branch of a MobileNet gets its own blocks (the code
-    reuses those of branch 0). As in the code, gradients also flow into the teaching side (detach_teacher changes that),
-    and an assistant also learns from the next branch.
+Differs: Gradients are clipped to 5, and the code does not clip (--clip-grad 0): without, it hardly trained on few
+    images at plain training's rate (docs/results.md). Both lambdas and the number of extra blocks are those of the
+    README (2, 4 and 4). The ramp is that of the first release: it ends with the run and peaks at 1. preset=head is
+    today's code: a kd_weight of 0.75 and a ramp of 240 epochs; for its two extra blocks, type --extra-blocks 2. Every
+    branch of a MobileNet gets its own blocks (the code reuses those of branch 0). As in the code, gradients also flow
+    into the teaching side (detach_teacher changes that), and an assistant also learns from the next branch.
 Costs: Each branch runs the tail once more, with up to (M - 1) x extra blocks. Each fusion is one 1x1 convolution.
 """
 
@@ -90,6 +91,7 @@ class Ahbf(Method):
 
     members = 4
     extra_blocks = 4
+    clip_grad = 5.0  # its deep branches give the trunk many times plain training's gradient: docs/results.md
     taps = ("feature_maps",)
     tasks = ("classify", "multilabel", "pose")
 

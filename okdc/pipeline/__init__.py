@@ -2,8 +2,8 @@
 
 The only wing that knows all the steps; read `compression.compress` top to bottom.
 
-Imports: `anatomy`, `data`, `deploy`, `errors`, `losses`, `methods`, `needs`, `networks`, `okdc`, `ranks`, `recipe`,
-`report`, `system`, `tasks`, `training`.
+Imports: `anatomy`, `cohort`, `data`, `deploy`, `errors`, `losses`, `methods`, `needs`, `networks`, `okdc`, `ranks`,
+`recipe`, `report`, `system`, `tasks`, `training`.
 """
 
 from __future__ import annotations

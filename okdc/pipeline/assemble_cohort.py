@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from okdc import methods, networks, tasks
+from okdc.cohort import Found, Known, has_versions
 from okdc.data import Data
-from okdc.errors import RecipeError
+from okdc.errors import RecipeError, RunError
 from okdc.methods import Method
 from okdc.needs import Needs
 from okdc.pipeline import teachers
+from okdc.ranks import first
 from okdc.recipe import CohortSettings, NetworkSettings, Recipe
 from okdc.tasks.task import Task
+from okdc.training import checkpoint
 from okdc.training.machine import choose_device
 
 
@@ -47,12 +51,14 @@ def build_method(
     teacher: nn.Module | None = None,
     train_labels: Tensor | None = None,
     noted: Mapping[str, Any] | None = None,
+    known: Known | None = None,
 ) -> Method:
     """The cohort that the method wants, built around the target and proved, with the method that owns it.
 
     `input_size` (C, H, W) and `classes` are the data's. `named`: the recipe's name makes such a network, so that
     branches may be newly made rather than redrawn copies. `teacher`: for a method that needs one. `train_labels` (N,)
-    are those of the training images, where they are known; `noted` is what the data tell the task.
+    are those of the training images, where they are known; `noted` is what the data tell the task. `known` may know
+    what was proved of an equal cohort, where all of the target's code has a version.
     """
     name, task = recipe.method["name"], task_of(recipe, input_size, noted)
     methods.refuse_task(name, task)
@@ -72,12 +78,41 @@ def build_method(
         teacher=None if teacher is None else teacher.to(first.device), train_labels=train_labels,
         pretrained=network.pretrained or network.checkpoint is not None,
         fresh=(lambda: networks.load(maker, classes)) if remade else None, task=task,
-        soft_labels=bool(recipe.data.mixup or recipe.data.cutmix or recipe.data.smoothing), **_settings(recipe),
+        soft_labels=bool(recipe.data.mixup or recipe.data.cutmix or recipe.data.smoothing),
+        known=known if named and has_versions(target) else None, **_settings(recipe),
     )  # fmt: skip
     if not (method.compares or task.compares_as_usual):
         method.strip()
         raise RecipeError(f"--distance {recipe.train.distance}: {name} compares no outputs as it is set. Leave it out.")
     return method
+
+
+def proved_once(recipe: Recipe, last: Path | None) -> Known:
+    """What the first rank alone proves, and nobody where the run that goes on from `last` has proved the same.
+
+    A rank whose digest is another than the first one's proves for itself.
+    """
+
+    def known(digest: str, prove: Callable[[], Found]) -> Found:
+        def find() -> tuple[str, Found]:
+            saved, found = _saved_proof(recipe, last)
+            return digest, found if saved == digest else prove()
+
+        theirs, found = first(find)
+        return found if theirs == digest else prove()
+
+    return known
+
+
+def _saved_proof(recipe: Recipe, last: Path | None) -> tuple[str, Found]:
+    """The digest of a proof and what it found, of a run whose network had the same settings; else of nothing."""
+    try:
+        payload = checkpoint.load(last, mapped=True) if last else {}
+    except RunError:  # which is told, or mended, where the run goes on
+        payload = {}
+    if payload.get("args", {}).get("network") != recipe.to_dict()["network"]:
+        return "", {}
+    return payload.get("okdc", {}).get("proof") or ("", {})
 
 
 def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:

@@ -125,6 +125,7 @@ def run(
             data.leave_device()
             data = replace(data, validation=data.test or data.validation, test=None)  # of which files are verified
             del trained, state
+            launch.stay_until_closed(held)
         # The other processes end here. What trained is gone, so that a GPU is free while files are written on the CPU.
         gc.collect()
         torch.cuda.empty_cache()
@@ -245,6 +246,7 @@ def _train(
             teacher,
             data.train_labels,
             data.noted,
+            assemble_cohort.proved_once(recipe, last),
         )
         student = _student_facts(recipe.network.model, named, data, method.task.facts())
         student["typed"] = [*(typed(folder).splitlines() if last else ()), command()]

@@ -62,8 +62,8 @@ def forecast(recipe: Recipe, control: bool) -> Forecast | None:
         say(
             filled(
                 f"Other programs use {used:.1f} of the {os.cpu_count()} cores of this machine, so nobody can tell "
-                "how long training takes. The lines of the first epochs show it. Fewer --epochs, a smaller --img-size and "
-                "--no-baseline make it shorter."
+                "how long training takes. The lines of the first epochs show it. Fewer --epochs, a smaller --img-size "
+                "and --no-baseline make it shorter."
             )
         )
         return None

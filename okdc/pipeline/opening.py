@@ -33,7 +33,8 @@ def opening(method: Method, data: Data, recipe: Recipe, folder: Path) -> str:
         f"{_count(data.sizes[1], 'validation image')}, {_outputs(method.task, len(data.classes))}",
         "method": f"{recipe.method['name']}, {_count(len(costs), 'member')}. {_first_line(recipe.method['name'])}",
         "training": f"{_count(settings.epochs, 'epoch')} of {_count(steps, 'step')}, {settings.images_per_step:,} "
-        f"images per step, learning rate {settings.peak_lr:.3g}, {_device(recipe)}",
+        f"images per step, learning rate {settings.peak_lr:.3g}, "
+        f"{_clipped(method, settings.clip_grad)}{_device(recipe)}",
         "cost": _cost(method, recipe),
         "folder": str(folder),
     }
@@ -48,7 +49,7 @@ def filled(text: str, indent: int = 0) -> str:
 def steep(method: Method, recipe: Recipe) -> str | None:
     """What to type where the first steps would be much larger than plain training's; None where they would not."""
     settings = recipe.train
-    if len(method.cohort) == 1 or settings.opt not in _BY_SIZE or settings.clip_grad:
+    if len(method.cohort) == 1 or settings.opt not in _BY_SIZE or method.clipped_to(settings.clip_grad):
         return None
     found = methods.first_gradients(method, assemble_cohort.needs(recipe)[0])
     if found.ratio < _STEEP:
@@ -98,6 +99,11 @@ def _cost(method: Method, recipe: Recipe) -> str:
         return memory
     times = sum(each.flops for each in costs) / costs[0].flops
     return f"a step takes {times:.2g} times the FLOPs of the network alone, which ships alone; {memory}"
+
+
+def _clipped(method: Method, asked: float | None) -> str:
+    limit = method.clipped_to(asked)
+    return f"gradients clipped to {limit:g}, " if limit else ""
 
 
 def _device(recipe: Recipe) -> str:

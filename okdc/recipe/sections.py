@@ -193,7 +193,9 @@ class TrainSettings:
         False, "keep less for the backward pass and compute the target's blocks again there, where timm's network can; "
         "their batch norms see each batch twice",
     )  # fmt: skip
-    clip_grad: float | None = _setting(None, "clip the gradient norm to this", above=0)
+    clip_grad: float | None = _setting(
+        None, "clip the gradient norm to this; the method's own when not given (ahbf: 5), 0: not at all", at_least=0
+    )
     grad_accum_steps: int = _setting(1, "batches per optimizer step; methods compare images within each", at_least=1)
     sched: str = _setting("cosine", "schedule, any of timm's")
     warmup_epochs: int = _setting(0, "epochs of linear warm-up", at_least=0)

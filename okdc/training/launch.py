@@ -6,9 +6,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from okdc.errors import RecipeError, TrainingError
-from okdc.ranks import local_rank, rank, world
+from okdc.ranks import first, local_rank, rank, world
 from okdc.recipe import TrainSettings
 from okdc.system.signals import end_with_parent, heeded
 from okdc.training.watch import FOR_EVER
@@ -82,6 +84,34 @@ def joined(settings: TrainSettings) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+def stay_until_closed(held: ExitStack) -> None:
+    """Let one process of each other node wait until the first one closes `held`, or is gone.
+
+    For torch's launcher, which ends on a node 300 s after its processes. Where that is the node at which all meet, it
+    would take the launchers of the others with it, and the first process, which may be writing files still.
+    """
+    if world() == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return
+    served: list[dist.TCPStore] = []
+
+    def serve() -> tuple[str, int]:
+        served.append(dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+        return socket.getfqdn(), served[0].port
+
+    host, port = first(serve)
+    if served:
+        held.callback(served[0].set, "closed", "")
+    elif local_rank() == 0:
+        held.callback(_wait, host, port)
+
+
+def _wait(host: str, port: int) -> None:
+    with suppress(dist.DistError):  # the first process has ended, or cannot be reached
+        store = dist.TCPStore(host, port, timeout=timedelta(seconds=60))
+        while not store.check(["closed"]):
+            time.sleep(1)  # not store.wait(), in which no signal is heard
 
 
 @contextmanager

@@ -182,6 +182,7 @@ def _payload(state: TrainState, run: Run) -> dict[str, Any]:
     payload["okdc"] = {
         "facts": facts(state, run), "steps": run.steps, "devices": world(), "images": run.settings.images_per_step,
         "lr": run.settings.peak_lr, "draws": DRAWS, "method": state.method.state_dict(), "run": own,
+        "proof": state.method.cohort.proof,
     }  # fmt: skip
     return payload
 

@@ -70,8 +70,8 @@ def _step(
     if bad:
         buffers.put_back()
     else:
-        if run.settings.clip_grad is not None:
-            clip_grads_with_norm_(parameters, run.settings.clip_grad, torch.linalg.vector_norm(norms))
+        if limit := state.method.clipped_to(run.settings.clip_grad):
+            clip_grads_with_norm_(parameters, limit, torch.linalg.vector_norm(norms))
         scaler.step(optimizer)
     scaler.update()
     for parameter in parameters:  # what optimizer.zero_grad() does, and it takes 25 us to begin

@@ -14,7 +14,7 @@ from okdc.cohort import Branch, Cohort
 from okdc.errors import NetworkError
 from okdc.networks import load as build
 from okdc.recipe import NetworkSettings
-from tests.helpers import networks
+from tests.helpers import networks, staged
 
 
 def test_hierarchical_network() -> None:
@@ -39,8 +39,8 @@ def test_units_of_one_convolution_are_the_blocks_of_a_plain_network() -> None:
 
 
 def test_convolutions_of_a_stem_make_no_stage_before_blocks() -> None:
-    assert [(s.size, len(s.blocks)) for s in inspect(networks.DeepStem(), (3, 32, 32)).stages] == [(64, 2), (16, 1)]
-    assert [(s.size, s.plain) for s in inspect(networks.Plain(), (3, 32, 32)).stages[:2]] == [(1024, True), (256, True)]
+    assert [(s.size, len(s.blocks)) for s in inspect(staged.DeepStem(), (3, 32, 32)).stages] == [(64, 2), (16, 1)]
+    assert [(s.size, s.plain) for s in inspect(staged.Plain(), (3, 32, 32)).stages[:2]] == [(1024, True), (256, True)]
 
 
 def test_single_pixel_feature_map_on_small_images() -> None:

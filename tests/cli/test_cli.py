@@ -333,7 +333,7 @@ def test_inspect_shows_stages_and_cuts() -> None:
     ("name", "reason"), [("ByData", "which modules run depends on the images"), ("Growing", "gives other logits")]
 )
 def test_inspect_offers_no_cut_that_compress_refuses(name: str, reason: str) -> None:
-    shown = okdc("inspect", f"tests.helpers.networks:{name}", "--img-size", "32")
+    shown = okdc("inspect", f"tests.helpers.traps:{name}", "--img-size", "32")
     said = " ".join(shown.output.split())
     assert shown.exit_code == 0 and "No branch can part after" in said and reason in said and "Next:" not in said
 

@@ -11,7 +11,7 @@ from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.depth import ResidualAttention
 from okdc.cohort.refit import Reprojected, refit
-from tests.helpers import networks
+from tests.helpers import networks, staged
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -30,16 +30,16 @@ def grown(network: nn.Module, blocks: int = 1, images: torch.Tensor = IMAGES) ->
 @pytest.mark.parametrize(
     ("kind", "cut", "expected"),
     [
-        (networks.Alternating, "windows.2", "1 x Window after windows.3"),
-        (networks.OneStrided, "early", "1 x Strided after late"),
-        (networks.Dense, "late.0", "1 x Reprojected after late.1"),
-        (networks.LinearAsConvolution, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
-        (networks.LateClassToken, "blocks.19", "1 x TransformerEncoderLayer after blocks.29"),
-        (networks.SideBranch, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
-        (networks.Convolutional, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
-        (networks.Plain, "groups.2", "1 x ConvNormAct after groups.3.1"),
-        (networks.OfWrapped, "early", "1 x MixerBlock after late.2"),
-        (networks.WrittenOut, "early", "1 x Wrapped-Conv2d after late.2"),
+        (staged.Alternating, "windows.2", "1 x Window after windows.3"),
+        (staged.OneStrided, "early", "1 x Strided after late"),
+        (staged.Dense, "late.0", "1 x Reprojected after late.1"),
+        (staged.LinearAsConvolution, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
+        (staged.LateClassToken, "blocks.19", "1 x TransformerEncoderLayer after blocks.29"),
+        (staged.SideBranch, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
+        (staged.Convolutional, "early", "1 x Conv2d-BatchNorm2d-ReLU after late.2"),
+        (staged.Plain, "groups.2", "1 x ConvNormAct after groups.3.1"),
+        (staged.OfWrapped, "early", "1 x MixerBlock after late.2"),
+        (staged.WrittenOut, "early", "1 x Wrapped-Conv2d after late.2"),
     ],
 )
 def test_the_block_and_the_cut(kind: type[nn.Module], cut: str, expected: str) -> None:
@@ -49,13 +49,13 @@ def test_the_block_and_the_cut(kind: type[nn.Module], cut: str, expected: str) -
 
 
 def test_blocks_that_take_turns_go_on_taking_turns() -> None:
-    branch = grown(networks.Alternating(), blocks=3).branches[0]
+    branch = grown(staged.Alternating(), blocks=3).branches[0]
     assert [window.shift for window in branch.windows[-1].further] == [0, 1, 0]
     assert [window.shift for window in branch.windows[:3]] + [branch.windows[3].first.shift] == [0, 1, 0, 1]
 
 
 def test_a_refitted_block_keeps_the_shape_and_every_layer() -> None:
-    block = networks.Strided(8, 16)
+    block = staged.Strided(8, 16)
     made = refit(block, torch.randn(2, 16, 8, 8))
     assert made(torch.randn(2, 16, 8, 8)).shape == (2, 16, 8, 8)
     assert made.norm.num_features == 16 and made.norm.running_mean.shape == (16,)
@@ -72,16 +72,16 @@ def test_depthwise_blocks_are_refitted() -> None:
 
 
 def test_growing_channels_are_projected_back() -> None:
-    made = refit(networks.DenseLayer(8), torch.randn(2, 16, 8, 8))
+    made = refit(staged.DenseLayer(8), torch.randn(2, 16, 8, 8))
     assert isinstance(made, Reprojected) and made(torch.randn(2, 16, 8, 8)).shape == (2, 16, 8, 8)
 
 
 def test_blocks_that_join_or_take_a_list_are_projected_back() -> None:
-    class Joins(networks.DenseLayer):
+    class Joins(staged.DenseLayer):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x, super().forward(x)], 1)
 
-    class Listed(networks.DenseLayer):
+    class Listed(staged.DenseLayer):
         def forward(self, x: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
             return super().forward(torch.cat(x, 1))
 
@@ -129,7 +129,7 @@ def test_blocks_of_two_streams_are_repeated() -> None:
 
 
 def test_embedding_of_a_convolutional_classifier_is_averaged() -> None:
-    network = networks.Convolutional()
+    network = staged.Convolutional()
     cohort = Cohort(network, IMAGES, [Branch("early")], taps=("embeddings",))
     assert inspect(network, IMAGES).embedding == 32 and cohort.embedding_widths == (32, 32)
 

@@ -13,7 +13,8 @@ import okdc
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.errors import CutError, MethodError
 from okdc.losses import cross_entropy
-from tests.helpers.networks import CalledTwice, Depthwise, Tiny, Tokens, TwoStreams
+from tests.helpers.networks import Depthwise, Tiny, Tokens, TwoStreams
+from tests.helpers.traps import CalledTwice
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NAMES = {"norm": "late.1", "cut": "early", "inner": "stem.1"}

@@ -13,7 +13,7 @@ import okdc.networks  # noqa: F401 (registers the CIFAR networks)
 from okdc.cohort import Branch, Cohort
 from okdc.cohort.replay import Record, Replay, Tap
 from okdc.errors import CutError, NetworkError
-from tests.helpers import networks
+from tests.helpers import networks, traps
 
 KINDS = {  # network, side of its images, where it is cut
     "Tiny": (networks.Tiny, 32, "stem"),
@@ -144,9 +144,9 @@ def test_what_cannot_be_narrowed_is_refused_and_the_target_left_alone(monkeypatc
 @pytest.mark.parametrize(
     ("kind", "plan"),
     [
-        (networks.ControlFlow, Branch("early", (1,))),
-        (networks.ReadsAttribute, Branch("early", (2,))),
-        (networks.CalledTwice, Branch("early")),
+        (traps.ControlFlow, Branch("early", (1,))),
+        (traps.ReadsAttribute, Branch("early", (2,))),
+        (traps.CalledTwice, Branch("early")),
         (networks.Tokens, Branch("blocks.2", (1,))),
         (networks.Tiny, Branch()),
         (networks.Tiny, Branch(network=networks.Tokens())),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from okdc.data import Source, open_source
-from tests.data.test_data import fails, settings, write
+from tests.helpers.images import fails, settings, write
 
 CLASSES = ("cat", "dog")
 Save = Callable[..., Path]

@@ -21,7 +21,7 @@ from okdc.data.transforms import preprocessing, read, upright
 from okdc.deploy import calibration
 from okdc.recipe import DataSettings
 from okdc.system import shipped
-from tests.data.test_data import CONFIG, same
+from tests.helpers.images import CONFIG, same
 from tests.helpers.networks import Tiny
 
 ASIDE = 6  # the camera was held upright and its sensor lies: shown turned clockwise

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from okdc.data import open_source
-from tests.data.test_data import fails, settings, write, write_split
+from tests.helpers.images import fails, settings, write, write_split
 
 CLASSES = ("cat", "dog")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from okdc.data import Data, wrap
-from tests.data.test_data import generator_states, same
+from tests.helpers.images import generator_states, same
 
 
 class Noisy(Dataset):

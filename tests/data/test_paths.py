@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from okdc.data import Source, open_source
-from tests.data.test_data import fails, settings, write
+from tests.helpers.images import fails, settings, write
 
 CLASSES = ("cat", "dog")
 

@@ -17,7 +17,7 @@ from okdc.data import Data, load, open_source
 from okdc.data.transforms import convert
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
-from tests.data.test_data import CONFIG
+from tests.helpers.images import CONFIG
 
 
 def folder(root: Path, high: int, kind: str = "png", low: int = 0) -> Path:

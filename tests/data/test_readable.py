@@ -14,7 +14,7 @@ from okdc.data import Data, load, open_source
 from okdc.errors import DataError
 from okdc.needs import Needs
 from okdc.recipe import DataSettings
-from tests.data.test_data import CONFIG, corrupt, write_split
+from tests.helpers.images import CONFIG, corrupt, write_split
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 CLASSES = ("cat", "cow", "dog")

@@ -14,7 +14,7 @@ from PIL import Image
 from okdc.data import Data, open_source, sources
 from okdc.data.scan import Files
 from okdc.recipe import DataSettings
-from tests.data.test_data import loaded, settings, write, write_split
+from tests.helpers.images import loaded, settings, write, write_split
 
 CLASSES = ("cat", "dog")
 

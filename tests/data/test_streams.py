@@ -14,7 +14,7 @@ from PIL import Image
 from okdc.data import Data, load, open_source, stream_reading
 from okdc.errors import DataError
 from okdc.recipe import DataSettings
-from tests.data.test_data import CONFIG, same, write
+from tests.helpers.images import CONFIG, fails, generator_states, loaded, same, settings, write
 
 wds = pytest.importorskip("webdataset", reason="streams: pip install webdataset")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
@@ -132,3 +132,19 @@ configs:
   - {split: validation, path: validation-*.parquet}
 ---
 """
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its tar files for the collector to close
+def test_webdataset_streams_are_the_same_each_time_an_epoch_is_read(shards: Path) -> None:
+    splits = {"train_split": "train-{0..1}.tar|24", "val_split": "val-0.tar|9"}
+    fails(settings(f"wds/{shards}", **splits), "--class-map")
+    given = settings(f"wds/{shards}", class_map=str(shards / "classes.txt"), workers=2, **splits)
+    before = generator_states()
+    data = loaded(given, batch_size=4)
+    whole = list(data.train.batches(1))
+    assert len(whole) == len(data.train) == 6 and data.classes == ("cat", "dog", "bird")
+    assert same(whole[2:], data.train.batches(1, start=2)) and same(whole, loaded(given, batch_size=4).train.batches(1))
+    assert not same(whole, data.train.batches(0))
+    labels = torch.cat([labels for _, labels in data.validation or ()]).tolist()
+    assert labels == [0, 1, 2] * 3 == [label for _, label in data.validation_images or ()]
+    assert generator_states() == before

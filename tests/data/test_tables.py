@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from okdc.data import open_source
-from tests.data.test_data import fails, loaded, same, settings, write_split
+from tests.helpers.images import fails, loaded, same, settings, write_split
 
 CLASSES = ("cat", "dog", "10", "9")
 Write = Callable[..., Path]

@@ -26,7 +26,7 @@ SCHEMA = {
         ("output", "Outputs", 6), ("dynamic_batching", "Batching", 11),
     ],
 }  # fmt: skip
-FLOAT32 = 11  # TYPE_FP32
+UINT8, FLOAT32 = 2, 11  # of Triton's DataType, which has other numbers than ONNX
 
 
 def config_class() -> type[Any]:
@@ -35,6 +35,7 @@ def config_class() -> type[Any]:
     file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="triton", syntax="proto3")
     enum = file.enum_type.add(name="DataType")
     enum.value.add(name="TYPE_INVALID", number=0)
+    enum.value.add(name="TYPE_UINT8", number=UINT8)
     enum.value.add(name="TYPE_FP32", number=FLOAT32)
     for message, fields in SCHEMA.items():
         entry = file.message_type.add(name=message)
@@ -95,3 +96,20 @@ def test_an_engine_is_a_model_of_its_own(tmp_path: Path) -> None:
     read = config(folder)
     assert (read.name, read.platform, read.max_batch_size) == ("resnet18_tensorrt", "tensorrt_plan", 64)
     assert (folder / "1" / "model.plan").read_bytes() == b"plan"
+
+
+def test_one_with_its_preprocessing_inside_takes_decoded_images(bundle: Path, tmp_path: Path) -> None:
+    preprocess = timm.data.resolve_data_config({"input_size": (3, 32, 32)})
+    full = targets.find("onnx_full").module
+    full.write(None, None, tmp_path / full.FILE, onnx=bundle / "model.onnx", preprocess=preprocess)
+    triton.write(tmp_path, "test_resnet", (3, 32, 32), CLASSES, 64)
+    folder = tmp_path / "triton" / "test_resnet_full"
+    read, graph = config(folder), onnx.load(folder / "1" / "model.onnx").graph
+    assert (read.name, read.platform, read.max_batch_size) == (folder.name, "onnxruntime_onnx", 64)
+    kinds = {UINT8: onnx.TensorProto.UINT8, FLOAT32: onnx.TensorProto.FLOAT}
+    for written, values in ((read.input, graph.input), (read.output, graph.output)):
+        assert [tensor.name for tensor in written] == [value.name for value in values]
+        for tensor, value in zip(written, values, strict=True):
+            assert kinds[tensor.data_type] == value.type.tensor_type.elem_type
+            assert list(tensor.dims) == [side.dim_value or -1 for side in value.type.tensor_type.shape.dim[1:]]
+    assert all((folder / tensor.label_filename).is_file() for tensor in read.output)

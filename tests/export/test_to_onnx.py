@@ -229,6 +229,14 @@ class Frozen(Branching):
         return super().forward(images).reshape(int(images.shape[0]), 5)
 
 
+class Leaving(Small):
+    """Leaves torch on the way, so that what it computes there of the images that are traced becomes a constant."""
+
+    def forward(self, images):
+        seen = torch.from_numpy(images.detach().numpy() < np.inf).float()
+        return super().forward(images * seen)
+
+
 @pytest.mark.parametrize(("network", "way"), [(Branching(), "torchscript"), (MathOnly(), "math_sdpa")])
 def test_fallbacks(tmp_path, network, way):
     assert to_onnx.write(network, EXAMPLE, tmp_path / "m.onnx")["path"] == way
@@ -236,7 +244,14 @@ def test_fallbacks(tmp_path, network, way):
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
-@pytest.mark.parametrize(("network", "reason"), [(Small(2), "returned tuple"), (Frozen(), "torchscript: .*Reshape")])
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (Small(2), "returned tuple"),
+        (Frozen(), "torchscript: .*Reshape"),
+        (Leaving(), "torchscript: .*3 answers for 1 image"),
+    ],
+)
 def test_failure_keeps_the_good_file(tmp_path, network, reason):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"good")

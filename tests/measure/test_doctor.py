@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from okdc.cli import main
+from okdc.deploy import runtimes
 from okdc.measure import doctor
 from okdc.measure.doctor import Finding, examine
 from okdc.system import shipped
@@ -75,6 +76,18 @@ def test_tensorrt_for_rtx_is_told_with_what_it_can_do_here(monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "_version", lambda package: None)
     found = of(doctor._runtimes(False), "TensorRT for RTX")
     assert found.ok is None and found.found == "not installed" and "okdc[rtx]" in found.advice
+
+
+def test_every_runtime_is_named_with_what_to_type_where_it_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no node
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {each.name: each for each in doctor._others()}
+    assert found.keys() == runtimes.known().keys() >= {"openvino", "opencv", "onnxruntime_web", "onnxruntime_rtx"}
+    for each in found.values():
+        assert each.ok is None and "not installed" in each.found and "install" in each.advice, each
+    assert "Node.js" in found["onnxruntime_web"].advice
 
 
 def test_two_onnxruntimes_and_too_many_threads_are_to_be_mended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import okdc
 from okdc.cohort import Branch, Cohort
 from okdc.errors import CutError, DataError, NetworkError
-from tests.helpers import networks
+from tests.helpers import networks, traps
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 EARLY = torch.ones(1, 8, 4, 4)  # what Tiny's second part takes
@@ -63,7 +63,7 @@ def test_frozen_parameters_stay_frozen_in_every_member() -> None:
 
 
 def test_buffers_that_the_forward_updates() -> None:
-    network = networks.Counting()
+    network = traps.Counting()
     cohort = trained(network, Branch("early"))
     assert network.seen == 1, "once for the step, not for what was tried at construction"
     assert cohort.branches[0].seen == 1 and cohort.strip() is network

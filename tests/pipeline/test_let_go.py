@@ -14,7 +14,7 @@ import torch
 import okdc
 from okdc import report, training
 from tests.helpers.networks import Tiny
-from tests.training.test_distributed import finish, start
+from tests.helpers.processes import finish, start
 
 BATCHES = [(torch.randn(4, 3, 16, 16), torch.arange(4))] * 2
 QUICK: dict[str, Any] = {"epochs": 1, "device": "cpu", "onnx": False, "img_size": 16}

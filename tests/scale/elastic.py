@@ -1,9 +1,11 @@
 """torchrun's elastic restart, with gloo on this machine: a process is killed, a node is lost and another one joins.
 
-    python tests/scale/elastic.py [killed] [nodes]
+    python tests/scale/elastic.py [killed] [nodes] [exporting]
 
 killed: one of two processes is killed in the middle; the run ends with the weights of one that nothing happened to.
 nodes: of two nodes of one process each one is killed; the other goes on alone, then with a third one that joins.
+exporting: the first of two nodes exports for longer than torchrun's launchers wait for one another (300 s, here 4), and
+the second is the one where they meet.
 """
 
 from __future__ import annotations
@@ -27,18 +29,47 @@ RUN = "compress --model test_resnet --img-size 32 --method dml --data digits --n
 RUN += " --recovery-interval 5 --log-interval 1 --output . --experiment run --resume auto"
 
 
+IMPATIENT = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+made = LocalElasticAgent.__init__
+made.__defaults__ = tuple(4 if each == 300 else each for each in made.__defaults__)
+run.main(sys.argv[1:])
+"""
+
+EXPORT = """
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from okdc.ranks import rank
+from okdc.recipe import TrainSettings
+from okdc.training import launch
+with ExitStack() as held:
+    with launch.joined(TrainSettings(device="cpu")):
+        leads = rank() == 0
+        launch.stay_until_closed(held)
+    if leads:
+        time.sleep(30)
+        Path("exported").touch()
+"""
+
 started: list[subprocess.Popen[bytes]] = []
 
 
 def agent(folder: Path, name: str, epochs: int, *flags: str) -> subprocess.Popen[bytes]:
-    """torchrun with the flags of a node; what it says is in the file `name`."""
+    """torchrun with the flags of a node, to train; what it says is in the file `name`."""
+    line = ["-m", "torch.distributed.run", *flags, "-m", "okdc", *RUN.split(), "--epochs", str(epochs)]
+    return begin(folder, name, *line)
+
+
+def begin(folder: Path, name: str, *line: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a node that joins waits for an address that nobody tells it
     }  # fmt: skip
-    line = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "okdc", *RUN.split(), "--epochs", str(epochs)]
     with open(folder / name, "wb") as said:
-        started.append(subprocess.Popen(line, cwd=folder, env=environment, stdout=said, stderr=subprocess.STDOUT))
+        started.append(subprocess.Popen([sys.executable, *line], cwd=folder, env=environment, stdout=said, stderr=said))
     return started[-1]
 
 
@@ -82,9 +113,7 @@ def killed(root: Path) -> None:
 
 def nodes(root: Path) -> None:
     """Two nodes, then the first alone, then the first and a third."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = [
         "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=okdc",
         f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=5",
@@ -106,11 +135,33 @@ def nodes(root: Path) -> None:
         print(*(said(root, name)[-3000:] for name in ("first", "third")), sep="\n\n")
 
 
+def exporting(root: Path) -> None:
+    """The first node, which is not where they meet, works on alone."""
+    (root / "impatient.py").write_text(IMPATIENT)
+    (root / "export.py").write_text(EXPORT)
+    port, made = free_port(), []
+    for node, meets in (("first", 0), ("second", 1)):
+        made.append(
+            begin(
+                root, node, "impatient.py", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=okdc",
+                f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf=is_host={meets}", "export.py",
+            )
+        )  # fmt: skip
+    codes = [process.wait(200) for process in made]
+    print(f"exit codes {codes}; the export is there: {(root / 'exported').exists()}")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("killed", "nodes"):
+    for name in sys.argv[1:] or ("killed", "nodes", "exporting"):
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             try:
-                {"killed": killed, "nodes": nodes}[name](Path(folder))
+                {"killed": killed, "nodes": nodes, "exporting": exporting}[name](Path(folder))
             finally:
                 for process in started:
                     process.terminate()  # torchrun ends its workers

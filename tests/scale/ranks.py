@@ -1,6 +1,6 @@
 """What the contrast of mcl and lmcl takes on each of several ranks: CPU seconds and memory, for one whole batch.
 
-    python tests/scale/ranks.py [ANCHORS]
+    python tests/scale/ranks.py [ANCHORS [RANKS ...]]
 
 Processes with gloo on this machine; two networks of one tap, width 128, forward and backward.
 """
@@ -49,5 +49,6 @@ def row(ranks: int, anchors: int) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    whole = int(sys.argv[1]) if sys.argv[1:] else 2048
-    table(("anchors", "ranks", "CPU s a step and rank", "MB a rank"), (row(ranks, whole) for ranks in (1, 2, 4, 8)))
+    whole, *several = map(int, sys.argv[1:] or (2048,))
+    head = ("anchors", "ranks", "CPU s a step and rank", "MB a rank")
+    table(head, (row(ranks, whole) for ranks in several or (1, 2, 4, 8)))

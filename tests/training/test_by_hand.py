@@ -27,8 +27,9 @@ from tests.helpers.training import Batches
 Weights = dict[str, Tensor]
 CLASSES, BATCH, STEPS, EPOCHS = 4, 8, 6, 9  # 54 steps
 SETTINGS = TrainSettings(
-    epochs=EPOCHS, batch_size=BATCH, opt="momentum", lr=0.05, weight_decay=1e-3, device="cpu", log_interval=100
-)
+    epochs=EPOCHS, batch_size=BATCH, opt="momentum", lr=0.05, weight_decay=1e-3, device="cpu", log_interval=100,
+    clip_grad=0,
+)  # fmt: skip
 
 
 def data() -> SimpleNamespace:

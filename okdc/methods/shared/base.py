@@ -32,6 +32,8 @@ class Method(nn.Module):
     """What `losses` looks at beside logits: of "feature_maps", "embeddings", "stage_maps", "exit_maps" and "shared"."""
     trunk_gradient: ClassVar[Literal["sum", "mean"]] = "sum"
     """What the trunk gets of its members' gradients."""
+    clip_grad: ClassVar[float | None] = None
+    """What the norm of the gradient is clipped to, if nobody says otherwise; None is not at all."""
     second_order: ClassVar[bool] = False
     """Whether it differentiates the gradients of its networks."""
     needs_teacher: ClassVar[bool] = False
@@ -130,6 +132,10 @@ class Method(nn.Module):
         """
         self.epoch.fill_(epoch)
         self.epochs.fill_(of)
+
+    def clipped_to(self, asked: float | None) -> float:
+        """What the norm of the gradient is clipped to where the user asks for `asked`, None being nothing; 0: not."""
+        return (self.clip_grad or 0.0) if asked is None else asked
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Parameters and their learning rates; by default everything at `lr`."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from okdc import tasks
 from okdc.anatomy import inspect
-from okdc.cohort import Branch, Cohort
+from okdc.cohort import Branch, Cohort, Known
 from okdc.errors import MethodError, RecipeError, nearest
 from okdc.methods.shared import loading
 from okdc.methods.shared.base import Method
@@ -39,6 +39,7 @@ def build(
     fresh: Callable[[], nn.Module] | None = None,
     task: str | Task = tasks.DEFAULT,
     soft_labels: bool = False,
+    known: Known | None = None,
     **settings: Any,
 ) -> Method:
     """A method around `network`, as okdc trains it: members, taps and gradient rule as its class says, and tried once.
@@ -46,7 +47,7 @@ def build(
     example: images (B >= 2, C, H, W), on which the branches are proved; where they are, the method is.
     members, extra_blocks, private_stages, cut, share, peers: other than the class says; see `Method.plan`.
     teacher, train_labels: a trained network and the labels (N,) of all training images, for a method that takes them.
-    pretrained, fresh, task: as for `Cohort`. soft_labels: labels will be class probabilities, as with mixup.
+    pretrained, fresh, task, known: as for `Cohort`. soft_labels: labels will be class probabilities, as with mixup.
     settings: the keywords of the method's constructor.
 
     The network itself becomes member 0. MethodError for a class that cannot be trained as it is written, RecipeError
@@ -60,7 +61,7 @@ def build(
     given = _given(kind, teacher, train_labels)
     wishes = {"members": members, "share": share, "peers": peers}
     forms = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}
-    options = {"pretrained": pretrained, "fresh": fresh, "task": served}
+    options = {"pretrained": pretrained, "fresh": fresh, "task": served, "known": known}
     cohort = _cohort(network, example, kind, wishes, forms, settings, options)
     strip = cohort.strip
     try:

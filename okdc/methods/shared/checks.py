@@ -38,6 +38,10 @@ def refuse_declared(kind: type[Method]) -> None:
         raise MethodError(
             f"{kind.__name__}: members is {kind.members!r}; expected a whole number of 1 or more, the target included."
         )
+    if kind.clip_grad is not None and not (isinstance(kind.clip_grad, int | float) and kind.clip_grad > 0):
+        raise MethodError(
+            f"{kind.__name__}: clip_grad is {kind.clip_grad!r}; expected a number above 0, or None, for no clipping."
+        )
     if not isinstance(getattr_static(kind, "needs"), classmethod):
         given = type(getattr_static(kind, "needs")).__name__
         raise MethodError(
