@@ -133,15 +133,6 @@ def test_a_loss_that_was_zero_in_every_step_is_told(caplog):
     assert [record.getMessage().split(" was 0")[0] for record in caplog.records] == ["the loss kl of object"]
 
 
-def test_on_a_narrow_terminal_the_line_of_an_epoch_ends_between_two_figures():
-    display = Display(2, 4, 50)
-    line = "epoch 1/2: loss 2.3 · Acc@1 50.000 Acc@5 90.000 · top-1 of branch1 40.00 · 1.0 s · data wait 0 %"
-    assert display._folded(line) == line, "not in a log"
-    display.console = Console(force_terminal=True, width=60)
-    first, second = display._folded(line).splitlines()
-    assert first.endswith("Acc@5 90.000 ·") and second == "  top-1 of branch1 40.00 · 1.0 s · data wait 0 %"
-
-
 def test_a_network_alone_is_no_ensemble(capsys):
     display = Display(2, 4, 50)
     row = {"epoch": 0, "train_loss": 1.0, "skipped_steps": 0, "seconds": 1.0, "data_wait": 0.0}
