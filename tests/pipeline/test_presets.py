@@ -83,7 +83,7 @@ def test_a_preset_gives_way_to_what_is_typed() -> None:
 
 def test_without_weights_it_learns_from_scratch_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     def make(name: str) -> Recipe:
-        return recipe.resolve(name, flat={"data": "photos", "model": "resnet20_cifar"})
+        return recipe.resolve(name, flat={"data": "digits", "model": "resnet20_cifar"})
 
     preset, found = presets.settle(FINETUNE, make, {})
     assert preset == SCRATCH and not found.network.pretrained
