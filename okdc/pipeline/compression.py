@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -142,9 +141,10 @@ def prepared(
     loader: Any = None,
     preset: str | None = None,
     method: str | type[Method] | None = None,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: dict[str, Any] | None = None,
 ) -> Recipe:
     """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
+    settings = settings or {}
     flat: dict[str, Any] = {"method": methods.name_of(method) if method is not None else None, **settings}
     if isinstance(model, str):
         flat["model"] = model
