@@ -20,7 +20,7 @@ from okdc.errors import TrainingError
 )
 @click.option(
     "--methods", type=flags.CommaList(click.STRING), default="one,dml,ahbf", show_default=True,
-    help="The methods to compare, separated by commas, or all.",
+    help="The methods to compare, separated by commas, or all; FILE.py:CLASS names one of your own.",
     shell_complete=completion.several(completion.complete_method),
 )  # fmt: skip
 @click.option(

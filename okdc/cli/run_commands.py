@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    metavar="NAME",
-    help="How the members teach each other (okdc methods lists them).",
+    metavar="NAME|FILE.py:CLASS",
+    help="How the members teach each other (okdc methods lists them), or a class of your own.",
     shell_complete=completion.complete_method,
 )
 @click.option("--method-kwargs", type=flags.KeyValue(), multiple=True, help="A setting of the method; repeatable.")

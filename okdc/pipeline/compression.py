@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -142,9 +141,10 @@ def prepared(
     loader: Any = None,
     preset: str | None = None,
     method: str | type[Method] | None = None,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: dict[str, Any] | None = None,
 ) -> Recipe:
     """The whole recipe: what is given in Python wins over it, and the launcher's number of processes over that."""
+    settings = settings or {}
     flat: dict[str, Any] = {"method": methods.name_of(method) if method is not None else None, **settings}
     if isinstance(model, str):
         flat["model"] = model
@@ -190,7 +190,7 @@ def _refuse_settings(recipe: Recipe, task: Task) -> None:
         )
 
 
-def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, given: dict[str, Any]) -> DataSettings:
+def _said_of_loader(data: DataSettings, recipe: Recipe | str | Path | None, given: Mapping[str, Any]) -> DataSettings:
     """Settings without the preprocessing that a recipe has for its own data; with what is given of the loader's."""
     began = recipe if recipe is None or isinstance(recipe, Recipe) else load(recipe, typed=None)
     if began is not None and began.data.data == LOADER:
@@ -207,7 +207,7 @@ def _tell_unavailable(recipe: Recipe) -> None:
         say(f"The run will ship without a {name} file, which cannot be written here: {reason}")
 
 
-def _refuse_data_settings(given: dict[str, Any]) -> None:
+def _refuse_data_settings(given: Mapping[str, Any]) -> None:
     """RecipeError for settings of the data that were given beside a loader, which makes its batches without them.
 
     Those of `STATED` may be: they say what the loader does, for the bundle.

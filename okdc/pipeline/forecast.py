@@ -30,6 +30,7 @@ _READ = 3  # images, for the time that reading one takes
 _FORWARD = 1 / 3  # of the time of a pass forward and back
 _WRITING = 30.0  # seconds for ONNX: torch has to trace the network, and every file is timed
 _LOOKED = 3  # how often each validation image is looked at again: in torch, in ONNX and by predict.py
+_LISTENED = 0.3  # seconds, to see what others use
 _FREE = 0.8  # share of the cores that torch wants, below which others disturb it
 
 
@@ -42,7 +43,6 @@ class Forecast:
     control: float
     smaller: float | None = None  # their share where images are `_SIDE` pixels large; None where they cannot be
     after: float = 0.0  # seconds for export and verification
-    others: float = 0.0  # cores that other programs used meanwhile, where they disturbed; then no figure is to be had
 
     @property
     def seconds(self) -> float:
@@ -53,23 +53,35 @@ class Forecast:
 def forecast(recipe: Recipe, control: bool) -> Forecast | None:
     """The time that a recipe will take, its control included; None where that is not known before it begins.
 
-    So it is on a GPU, for streams, with a teacher, and for what cannot be trained, which is told when it is tried.
+    So it is on a GPU, for streams, with a teacher, and for what cannot be trained, which is told when it is tried; also
+    where other programs disturb what is timed, which is said.
     """
     if choose_device(recipe.train.device).type != "cpu" or methods.get(recipe.method["name"]).needs_teacher:
+        return None
+    if used := disturbing():
+        say(
+            filled(
+                f"Other programs use {used:.1f} of the {os.cpu_count()} cores of this machine, so nobody can tell "
+                "how long training takes. The lines of the first epochs show it. Fewer --epochs, a smaller --img-size "
+                "and --no-baseline make it shorter."
+            )
+        )
         return None
     say("Trying a few steps, to tell how long training takes")
     try:
         with _unsaid():
             source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
-            if not hasattr(source.train, "split"):
-                return None
-            with Others() as others:
-                found = _tried(recipe, source, control)
+            return _tried(recipe, source, control) if hasattr(source.train, "split") else None
     except OkdcError:
         return None
+
+
+def disturbing() -> float:
+    """Cores that other programs use, where they leave too few for a step to be timed; 0 where they do not."""
+    with Others() as others:
+        time.sleep(_LISTENED)
     cores = os.cpu_count() or 1
-    disturbed = cores - others.cores < _FREE * min(torch.get_num_threads(), cores)
-    return replace(found, others=others.cores if disturbed else 0.0)
+    return others.cores if cores - others.cores < _FREE * min(torch.get_num_threads(), cores) else 0.0
 
 
 def about(seconds: float) -> str:
@@ -87,25 +99,14 @@ def announce(recipe: Recipe, control: bool) -> None:
 
 def told(found: Forecast) -> str:
     """What to expect, and, where that is long, what to add to the command for less."""
-    if found.others:
-        text = (
-            f"Other programs use {found.others:.1f} of the {os.cpu_count()} cores of this machine, so nobody can tell "
-            "how long training takes. The lines of the first epochs show it"
-        )
-    else:
-        text = f"By the steps that were tried, training takes about {about(found.seconds)} on this CPU"
-        text += f", with the baseline ({about(found.epochs * found.control)} of it)" if found.control else ""
-        text += f". Export and verification take about {about(found.after)} more" if found.after else ""
+    text = f"By the steps that were tried, training takes about {about(found.seconds)} on this CPU"
+    text += f", with the baseline ({about(found.epochs * found.control)} of it)" if found.control else ""
+    text += f". Export and verification take about {about(found.after)} more" if found.after else ""
     if found.seconds <= LONG:
         return filled(f"{text}.")
-    rows = [f"  {flags:46}{_less(found, seconds)}" for flags, seconds in _shorter(found)]
+    rows = [f"  {flags:46}about {about(seconds)}" for flags, seconds in _shorter(found)]
     last = "To add one: stop this with Ctrl-C, and give the new run a name, --experiment NAME"
     return "\n".join([filled(f"{text}. It takes less if you add one of these to the command:"), *rows, filled(last)])
-
-
-def _less(found: Forecast, seconds: float) -> str:
-    """What training takes by flags, in words: its time, or where other programs disturb its share."""
-    return f"about {100 * seconds / found.seconds:.0f} % of it" if found.others else f"about {about(seconds)}"
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def _too_few(images: int, model: str, reason: str, scratch: Recipe) -> str:
     given, found = command().replace(f" --preset {FINETUNE}", ""), forecast(scratch, control=False)
     again = given if given.startswith("okdc ") else f"okdc compress --data {scratch.data.data} --model {model}"
     file = f"{model.rpartition('/')[2]}.pth"
-    takes = f"takes about {about(found.seconds)}" if found and not found.others else "may take long"
+    takes = f"takes about {about(found.seconds)}" if found else "may take long"
     lines = [
         f"{reason}. Without them the network would know nothing but your {counted(images, 'image')}, which are too few "
         "to learn much from. Nothing was trained."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from okdc.methods import Method
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay them
+
+log = logging.getLogger("okdc")
 
 
 def fit(
@@ -90,6 +93,7 @@ def fit(
             # What was done is saved when no alarm of `waiting` can ring any more, and nothing else is being written.
             with data_that_stops(state, run), Saver(state, run) as saver, waiting, Watch(settings.timeout) as watch:
                 _train(state, data, run, stop, display, loggers, waiting, watch, saver)
+            _tell_idle(state)
         if early := state.stopped_early(settings):
             display.note(f"Stopped early {early}. A larger --patience with --resume goes on.")
         barrier()  # what the first rank has written is there for all
@@ -245,6 +249,17 @@ def _finish_epoch(state: TrainState, row: Row, counts: Tensor | None, run: Run, 
     if rank() == 0:
         saver.save(best=improved)
         write_summary(run.folder / "summary.csv", state.history)
+
+
+def _tell_idle(state: TrainState) -> None:
+    """Warn of losses that were 0 in every step: they taught nothing."""
+    kinds = dict.fromkeys(key for row in state.history for key in row if key.startswith("loss/"))
+    for key in kinds:
+        if rank() == 0 and all(row.get(key, 0) == 0 for row in state.history):
+            log.warning(
+                "the loss %s of %s was 0 in every step of the run, so it taught nothing: look at its weight and ramp",
+                key.removeprefix("loss/"), type(state.method).__name__,
+            )  # fmt: skip
 
 
 def _leave_if_asked(state: TrainState, run: Run, stop: StopSignal, display: Display, saver: Saver) -> None:

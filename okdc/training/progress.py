@@ -92,7 +92,9 @@ class Display:
         loss = f"loss {sum(losses.values()):.4g}" if losses else "step skipped, not finite"
         parts = " ".join(f"{name} {value:.4g}" for name, value in losses.items())
         # The parts last: they are what a narrow terminal may cut off.
-        self.status = f"{loss} · lr {lr:.3g} · {speed:.0f} images/s · {timedelta(seconds=round(left))} left · {parts}"
+        # A first step, which may compile, says nothing of others.
+        remaining = f"{timedelta(seconds=round(left))} left · " * (self.seen > 1)
+        self.status = f"{loss} · lr {lr:.3g} · {speed:.0f} images/s · {remaining}{parts}"
         if self.live:
             self.bar.update(self.task, description=f"epoch {epoch + 1}/{self.epochs}", completed=step)
             self.live.refresh()

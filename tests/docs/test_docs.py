@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import okdc
 from okdc import methods, testing
 from okdc.cli import main, timm_flags
 from okdc.measure.estimate import measure
@@ -213,6 +214,22 @@ def test_a_mean_teacher_with_weak_and_strong_views_is_as_the_page_shows(
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
         assert b"okdc" not in pickle.dumps(network)
     torch.testing.assert_close(mean, (case.build().mean.head.weight + trained) / 2)  # at first half of each
+
+
+def test_what_was_said_an_epoch_ago_softens_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heading, images = "## Labels that soften by what was said an epoch ago", torch.randn(8, 3, 32, 32)
+    labels = torch.arange(8) % 4
+    kind = _run(heading, Tiny(), images, tmp_path, monkeypatch)["PsKd"]
+    method = okdc.build(Tiny(), images[:2], kind, train_labels=labels)
+    method.begin_epoch(1, 4)
+    assert torch.equal(method.before, torch.nn.functional.one_hot(labels, 4).float()), "the trial is undone"
+    first = method(images, labels, torch.arange(8))
+    torch.testing.assert_close(first["self"] / first["ce"], torch.tensor(0.4 / 0.6))  # of the labels, both
+    second = method(images, labels, torch.arange(8))
+    said = method.cohort(images).logits[0].softmax(1)
+    torch.testing.assert_close(method.before, said)
+    torch.testing.assert_close(second["self"], -0.4 * (said * said.log()).sum(1).mean())
+    testing.resume(testing.Case(kind, Tiny))
 
 
 def test_the_tests_that_the_page_on_methods_shows_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

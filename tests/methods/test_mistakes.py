@@ -347,7 +347,11 @@ class AllLabels(Misspelt):
     ("kind", "words"),
     [
         (Remembering, r"the buffer 'past' of Remembering holds a graph after a step.*\.detach\(\) what fills it"),
-        (Unindexed, r"forward of Unindexed fails.*given\. By what needs.*images \(4, 3, 16, 16\).*indices \(4,\)"),
+        (
+            Unindexed,
+            r"forward of Unindexed fails.*given\. By what needs.*images \(4, 3, 16, 16\).*indices \(4,\)\. "
+            r"So write forward\(self, images, labels, indices\)\.",
+        ),
         (Misspelt, r"losses of Misspelt fails in a first step, in line \d+ of test_mistakes.py: AttributeError.*logit"),
         (AllLabels, r"needs the labels of all training images.*train_labels=LABELS"),
     ],

@@ -65,42 +65,6 @@ def test_each_process_of_a_node_has_a_device_of_its_own(monkeypatch):
     assert local_rank() == 2  # torchrun shows all to each: one too many is refused
 
 
-@pytest.mark.parametrize("ended", ["in order", "killed"])
-def test_a_process_of_each_other_node_waits_for_the_first_to_end(ended, monkeypatch):
-    """torch's launcher on a node ends 300 s after its processes, and may take those of other nodes with it."""
-    for name, value in {"TORCHELASTIC_RUN_ID": "any", "GROUP_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    made: list[Any] = []
-    ours = {"world": lambda: 2, "local_rank": lambda: 0, "first": lambda work: made.append(work()) or made[0]}
-    for name, value in ours.items():
-        monkeypatch.setattr(f"okdc.training.launch.{name}", value)
-    monkeypatch.setattr("socket.getfqdn", lambda: "localhost")
-    first, other = ExitStack(), ExitStack()
-    stay_until_closed(first)
-    monkeypatch.setattr("okdc.training.launch.first", lambda work: made[0])
-    stay_until_closed(other)
-    waiting = threading.Thread(target=other.close)
-    waiting.start()
-    waiting.join(0.3)
-    assert waiting.is_alive()
-    if ended == "killed":
-        first.pop_all()  # its server is gone, and nothing was said
-    first.close()
-    waiting.join(60)
-    assert not waiting.is_alive()
-
-
-def test_nobody_waits_on_one_node_or_without_torchs_launcher(monkeypatch):
-    monkeypatch.setattr("okdc.training.launch.world", lambda: 2)
-    monkeypatch.setattr("okdc.training.launch.first", lambda work: pytest.fail("the others are asked"))
-    for run, nodes in ((None, "2"), ("any", "1")):
-        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-        monkeypatch.setenv("GROUP_WORLD_SIZE", nodes)
-        if run:
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
-        stay_until_closed(ExitStack())
-
-
 def test_learning_rate_and_images_per_step_are_those_of_all_devices():
     settings = replace(SETTINGS, lr=None, lr_base=0.1, batch_size=64, devices=4, nodes=2, grad_accum_steps=2)
     assert (settings.images_per_step, settings.peak_lr) == (1024, pytest.approx(0.4))

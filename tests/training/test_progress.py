@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from okdc.training.loop import _tell_idle
 from okdc.training.progress import Display, faster_data
 from okdc.training.state import TrainState
 from tests.helpers.training import (
@@ -124,6 +125,20 @@ def test_lines_are_printed_where_there_is_no_terminal(tmp_path, capsys):
     assert "ce" in lines[0] and "images/s" in lines[0] and "left" in lines[0]
     assert "Acc@1" in lines[1] and "branch1" in lines[1] and "ensemble" in lines[1]
     assert "Acc@5" not in lines[1] and "target" not in lines[1]  # of three classes; and Acc@1 is the target's
+
+
+def test_no_time_left_is_told_by_a_first_step(capsys):
+    display = Display(2, 4, 1)
+    for step, left in ((1, 3 * 86_400.0), (2, 50.0)):
+        display.step(0, step, {"ce": 1.0}, 0.1, 10.0, left)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "days" not in first and "left" not in first and "0:00:50 left" in second
+
+
+def test_a_loss_that_was_zero_in_every_step_is_told(caplog):
+    rows = [{"loss/ce": 1.0, "loss/kl": 0.0, "loss/late": 0.0}, {"loss/ce": 0.0, "loss/kl": 0.0, "loss/late": 0.5}]
+    _tell_idle(SimpleNamespace(history=rows, method=object()))
+    assert [record.getMessage().split(" was 0")[0] for record in caplog.records] == ["the loss kl of object"]
 
 
 def test_a_network_alone_is_no_ensemble(capsys):

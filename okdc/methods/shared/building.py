@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from okdc import tasks
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, Known
-from okdc.errors import MethodError, RecipeError
+from okdc.errors import MethodError, RecipeError, nearest
 from okdc.methods.shared import loading
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.checks import misspelt, refuse_unwritten
@@ -126,7 +126,7 @@ def _made(kind: type[Method], cohort: Cohort, settings: dict[str, Any]) -> Metho
         if each.default is each.empty and not several and each.name not in settings:
             raise MethodError(
                 f"{kind.__name__} cannot be made without {each.name}: give it (--method-kwargs {each.name}=VALUE), "
-                "or give it a default in __init__."
+                f"or give it a default in __init__.{nearest(each.name, ('train_labels', 'teacher'))}"
             )
     try:
         made = kind(cohort, **settings)

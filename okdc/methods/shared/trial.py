@@ -138,6 +138,9 @@ def _losses(method: Method, batch: tuple[Tensor, ...]) -> Any:
         shapes = zip(("images", "labels", "indices"), batch)
         given = ", ".join(f"{each} {tuple(tensor.shape)}" for each, tensor in shapes)
         advice = f"By what needs() returns, forward is called with {given}."
+        asked = ("self", "images", "labels", "indices")[: len(batch) + 1]
+        if name == "forward" and len(inspect.signature(kind.forward).parameters) != len(asked):
+            advice += f" So write forward({', '.join(asked)})."
         raise _in_words(kind, name, error, advice) from error
 
 
