@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from okdc.system.signals import end_with_parent, heeded
 from okdc.training.watch import FOR_EVER
 
 ENDED = -signal.SIGTERM  # how a launcher ends the ranks that are left
+_groups = itertools.count()  # that this process has joined
 
 
 def place(settings: TrainSettings) -> tuple[int, int, int] | None:
@@ -76,7 +78,10 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     options: dict[str, Any] = {"timeout": timedelta(seconds=(settings.timeout or FOR_EVER) + 60)}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torch's launcher, which may be gone without a word
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", rank=here[0], world_size=here[1], **options)
+    store, number, count = next(dist.rendezvous("env://", *here[:2], **options))
+    store = dist.PrefixStore(f"group{next(_groups)}", store)  # what an earlier run of these processes left is not read
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, **options)
     try:
         if on_cuda and local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from okdc.errors import RecipeError, TrainingError
 from okdc.ranks import local_rank
@@ -130,3 +132,31 @@ def test_nobody_waits_on_one_node_or_without_torchs_launcher(monkeypatch):
         if run:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
         stay_until_closed(ExitStack())
+
+
+TWICE = """
+import os, time, torch
+from okdc.ranks import gather, rank
+from okdc.training.launch import joined
+from tests.helpers.processes import SETTINGS
+
+for _ in range(2):
+    with joined(SETTINGS):
+        print(gather(torch.tensor([rank()])).tolist())
+    if os.environ["RANK"] == "0":
+        time.sleep(1.5)  # as if it exported
+"""
+
+
+def test_processes_that_torchrun_started_join_again_for_another_run() -> None:
+    """The other one is first to join again, and would read where the first one listened in the run before."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWICE], env=os.environ | place | {"RANK": str(each), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for each in range(2)
+    ]  # fmt: skip
+    assert [each.communicate(timeout=120)[0].split("\n") for each in ranks] == [["[0, 1]", "[0, 1]", ""]] * 2
