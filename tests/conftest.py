@@ -26,6 +26,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if here else True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_clock():
+    """Files are timed as ever, but not for a second each, which hundreds of them would add up to."""
+    from okdc.verification import alone, latency
+    from tests.helpers import quick_clock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alone, "_CLOCK", Path(quick_clock.__file__))
+        patch.setattr(latency, "WARM_UP", 0.0)
+        patch.setattr(latency, "SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """As many threads as a process that trains beside another has."""

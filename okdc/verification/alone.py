@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # -P: the script's own folder holds modules whose names must not shadow other people's.
 _COMMAND = [sys.executable, "-P", str(Path(__file__).resolve())]
+_CLOCK = Path(__file__).with_name("latency.py")
 
 
 def measure_alone(
@@ -51,7 +52,7 @@ def measure_alone(
         saved = Path(folder) / "images.npy"
         np.save(saved, images, allow_pickle=False)
         paths = {"module": module, "file": str(file), "images": str(saved)}
-        clock = {"clock": str(Path(__file__).with_name("latency.py")), "batch_sizes": list(batch_sizes)}
+        clock = {"clock": str(_CLOCK), "batch_sizes": list(batch_sizes)}
         job = paths | clock | {"device": device, "threads": threads, "options": options and dict(options)}
         done = subprocess.run(
             _COMMAND, input=json.dumps(job) + "\n", env=environment, capture_output=True, text=True, check=False
