@@ -414,7 +414,8 @@ def test_no_figure_of_a_comparison_is_cut_off_at_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     gain, spread = Gain(-11.5, -12.75, -10.25, 3), Spread(71.234, 0.456, 3)
     line = Line("baseline-1621-epochs", 1621, 0.1, 16.21, {1: 70.0}, spread, gain, gain, 723456.0)
-    tables.show_comparison(Comparison(Path("runs/c"), "top-1", [line], "Use it.", 360, {}))
+    recipe = {"network": {"model": "resnet18", "task": "classify"}, "data": {"data": "digits", "holdout": 0.0}}
+    tables.show_comparison(Comparison(Path("runs/c"), "top1", [line], "Use it.", 360, recipe))
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     row = next(text for text in shown.splitlines() if text.startswith("baseline"))

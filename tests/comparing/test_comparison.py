@@ -25,7 +25,7 @@ BATCHES = [
     (torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(at)) + LABELS[:, None, None, None], LABELS)
     for at in range(4)
 ]
-SMALL = ["--data", "digits", "--model", "resnet20_cifar", "--img-size", "32", "-j", "0", "-b", "512", "--device", "cpu"]
+SMALL = ["--data", "digits", "--model", "resnet20_cifar", "--img-size", "16", "-j", "0", "-b", "512", "--device", "cpu"]
 
 
 def compare(folder: Path, **settings: object) -> okdc.Comparison:

@@ -24,7 +24,7 @@ def test_losses_that_make_the_first_steps_large_are_told_with_what_to_type() -> 
     told = hint()
     assert told and max(map(len, told.splitlines())) <= 79
     words = " ".join(told.split())
-    assert "the losses of ahbf give the network a gradient" in words and "type a lower --lr than 0.05" in words
+    assert "the losses of `ahbf` give the network a gradient" in words and "type a lower --lr than 0.05" in words
     assert float(words.partition("--clip-grad ")[2].partition(",")[0]) > 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
+import sklearn.utils
 import timm
 import torch
 from click.testing import CliRunner, Result
@@ -36,6 +38,8 @@ from tests.helpers.networks import Tiny
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FAST = {"epochs": 1, "batch_size": 16, "workers": 0, "img_size": 32, "crop_padding": 2, "hflip": 0.0, "lr": 0.05}
 QUICK_EXPORT = {"batch_sizes": [1]}
+DIGITS = sklearn.datasets.load_digits()
+FEWER_DIGITS = sklearn.utils.Bunch(**DIGITS | {"images": DIGITS.images[:450], "target": DIGITS.target[:450]})
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +263,7 @@ def test_the_report_names_the_control_beside_it(tmp_path: Path) -> None:
 def test_members_of_another_architecture(folder: Path, tmp_path: Path) -> None:
     result = okdc.compress(
         "resnet20_cifar", data=str(folder), method="dml", peers=["test_vit"], output=tmp_path, onnx=False,
-        **FAST | {"img_size": 160}, members=2,
+        **FAST, members=2,
     )  # fmt: skip
     facts = json.loads((result.path / "report.json").read_text())
     assert facts["members"][1]["role"] == "VisionTransformer"
@@ -397,6 +401,8 @@ def test_folders_are_never_written_over(tmp_path: Path) -> None:
 def test_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    if name != "own_network":  # which counts on all of them
+        monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: FEWER_DIGITS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")

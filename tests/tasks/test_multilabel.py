@@ -260,4 +260,5 @@ def test_a_run_that_goes_on_ends_with_the_same_weights_and_thresholds(ran: Path,
     for name, value in one["okdc"]["method"].items():
         assert torch.equal(value, two["okdc"]["method"][name]), name
     student = [json.loads((ran.parent / name / "student.json").read_text()) for name in "ab"]
+    assert [len(each.pop("typed")) for each in student] == [1, 2]  # commands
     assert student[0] == student[1] and len(student[0]["thresholds"]) == 3
