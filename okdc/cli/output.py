@@ -20,13 +20,13 @@ _STDOUT = "okdc.stdout"  # and where the JSON goes, if --json was
 def options() -> list[click.Parameter]:
     """The options -q, -v and --json, which act before the command begins."""
 
-    def quiet(_: click.Context, __: click.Parameter, wish: bool) -> None:
-        saying.be_quiet(wish)
+    def quiet(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
+        ctx.with_resource(saying.less(wish))
 
     def verbose(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
         ctx.find_root().meta[VERBOSE] = wish
         if wish:
-            logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+            ctx.with_resource(_libraries_heard())
 
     def as_json(ctx: click.Context, _: click.Parameter, wish: bool) -> None:
         ctx.find_root().meta[_STDOUT] = sys.stdout if wish else None
@@ -42,6 +42,21 @@ def options() -> list[click.Parameter]:
             help="Also what libraries report, and where in the code an error arose.", **said,
         ),
     ]  # fmt: skip
+
+
+@contextmanager
+def _libraries_heard() -> Iterator[None]:
+    """Meanwhile what libraries report is printed on stderr."""
+    root, handler = logging.getLogger(), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
 
 
 @contextmanager

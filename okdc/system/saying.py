@@ -24,10 +24,15 @@ def say(text: str, always: bool = False) -> None:
     record(text)
 
 
-def be_quiet(wish: bool) -> None:
-    """Whether `say` prints nothing from now on."""
+@contextmanager
+def less(wish: bool) -> Iterator[None]:
+    """Meanwhile `say` prints nothing, if that is the wish."""
     global quiet
-    quiet = wish
+    before, quiet = quiet, wish
+    try:
+        yield
+    finally:
+        quiet = before
 
 
 def record(text: str) -> None:

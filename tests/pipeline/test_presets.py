@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import subprocess
@@ -22,7 +23,7 @@ from okdc.errors import NetworkError, RecipeError
 from okdc.pipeline import compress, control, facts, forecast, presets
 from okdc.pipeline.opening import small_images
 from okdc.recipe import FINETUNE, SCRATCH, NetworkSettings, Recipe, default_preset
-from okdc.system import busy
+from okdc.system import busy, saying
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +243,11 @@ def test_quiet_says_results_alone_and_verbose_where_an_error_arose(photos: Path,
     words = ("compress", "--data", photos, *SMALL, "--method", "baseline", "--epochs", "1", "-b", 16)
     result = okdc(*words, "--output", tmp_path, "--experiment", "a", "-q")
     assert result.exit_code == 0 and result.stderr == "" and "Student, top-1" in result.output
+    assert not saying.quiet, "a program that ran the command says what it says"
     assert "epoch 1/1" in (tmp_path / "a" / "run.log").read_text()
     again = okdc(*words, "--output", tmp_path, "--experiment", "a", "-v")
     assert "Traceback" in again.stderr and "never written over" in said(again)
+    assert logging.getLogger().level > logging.INFO, "likewise"
     assert "Traceback" not in okdc(*words, "--output", tmp_path, "--experiment", "a").stderr
 
 
