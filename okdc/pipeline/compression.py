@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -52,6 +53,8 @@ from okdc.tasks.task import Task
 from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
 from okdc.training.machine import Machine
+
+log = logging.getLogger("okdc")
 
 
 def compress(
@@ -253,7 +256,7 @@ def _train(
         if rank() == 0:
             say(opening.opening(method, data, recipe, folder))
             if last is None and (hint := opening.steep(method, recipe)):
-                say(hint)
+                log.warning("%s", hint)
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
