@@ -107,9 +107,9 @@ def compress(
         command = [sys.executable, "-m", "okdc", *sys.argv[1:], *(["--preset", preset] if preset else [])]
         raise SystemExit(launch.launch(command, resolved.train, rendezvous))
     controlled = with_baseline or (with_baseline is None and preset == recipe.FINETUNE and here is None)
-    if preset is not None and resume is None and here is None:
+    if resume is None and here is None:
         run_folder.choose(Path(output), resolved, experiment, resume)  # an error comes before the time is told
-        forecast.announce(resolved, bool(controlled))
+        forecast.announce(resolved, bool(controlled) and resolved.method["name"] != control.PLAIN)
     if controlled:
         control.train_control(resolved, output, experiment, resume)
     result = pipeline.compress(recipe=resolved, output=output, experiment=experiment, resume=resume)

@@ -16,13 +16,14 @@ from okdc import methods, networks, tasks
 from okdc.data import open_source
 from okdc.data.transforms import MODES, image_transform, preprocessing
 from okdc.errors import OkdcError
-from okdc.pipeline import assemble_cohort
+from okdc.pipeline import assemble, assemble_cohort
 from okdc.pipeline.opening import filled
-from okdc.recipe import Recipe
+from okdc.recipe import Recipe, runs_code
+from okdc.system import saying
 from okdc.system.busy import Others
 from okdc.system.randomness import own_randomness
 from okdc.system.saying import say
-from okdc.training.machine import choose_device
+from okdc.training.machine import Machine, choose_device
 
 LONG = 300.0  # seconds of training, from which on is said what makes it shorter
 _SIDE, _EPOCHS = 128, 5  # how small images may be made, and to how few epochs a run may come down, to get there
@@ -53,17 +54,18 @@ class Forecast:
 def forecast(recipe: Recipe, control: bool) -> Forecast | None:
     """The time that a recipe will take, its control included; None where that is not known before it begins.
 
-    So it is on a GPU, for streams, with a teacher, and for what cannot be trained, which is told when it is tried; also
-    where other programs disturb what is timed, which is said.
+    So it is on a GPU, for streams, key points and what `_is_alike` leaves out, and for what cannot be trained, which is
+    told when it is; also where other programs disturb what is timed, which is said.
     """
-    if choose_device(recipe.train.device).type != "cpu" or methods.get(recipe.method["name"]).needs_teacher:
+    if not _is_alike(recipe):
         return None
     if used := disturbing():
+        shorter = "Fewer --epochs, a smaller --img-size and --no-baseline make"
         say(
             filled(
                 f"Other programs use {used:.1f} of the {os.cpu_count()} cores of this machine, so nobody can tell "
-                "how long training takes. The lines of the first epochs show it. Fewer --epochs, a smaller --img-size "
-                "and --no-baseline make it shorter."
+                "how long training takes. The lines of the first epochs show it. "
+                f"{shorter if control else 'Fewer --epochs and a smaller --img-size make'} it shorter."
             )
         )
         return None
@@ -72,8 +74,20 @@ def forecast(recipe: Recipe, control: bool) -> Forecast | None:
         with _unsaid():
             source = open_source(recipe.data, recipe.train.seed, tasks.get(recipe.network.task))
             return _tried(recipe, source, control) if hasattr(source.train, "split") else None
-    except OkdcError:
+    except Exception:  # whatever it is, the run raises it again
         return None
+
+
+def _is_alike(recipe: Recipe) -> bool:
+    """Whether steps on trial take as long as those of the run, and building all of it twice does no harm.
+
+    A teacher takes long to load, a step to compile; a second-order method trains within a step; the user's own code may
+    do more than build.
+    """
+    kind, settings = methods.get(recipe.method["name"]), recipe.train
+    odd = settings.torchcompile or kind.needs_teacher or kind.second_order
+    own = runs_code(recipe.network.model) or runs_code(recipe.method["name"])
+    return choose_device(settings.device).type == "cpu" and not (odd or own)
 
 
 def disturbing() -> float:
@@ -92,7 +106,9 @@ def about(seconds: float) -> str:
 
 
 def announce(recipe: Recipe, control: bool) -> None:
-    """Say what to expect, where that is known."""
+    """Say what to expect, where that is known and somebody listens."""
+    if saying.quiet:
+        return
     if found := forecast(recipe, control):
         say(told(found))
 
@@ -145,12 +161,14 @@ def _tried(recipe: Recipe, source: Any, control: bool) -> Forecast:
         network = replace(recipe.network, pretrained=False)  # as fast as with any weights; a checkpoint has to fit
         target = networks.load(network, len(source.classes))
         size = networks.data_config(target, network)["input_size"]
-        method = assemble_cohort.build_method(
-            target, replace(recipe, network=network), size, len(source.classes), named=True,
-            train_labels=source.train.labels,
-        )  # fmt: skip
-        alone, together = methods.pace(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
-        method.strip()
+        with assemble.at_home(target, recipe.train):
+            method = assemble_cohort.build_method(
+                target, replace(recipe, network=network), size, len(source.classes), named=True,
+                train_labels=source.train.labels,
+            )  # fmt: skip
+            with Machine.of(recipe.train).autocast():
+                alone, together = methods.pace(method, assemble_cohort.needs(recipe)[0], recipe.train.batch_size)
+            method.strip()
         smaller = _smaller(target, size, recipe)
         read = _reading(source.train, recipe, networks.data_config(target, network))
     training, validation = len(source.train), len(source.validation or ())
@@ -175,9 +193,9 @@ def _smaller(target: torch.nn.Module, size: tuple[int, int, int], recipe: Recipe
 def _reading(images: Any, recipe: Recipe, config: dict[str, Any]) -> float:
     """Seconds that reading and augmenting an image take, shared by all cores; 0 where the first cannot be read."""
     config = preprocessing(recipe.data, config)
-    transform, mode = image_transform(recipe.data, config, training=True), MODES[config["input_size"][0]]
-    began = time.process_time()
     try:
+        transform, mode = image_transform(recipe.data, config, training=True), MODES[config["input_size"][0]]
+        began = time.process_time()
         for position in range(min(_READ, len(images))):
             transform(images[position][0].convert(mode))
     except Exception:  # whatever reading raises: it is told where images are read to be trained on

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from okdc import networks, recipe
+from okdc import methods, networks, recipe
 from okdc.cli import main
 from okdc.data.images import Images
 from okdc.errors import NetworkError, RecipeError
@@ -220,7 +221,10 @@ def test_what_goes_on_is_what_was_typed_and_the_run_keeps_it(tmp_path: Path, mon
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 
-def test_a_screen_says_what_is_done_and_the_log_keeps_it(photos: Path, tmp_path: Path) -> None:
+def test_a_screen_says_what_is_done_and_the_log_keeps_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "disturbing", lambda: 0.0)  # by the programs beside this test
     words = ("compress", "--data", photos, *SMALL, "--method", "one", "--epochs", "2", "-b", 16, "--output", tmp_path)
     result = okdc(*words, "--experiment", "a", "--onnx")
     assert result.exit_code == 0, result.output
@@ -229,7 +233,7 @@ def test_a_screen_says_what_is_done_and_the_log_keeps_it(photos: Path, tmp_path:
     for line in (
         "272,019 parameters, images of 16 x 16 pixels", "54 training images and 6 validation images, 3 classes",
         "one, 3 members. Adds branches to a shared trunk.", "2 epochs of 3 steps, 16 images per step, learning rate",
-        "times the FLOPs of the network alone",
+        "times the FLOPs of the network alone", "By the steps that were tried, training takes about 10 seconds on this",
     ):  # fmt: skip
         assert line in " ".join(told.split())
     assert rest.index("writing 1 of 1: model.onnx") < rest.index("timing 2 of 3: onnx")
@@ -281,6 +285,16 @@ def test_no_time_is_told_where_other_programs_use_the_cores(
     told = capsys.readouterr().err
     assert told.startswith("Other programs use 1.6 of the ") and "--no-baseline" in told and "minutes" not in told
     assert max(map(len, told.splitlines())) < 80
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [{"method": "lmcl"}, {"method": "kd"}, {"torchcompile": True}, {"model": "tests.helpers.networks:Tiny"}],
+    ids=str,
+)
+def test_no_time_is_told_of_what_cannot_be_tried_as_it_runs(typed: dict[str, Any]) -> None:
+    typed = {"data": "digits", "model": "resnet20_cifar", "img_size": 16, "method": "one", "device": "cpu", **typed}
+    assert forecast.forecast(recipe.resolve(None, flat=typed, method_settings=methods.settings), control=False) is None
 
 
 def test_what_other_programs_use_is_not_what_this_one_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
