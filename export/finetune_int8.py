@@ -64,11 +64,13 @@ def finetune(
 
 
 def noise(logits: Tensor, exact: Tensor) -> Tensor:
-    """How far logits (B, classes) are off: squares of the differences over those of `exact`, a mean over the images.
+    """How far logits (B, classes) are from `exact`, as a share of how far those are from 0; a mean over the images.
 
-    Each image counts alike: over all of them, a few whose activations are cut off would hide what helps the others.
+    Each image counts alike, and by the distance itself: by its square, a few images whose activations are cut off would
+    hide what helps all others.
     """
-    return ((logits - exact).square().sum(1) / exact.square().sum(1).clamp(min=1e-12)).mean()
+    away, length = (torch.linalg.vector_norm(each.flatten(1), dim=1) for each in (logits - exact, exact))
+    return (away / length.clamp(min=1e-6)).mean()
 
 
 class _Stored(NamedTuple):

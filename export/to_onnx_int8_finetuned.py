@@ -63,14 +63,14 @@ def write(
     """
     if calibration is None or len(calibration) < 2:
         raise RuntimeError("int8 is calibrated on training images, and there are none: give the data, --data DATA.")
-    started, to_int8 = time.perf_counter(), _beside("to_onnx_int8")
+    started, quantising = time.perf_counter(), _beside("int8_bench")
     to_onnx, writing = _beside("to_onnx"), _beside("onnx_writing")
     with tempfile.TemporaryDirectory() as folder:
         with writing.quiet():
             source = Path(onnx) if onnx else Path(folder) / to_onnx.FILE
             if onnx is None:
                 to_onnx.write(student, example, source, opset=opset, metadata=metadata)
-            bench = to_int8._Bench(source, calibration, to_int8._PRESETS["cpu"], Path(folder), same)
+            bench = quantising.Bench(source, calibration, quantising.PRESETS["cpu"], Path(folder), same)
             trials = [_Trial(bench, bench.attempt(method).proto) for method in ("minmax", "percentile")]
             start = min(trials, key=lambda trial: trial.noise)
             before = start if onnx_int8 is None else _Trial(bench, _load(onnx_int8))

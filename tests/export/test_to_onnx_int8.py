@@ -153,6 +153,32 @@ def test_the_layer_that_does_the_damage_is_found_and_kept_in_float(
     assert len(loose["steps"]) == 1 and loose["kept_in_float"] == []  # whoever asks for less is not made to search
 
 
+class OneToken(torch.nn.Module):
+    """Attends to a single token, so that each softmax is over one score: windows of a Swin on small images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Conv2d(3, 8, 32, bias=False), torch.nn.Linear(8, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(images).flatten(2).mT
+        scores = (tokens @ tokens.mT).softmax(-1)
+        return self.head((scores @ tokens)[:, 0])
+
+
+def test_a_softmax_is_not_in_8_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = OneToken().eval()
+    facts = to_int8.write(network, torch.zeros(2, 3, 32, 32), tmp_path / "m.onnx", calibration=images(64))
+    batch = images(20, seed=9)
+    off = np.abs(to_int8.runner(tmp_path / "m.onnx")(batch) - logits(network, batch)).max()
+    assert facts["kept_in_float"] == [] and off < 0.05 * np.abs(logits(network, batch)).max()
+    model = onnx.load(tmp_path / "m.onnx")
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    assert [made[node.input[0]] for node in model.graph.node if node.op_type == "Softmax"] == ["MatMul"]
+    assert {name for node in model.graph.node for name in node.input} >= {each.name for each in model.graph.initializer}
+
+
 def test_without_images_nothing_is_written(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="training images"):
         to_int8.write(None, None, tmp_path / "m.onnx", onnx=plain)
