@@ -19,26 +19,27 @@ from tests.comparing.test_comparison import compare
 
 
 class Idle(okdc.Method):
-    """Its branch learns nothing, which is found before training, and a loss teaches nothing, which is found after."""
+    """A branch that learns nothing and steps that are steep are found before training, an idle loss is found after."""
 
     members = 2
 
     def losses(self, out, labels):
-        return {"ce": cross_entropy(out.logits[0], labels), "kl": 0 * out.logits[0].sum()}
+        return {"ce": 20 * cross_entropy(out.logits[0], labels), "kl": 0 * out.logits[0].sum()}
 
 
 def test_a_comparison_tells_what_its_runs_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("okdc").warning("of what was said before")
     found = compare(tmp_path, methods=[Idle], seeds=2, equal_compute=False)
-    assert [each.runs for each in found.warnings] == [{"Idle": [42, 43]}] * 2
-    unreached, idle = (each.text for each in found.warnings)
+    assert [each.runs for each in found.warnings] == [{"Idle": [42, 43]}] * 3
+    unreached, steep, idle = (each.text for each in found.warnings)
     assert "no loss reaches branch1" in unreached and "the loss kl of Idle was 0 in every step" in idle
+    assert "a gradient 20 times as large as plain training does" in steep
     show_comparison(found)
     documents = [(found.path / f"compare.{kind}").read_text(encoding="utf-8") for kind in ("md", "html")]
     for text in (capsys.readouterr().out, *documents):
         assert text.count("the loss kl of Idle was 0") == 1 and "Idle, seeds 42 and 43" in text
     told = json.loads((found.path / "compare.json").read_text())["warnings"]
-    assert told[1] == {"who": "Idle, seeds 42 and 43", "text": idle, "runs": {"Idle": [42, 43]}}
+    assert told[2] == {"who": "Idle, seeds 42 and 43", "text": idle, "runs": {"Idle": [42, 43]}}
 
 
 def test_warnings_that_differ_in_figures_alone_are_one(tmp_path: Path) -> None:

@@ -343,6 +343,13 @@ class AllLabels(Misspelt):
         super().__init__(cohort)
 
 
+class MisspeltLabels(Misspelt):
+    """Calls the labels of all images something else."""
+
+    def __init__(self, cohort: Cohort, training_labels: Tensor) -> None:
+        super().__init__(cohort)
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -354,6 +361,7 @@ class AllLabels(Misspelt):
         ),
         (Misspelt, r"losses of Misspelt fails in a first step, in line \d+ of test_mistakes.py: AttributeError.*logit"),
         (AllLabels, r"needs the labels of all training images.*train_labels=LABELS"),
+        (MisspeltLabels, r"cannot be made without training_labels.*in __init__\. Did you mean train_labels\?"),
     ],
 )  # fmt: skip
 def test_what_fails_in_a_step_is_told_with_the_authors_line(kind: type[Method], words: str) -> None:

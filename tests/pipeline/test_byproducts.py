@@ -49,6 +49,7 @@ def test_the_report_and_the_terminal_name_it(result: okdc.Result, capsys: pytest
         assert "Also trained" in text and "byproducts/fused" in text
     tables.show_result(result)
     said = " ".join(capsys.readouterr().out.split())
+    assert "Ensemble, top-1" in said and "does not ship" not in said, "the fused network is the ensemble"
     assert "Also trained: fused" in said and "fused" in said.partition("Also trained: fused")[2]
 
 

@@ -236,6 +236,7 @@ def test_a_screen_says_what_is_done_and_the_log_keeps_it(
         "times the FLOPs of the network alone", "By the steps that were tried, training takes about 10 seconds on this",
     ):  # fmt: skip
         assert line in " ".join(told.split())
+    assert "Ensemble, top-1, does not ship" in result.output
     assert rest.index("writing 1 of 1: model.onnx") < rest.index("timing 2 of 3: onnx")
     log = (tmp_path / "a" / "run.log").read_text()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(  |$)", line) for line in log.splitlines())

@@ -100,7 +100,7 @@ def test_the_page_shows_the_table_and_names_the_worst(tmp_path: Path) -> None:
     page, markdown = pages(tmp_path, sample(confusion=told))
     text = without_spaces(page.text)
     assert "Worst: cow, 50.0 % of 4 images, most often taken for ant<; ant<, 75.0 % of 4 images" in text
-    assert "Without validation images: bee." in text
+    assert "Without validation images: bee." in text and "label ↓ answer →" in text, "the corner of the table"
     inks = [attrs["style"] for tag, attrs in page.tags if tag == "i" and "opacity" in (attrs.get("style") or "")]
     assert inks == [f"opacity:{ink}" for ink in (0.75, 0.25, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5)]
     assert "| cow | ant\\< | 2 | 50.0 % |" in without_spaces(markdown)

@@ -351,6 +351,15 @@ def test_a_gain_is_called_what_it_is(tmp_path: Path) -> None:
     assert "within chance" not in pages(tmp_path, facts)[0].text
 
 
+def test_of_the_ensemble_is_said_when_it_was_as_good_and_that_the_student_is_another(tmp_path: Path) -> None:
+    page, markdown = pages(tmp_path, sample())
+    assert "+1.7 points compared with the student, at the same epoch" in without_spaces(page.text)
+    assert "| ensemble top-1 | 98.9 %" in without_spaces(markdown)
+    facts = sample()
+    facts["metrics"]["top1"] = None
+    assert "all members together, at the student's epoch" in pages(tmp_path, facts)[0].text
+
+
 def test_standard_errors_are_those_of_a_share() -> None:
     assert standard_error(90.0, 100) == pytest.approx(3.0) and standard_error(None, 100) is None
     assert uncertain(100.0, 96) == " on 96 images" and uncertain(50.0, 1) == " ± 50.0 on 1 image"
