@@ -16,9 +16,9 @@ from okdc import methods, networks, tasks
 from okdc.data import open_source
 from okdc.data.transforms import MODES, image_transform, preprocessing
 from okdc.errors import OkdcError
-from okdc.pipeline import assemble, assemble_cohort
+from okdc.pipeline import assemble, assemble_cohort, run_folder
 from okdc.pipeline.opening import filled
-from okdc.recipe import Recipe, runs_code
+from okdc.recipe import Recipe
 from okdc.system import saying
 from okdc.system.busy import Others
 from okdc.system.randomness import own_randomness
@@ -86,8 +86,7 @@ def _is_alike(recipe: Recipe) -> bool:
     """
     kind, settings = methods.get(recipe.method["name"]), recipe.train
     odd = settings.torchcompile or kind.needs_teacher or kind.second_order
-    own = runs_code(recipe.network.model) or runs_code(recipe.method["name"])
-    return choose_device(settings.device).type == "cpu" and not (odd or own)
+    return choose_device(settings.device).type == "cpu" and not (odd or run_folder.trusted(recipe))
 
 
 def disturbing() -> float:

@@ -114,7 +114,8 @@ def stopping(told: Callable[[], None]) -> Iterator[None]:
         yield
     except SystemExit:
         if came:
-            told()
+            with suppress(OSError):  # a terminal that has hung up
+                told()
         raise
     finally:
         for number, handler in before.items():

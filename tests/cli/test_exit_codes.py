@@ -96,13 +96,13 @@ def test_a_signal_while_files_are_written_leaves_what_was_trained(
     monkeypatch.setattr(deploy, "export_bundle", lambda *_, **__: signal.raise_signal(rung))
     run, rung = tmp_path / "run", signal.SIGTERM
     before = [signal.getsignal(number) for number in SIGNALS]
-    done = okdc(f"compress {DATA} --onnx --model {TINY} {SMALL} --output {tmp_path} --experiment run -q")
+    done = okdc(f"compress {DATA} --onnx --model resnet20_cifar --output {tmp_path} --experiment run -q")
     assert done.exit_code == 128 + rung, done.output
     told = f"Stopped: training is done, and {run / 'model_best.pth.tar'} is the student; its files are not all written."
     assert told in done.stderr and f"Continue with: okdc compress --resume {run / 'last.pth.tar'}" in done.stderr
     assert f"\nTo write the files alone: okdc export {run}\n" in done.stderr
     assert (run / "report.json").is_file() and (run / "model_best.pth.tar").is_file() and not (run / "export").exists()
     rung = signal.SIGINT
-    done = okdc(f"export {run} --model {TINY} -q")
+    done = okdc(f"export {run} -q")
     assert done.exit_code == 128 + rung and f"nothing was put in {run / 'export'}. Begin again" in done.stderr
     assert [signal.getsignal(number) for number in SIGNALS] == before

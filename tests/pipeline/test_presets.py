@@ -298,6 +298,25 @@ def test_no_time_is_told_of_what_cannot_be_tried_as_it_runs(typed: dict[str, Any
     assert forecast.forecast(recipe.resolve(None, flat=typed, method_settings=methods.settings), control=False) is None
 
 
+def test_steps_are_tried_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[bool, bool, bool]] = []
+
+    def pace(method: methods.Method, *_: object) -> tuple[float, float]:
+        network: Any = method.cohort.target
+        tried.append(
+            (torch.is_autocast_enabled("cpu"), network.layer1[0].conv1.weight.requires_grad, network.grad_checkpointing)
+        )
+        return 0.01, 0.03
+
+    monkeypatch.setattr(methods, "pace", pace)
+    monkeypatch.setattr(forecast, "disturbing", lambda: 0.0)
+    typed: dict[str, Any] = {"data": "digits", "model": "test_resnet", "img_size": 32, "method": "one", "device": "cpu"}
+    for given in ({}, {"amp": True, "freeze": ["layer1"], "grad_checkpointing": True}):
+        asked = recipe.resolve(None, flat=typed | given, method_settings=methods.settings)
+        assert (found := forecast.forecast(asked, control=False)) and found.run > 40
+    assert tried == [(False, True, False), (True, False, True)]
+
+
 def test_what_other_programs_use_is_not_what_this_one_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = tmp_path / "stat"
     monkeypatch.setattr(busy, "_ALL", told)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from okdc.comparing.gains import Gain, Spread
     from okdc.measure.step_cost import Profile
 
-
 _WARNINGS = 8  # of a comparison, that are shown
 
 
