@@ -19,6 +19,7 @@ from okdc.comparing import arms, table, tuning
 from okdc.comparing.arms import Arm
 from okdc.comparing.running import InProcess, Job, refuse_others, run_all, seeded
 from okdc.comparing.table import Line
+from okdc.comparing.warned import Warned, warned
 from okdc.data import open_source
 from okdc.errors import RecipeError
 from okdc.measure import estimate
@@ -26,7 +27,7 @@ from okdc.measure.estimate import Estimate
 from okdc.methods import Method
 from okdc.pipeline import assemble_cohort, facts, run_folder
 from okdc.recipe import LOADER, ExportSettings, Recipe, flat_settings, resolve
-from okdc.system.saying import say
+from okdc.system.saying import forget, say
 
 METHODS = ("one", "dml", "ahbf")
 Score = Callable[[dict[str, Any], str], float | None]
@@ -35,7 +36,8 @@ NOTHING = ExportSettings(onnx=False, byproducts=False)
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` gives back: the lines, best first, what to use in a sentence, and where everything is."""
+    """What `compare` gives back: the lines, best first, what to use in a sentence, what runs warned of, and where
+    everything is."""
 
     path: Path
     metric: str
@@ -43,6 +45,7 @@ class Comparison:
     verdict: str
     images: int | None = None  # that the figures are of
     recipe: dict[str, Any] = field(default_factory=dict)  # of plain training
+    warnings: list[Warned] = field(default_factory=list)
 
     def __repr__(self) -> str:
         means = (f"{line.name} {line.spread.mean:.2f} %" for line in self.lines if line.spread)
@@ -107,7 +110,7 @@ def compare(
     shares = tasks.get(plain.network.task).is_share  # only then is there an error by the number of images
     images = (some.get("data") or {}).get("validation_images") if shares else None
     comparison = Comparison(
-        folder, tasks.metric(plain), found, table.verdict(found), images, planned[0].recipe.to_dict()
+        folder, tasks.metric(plain), found, table.verdict(found), images, planned[0].recipe.to_dict(), warned(runs)
     )
     report.write_comparison(folder, facts_of(comparison))
     return comparison
@@ -123,6 +126,7 @@ def facts_of(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "path": comparison.path.as_posix(),
         "lines": [asdict(line) for line in comparison.lines],
+        "warnings": [asdict(each) | {"who": each.who} for each in comparison.warnings],
         "command": facts.command(),
         "recipe": comparison.recipe,
     }
@@ -208,6 +212,7 @@ def _by_seed(runs: dict[str, dict[int, Job]], seeds: int) -> list[list[Job]]:
 
 def _compressed(model: Any, loader: Any, validation: Any, job: Job) -> None:
     """A run in this process, of a copy of the user's own module or on the user's own batches."""
+    forget()  # what was said of the comparison is not of the run
     pipeline.compress(
         copy.deepcopy(model) if isinstance(model, nn.Module) else model, loader, validation,
         recipe=job.recipe, output=job.folder.parent, experiment=job.folder.name, resume="auto",

@@ -17,7 +17,7 @@ from typing import Any
 from okdc.errors import OkdcError, RunError
 from okdc.pipeline import run_folder
 from okdc.recipe import Recipe, load
-from okdc.system import files
+from okdc.system import files, saying
 
 RECIPES, LOGS = "recipes", "logs"
 # What a run is started with: okdc itself, which ends, its state saved, when the comparison is gone.
@@ -49,6 +49,10 @@ class Job:
             return json.loads(report.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{report} is damaged ({error}). Remove {self.folder}: its run is done again.") from error
+
+    def warnings(self) -> list[str]:
+        """What it warned of, also where it is not done."""
+        return saying.warnings_in(self.folder / run_folder.LOG)
 
 
 Done = Callable[[Job, str | None], None]  # a job that has ended, and why it failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from okdc import deploy, losses, methods, report, tasks, training
+from okdc import deploy, losses, methods, tasks, training
 from okdc.data import Data
 from okdc.errors import RecipeError, refuse_address
 from okdc.methods import Method
@@ -23,14 +24,14 @@ from okdc.pipeline import (
     assemble_cohort,
     byproducts,
     class_weights,
-    examples,
     opening,
     presets,
     run_folder,
     settling,
     teachers,
 )
-from okdc.pipeline.facts import choice, command, continuing, facts_of, facts_of_training, metrics_of, typed
+from okdc.pipeline.delivering import deliver
+from okdc.pipeline.facts import choice, command, continuing, facts_of_training, metrics_of, typed
 from okdc.pipeline.result import Result
 from okdc.ranks import first, rank
 from okdc.recipe import (
@@ -52,6 +53,8 @@ from okdc.tasks.task import Task
 from okdc.training import TrainState, checkpoint, launch, loggers
 from okdc.training.evaluation import judge
 from okdc.training.machine import Machine
+
+log = logging.getLogger("okdc")
 
 
 def compress(
@@ -131,7 +134,7 @@ def run(
         torch.cuda.empty_cache()
         result = Result(target.eval(), metrics, folder, None, data, resolved, resolved.network.model, further, task)
         if leads:
-            _deliver(result, facts, lost, logs)
+            deliver(result, facts, lost, logs, go_on)
     return result
 
 
@@ -253,7 +256,7 @@ def _train(
         if rank() == 0:
             say(opening.opening(method, data, recipe, folder))
             if last is None and (hint := opening.steep(method, recipe)):
-                say(hint)
+                log.warning("%s", hint)
         try:
             state = training.fit(
                 method, data, recipe.train, folder, resume=last, arch=recipe.network.model, recipe=recipe.to_dict(),
@@ -275,27 +278,6 @@ def _test(target: nn.Module, data: Data, settings: TrainSettings, state: TrainSt
         return {}
     judged, state.confusion = judge(copy.deepcopy(target), data.test, Machine.of(settings), state.method.task)
     return judged | {"holdout": state.best}
-
-
-def _deliver(result: Result, training: dict[str, Any], lost: str | None, logs: loggers.Loggers) -> None:
-    """Export and verify what was trained, by-products too (`lost` says why there are none), and report on the run."""
-    data, formats, folder = result.data, result.recipe.export, result.path
-    further: list[dict[str, Any]] = []
-    try:
-        if deploy.asked(formats):
-            result.verification = result.bundle(formats)
-            if (result.byproducts or lost) and formats.byproducts:
-                further = [byproducts.student_row(result.arch, result.student, data, result.verification, result.task)]
-                further += byproducts.export(result.byproducts, lost, data, formats, folder, result.info(), result.task)
-    except deploy.UnfitError as error:
-        result.verification = error.verification
-        raise
-    finally:  # a run that is trained has a report, also when its export failed: it says why
-        shown = {"examples": examples.of(result), "pictured": examples.pictured(result), "byproducts": further}
-        report.write(folder, facts_of(result, training) | shown)
-        logs.end(result.metrics, result.verification["verdict"] if result.verification else None)
-    if result.verification and not deploy.is_known(data.preprocess):
-        say(f"{folder / 'export'}: {deploy.UNKNOWN}")
 
 
 def _student_facts(arch: str, rebuildable: bool, data: Data, task: dict[str, Any]) -> dict[str, Any]:

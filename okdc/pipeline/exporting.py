@@ -18,6 +18,7 @@ from okdc.pipeline.facts import command
 from okdc.recipe import LOADER, STATED, DataSettings, NetworkSettings, Recipe, override
 from okdc.recipe import load as load_recipe
 from okdc.system.saying import say
+from okdc.system.signals import stopping
 from okdc.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def export(
     config = _preprocessing(found, student, {name: settings[name] for name in STATED if settings.get(name) is not None})
     data = _images(found.recipe, config, found.task) if known or "data" in settings else None
     folder = Path(output) if output else found.folder / "export"
-    with run_folder.alone(folder.parent):
+    stopped = f"Stopped: nothing was put in {folder}. Begin again with: {command()}"
+    with run_folder.alone(folder.parent), stopping(lambda: say(stopped, always=True)):
         verification = deploy.export_bundle(
             student, data, found.recipe.export, folder, arch=found.network.model,
             model_args=networks.arguments(found.network), info=found.info | {"command": command()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 _RECENT = 200  # lines that are kept for a log that has not been opened yet
+_WARNING = "warning: "  # how a line of the log begins, after the time, that is one
 
 quiet = False
 _log: TextIO | None = None
@@ -59,7 +61,7 @@ def forget() -> None:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Append to the log `path` what is said, warnings of okdc, and the error that ends it; a log that is open stays.
+    """Append to the log `path` what is said and warned of, and the error that ends it; a log that is open stays.
 
     A folder that is full or read-only costs the log alone.
     """
@@ -72,7 +74,6 @@ def logged(path: Path) -> Iterator[None]:
     except OSError:
         yield
         return
-    logging.getLogger("okdc").addFilter(_recorded)
     try:
         _log.write("".join(f"{line}\n" for line in _waiting))
         _waiting.clear()
@@ -81,13 +82,22 @@ def logged(path: Path) -> Iterator[None]:
         record(f"ended by {type(error).__name__}: {error}")
         raise
     finally:
-        logging.getLogger("okdc").removeFilter(_recorded)
         _log.close()
         _log = None
 
 
+def warnings_in(log: Path) -> list[str]:
+    """The warnings of okdc in a log, each once, in their order; none where there is no log."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return list(dict.fromkeys(re.findall(rf"^\S+ \S+  {_WARNING}(.+)$", text, flags=re.MULTILINE)))
+
+
 def _recorded(entry: logging.LogRecord) -> bool:
-    """Records warnings. A filter, not a handler: with one of those Python would not print them by itself."""
+    """Records warnings, each as one line. A filter, not a handler: with one of those Python would not print them by
+    itself. From the beginning: data is read before a run has its log."""
     if entry.levelno >= logging.WARNING:
-        record(entry.getMessage())
+        record(_WARNING + " ".join(entry.getMessage().split()))
     return True
+
+
+logging.getLogger("okdc").addFilter(_recorded)

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -91,6 +91,34 @@ class StopSignal:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
+
+
+@contextmanager
+def stopping(told: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile Ctrl-C, SIGTERM and SIGHUP end what is done, which has nothing to save; then `told` says what to type.
+
+    SystemExit with 128 and the number of the signal. In any thread but the main one it does nothing.
+    """
+    process, came = os.getpid(), False
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if os.getpid() != process:  # forked from here, and not yet what it is to become
+            os._exit(128 + number)
+        came = True
+        raise SystemExit(128 + number)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, leave) for number in heeded()} if here else {}
+    try:
+        yield
+    except SystemExit:
+        if came:
+            told()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _tell(reading: int, numbers: set[int]) -> None:

@@ -20,7 +20,7 @@ LAST = "last.pth.tar"
 BEST = "model_best.pth.tar"
 ZIP = b"PK\x03\x04"  # what torch.save writes begins with
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger("okdc")
 
 
 def save(path: Path, payload: dict[str, Any], keep: int = 1) -> None:
@@ -89,7 +89,7 @@ def _newest_good(path: Path) -> tuple[Path, dict[str, Any]]:
                 payload = _load_state(other)
             except UnusableError:
                 continue
-            _logger.warning("%s\nContinuing from the one kept before it, %s, which takes its place.", error, other)
+            log.warning("%s\nContinuing from the one kept before it, %s, which takes its place.", error, other)
             duplicate(other, path)
             return other, payload
         raise

@@ -19,7 +19,7 @@ from okdc.training.state import Contents, Run, TrainState, contents, write
 SHARE = 2  # a copy takes at most this part of the memory that is free, one half; else training waits for the disk
 ALIGNED = 64  # bytes
 
-_logger = logging.getLogger(__name__)
+log = logging.getLogger("okdc")
 
 
 class Saver:
@@ -65,7 +65,7 @@ class Saver:
         except Exception as unsaved:
             if error is None:
                 raise
-            _logger.warning("%s", unsaved)
+            log.warning("%s", unsaved)
 
     def _write(self, copied: Contents) -> None:
         try:

@@ -14,8 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from okdc import deploy
 from okdc.cli import main
-from okdc.system.signals import StopSignal
+from okdc.system.signals import SIGNALS, StopSignal
 from tests.helpers.networks import Tiny
 
 TABLE = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
@@ -87,3 +88,21 @@ def test_a_signal_ends_a_run_that_is_saved(
     done = okdc(f"compress {DATA} --model {__name__}:Rung {SMALL} --output {tmp_path} --experiment run -q")
     assert done.exit_code == 128 + number, done.output
     assert (tmp_path / "run" / "last.pth.tar").is_file() and "--resume" in done.stderr
+
+
+def test_a_signal_while_files_are_written_leaves_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "export_bundle", lambda *_, **__: signal.raise_signal(rung))
+    run, rung = tmp_path / "run", signal.SIGTERM
+    before = [signal.getsignal(number) for number in SIGNALS]
+    done = okdc(f"compress {DATA} --onnx --model {TINY} {SMALL} --output {tmp_path} --experiment run -q")
+    assert done.exit_code == 128 + rung, done.output
+    told = f"Stopped: training is done, and {run / 'model_best.pth.tar'} is the student; its files are not all written."
+    assert told in done.stderr and f"Continue with: okdc compress --resume {run / 'last.pth.tar'}" in done.stderr
+    assert f"\nTo write the files alone: okdc export {run}\n" in done.stderr
+    assert (run / "report.json").is_file() and (run / "model_best.pth.tar").is_file() and not (run / "export").exists()
+    rung = signal.SIGINT
+    done = okdc(f"export {run} --model {TINY} -q")
+    assert done.exit_code == 128 + rung and f"nothing was put in {run / 'export'}. Begin again" in done.stderr
+    assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -30,7 +30,7 @@ from okdc import deploy, methods, pipeline
 from okdc.cli import main
 from okdc.deploy import targets
 from okdc.errors import DataError, ExportError, NetworkError, RecipeError, RunError
-from okdc.pipeline import compression, run_folder
+from okdc.pipeline import delivering, run_folder
 from okdc.recipe import Recipe, override, resolve
 from okdc.training import checkpoint
 from tests.helpers.networks import Tiny
@@ -222,7 +222,7 @@ def test_a_run_folder_is_ones_own_until_all_is_written(tmp_path: Path, monkeypat
         return {}
 
     monkeypatch.setattr(deploy, "export_bundle", probe)
-    monkeypatch.setattr(compression.report, "write", probe)
+    monkeypatch.setattr(delivering.report, "write", probe)
     result = okdc.compress(Tiny(), [(images, labels)], method="baseline", epochs=1, output=tmp_path, experiment="run")
     result.export()
     okdc.export(Tiny(), output=result.path / "export")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from okdc.measure.step_cost import Profile
 
 
+_WARNINGS = 8  # of a comparison, that are shown
+
+
 def facts_of_comparison(found: Comparison) -> dict[str, Any]:
     """A comparison as plain values: those of compare.json."""
     told: dict[str, Any] = plain(facts_of(found))
@@ -40,12 +43,22 @@ def show_comparison(found: Comparison) -> None:
     for line in found.lines:
         if line.problem:
             console.print(f"[red]{escape(line.name)}[/] is not complete: {escape(line.problem)}", soft_wrap=True)
+    _show_warnings(found)
     console.print(
         f"Gains over plain training, for as many epochs{' and for as much compute' * equal}, are in points, ± half of "
         "their 95 % interval. Compute is in FLOPs, and that of plain training is 1. Minutes are those of a run."
     )
     console.print(f"\n[bold]{escape(found.verdict)}[/]")
     page.next_command(f"open {found.path / 'compare.html'}")
+
+
+def _show_warnings(found: Comparison) -> None:
+    """What the runs warned of, and where the rest of it is."""
+    console = page.console()
+    for each in found.warnings[:_WARNINGS]:
+        console.print(f"[yellow]{escape(each.who)}[/]: {escape(each.text)}", soft_wrap=True)
+    if (more := len(found.warnings) - _WARNINGS) > 0:
+        console.print(f"{counted(more, 'more warning')}: {found.path / 'compare.md'}", soft_wrap=True, markup=False)
 
 
 def _fold_names(table: Table) -> None:
