@@ -11,11 +11,10 @@ from typing import Any
 
 import click
 import pytest
-from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from okdc import recipe
-from okdc.cli import flags, main, timm_flags
+from okdc.cli import flags, main
 from okdc.errors import GateError, OkdcError, TrainingError
 from okdc.recipe import Recipe, flat_settings
 
@@ -139,51 +138,6 @@ def test_values_are_read_by_their_type() -> None:
     }
     changed = recipe.override(Recipe(), said)
     assert changed.data.scale == [0.5, 1.0] and changed.network.model_kwargs == {"depth": 2, "act": "relu"}
-
-
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        ("--scale 0.5 1.0 .", {"scale": [0.5, 1.0]}),
-        (". --mean .5 .5 .5 --std 0.5,0.5,0.5", {"mean": [0.5] * 3, "std": [0.5] * 3}),
-        ("--decay-milestones 3 4 -j 0 --opt-betas 0.9 1e-1 .",
-         {"decay_milestones": [3, 4], "workers": 0, "opt_betas": [0.9, 0.1]}),
-        ("--model-kwargs depth=2 act=relu . --opt-kwargs a=1", {"model_kwargs": {"depth": 2, "act": "relu"},
-         "opt_kwargs": {"a": 1}}),
-        ("--peers resnet18 .", {"peers": ["resnet18"]}),
-        ("--no-prefetcher . --fuser nvfuser --pin-mem --dist-bn=reduce --dr 0.2", {"decay_rate": 0.2}),
-    ],
-)  # fmt: skip
-def test_a_command_line_of_timms_is_understood(words: str, said: dict[str, Any]) -> None:
-    found: dict[str, Any] = {}
-
-    @click.command(cls=flags.GroupedCommand, timm=True)
-    @click.argument("folder")
-    @flags.settings("network", "cohort", "data", "train")
-    def command(folder: str, **_: Any) -> None:
-        found.update(flags.given(), folder=folder)
-
-    result = CliRunner().invoke(command, words.split(), catch_exceptions=False)
-    assert result.exit_code == 0 and found == {**said, "folder": "."}, result.output
-    notes = [line.split()[0] for line in result.stderr.splitlines()]
-    assert notes == [flag for flag in ("--no-prefetcher", "--fuser", "--pin-mem", "--dist-bn") if flag in words]
-
-
-def test_what_of_timms_is_not_there_says_what_to_type() -> None:
-    for flag, advice in timm_flags.REFUSED.items():
-        refused = okdc("compress", flag, "1")
-        told = " ".join(refused.stderr.split())
-        assert refused.exit_code == 2 and f"{flag} is a flag of timm" in told and advice in told
-        assert max(map(len, refused.stderr.splitlines())) <= 80
-    several = okdc("compress", "/images", "--aug-splits", "3", "--resplit", "--jsd", "--dist-bn", "reduce")
-    told = " ".join(several.stderr.split())
-    assert several.exit_code == 2 and "3 flags of timm are here that okdc does not have. --aug-splits: --method" in told
-    assert "--jsd: methods have their own losses" in told and "--dist-bn" not in told
-    twice = okdc("compress", "/images", "--data", "/other")
-    assert twice.exit_code == 2 and "given twice: /images and --data /other" in " ".join(twice.stderr.split())
-    missing = okdc("compress", "/nope")
-    assert missing.exit_code == 2 and "--data '/nope' does not exist" in missing.stderr
-    assert "Did you mean" not in missing.stderr
 
 
 @pytest.mark.parametrize("name", list(flat_settings()))
@@ -316,61 +270,6 @@ def test_what_is_no_paragraph_of_a_card_stays_as_it_is() -> None:
     assert wrapped("word " * 9, 20).splitlines() == ["word word word word"] * 2 + ["word"]
 
 
-def test_inspect_shows_stages_and_cuts() -> None:
-    shown = okdc("inspect", "resnet20_cifar", "--num-classes", "10")
-    assert shown.exit_code == 0, shown.output
-    for words in ("272,474 parameters", "3x32x32", "stages.1", "default", "okdc compress --model resnet20_cifar"):
-        assert words in " ".join(shown.output.split())
-    chosen = okdc("inspect", "resnet20_cifar", "--cut", "stages.0", "--img-size", "16")
-    assert "asked for" in chosen.output and "3x16x16" in chosen.output
-    wrong = okdc("inspect", "resnet20_cifar", "--cut", "stages.7")
-    assert wrong.exit_code == 2 and "stages.0" in wrong.stderr
-    unknown = okdc("inspect", "resnet20_cifra")
-    assert unknown.exit_code == 2 and "resnet20_cifar" in unknown.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("ByData", "which modules run depends on the images"), ("Growing", "gives other logits")]
-)
-def test_inspect_offers_no_cut_that_compress_refuses(name: str, reason: str) -> None:
-    shown = okdc("inspect", f"tests.helpers.traps:{name}", "--img-size", "32")
-    said = " ".join(shown.output.split())
-    assert shown.exit_code == 0 and "No branch can part after" in said and reason in said and "Next:" not in said
-
-
-@pytest.mark.parametrize(
-    ("words", "advice"),
-    [
-        ("--all --in-chans 1 --cut layer2", "--in-chans --cut: only for one network. Type: okdc inspect NAME"),
-        ("--all --method one", "--method: only for one network"),
-        ("resnet18 --families", "Type: okdc inspect --all --families ..."),
-        ("resnet18 --filter x* --jobs 3", "--filter --jobs: only for many networks"),
-        ("resnet18 --onnx", "Type: okdc inspect --all --filter resnet18 --onnx ..."),
-    ],
-)
-def test_inspect_refuses_what_it_would_ignore(words: str, advice: str) -> None:
-    refused = okdc("inspect", *words.split())
-    assert refused.exit_code == 2 and advice in " ".join(refused.stderr.split())
-
-
-def test_inspect_shows_what_a_method_would_build() -> None:
-    def told(result: Result) -> str:
-        return " ".join(result.output.split())
-
-    words = ("inspect", "resnet20_cifar", "--num-classes", "10", "--method")
-    shown = told(okdc(*words, "ahbf", "--members", "3", "-b", "64", "--method-kwargs", "attention=se"))
-    for said in ("ahbf around resnet20_cifar, 3x32x32, 10 classes: 3 networks", "ships", "8 x BasicBlock", "stages.1"):
-        assert said in shown
-    assert "times the FLOPs of the target alone" in shown and "for a batch of 64" in shown and "branch3" not in shown
-    peers = told(okdc(*words, "dml", "--peers", "resnet32_cifar"))
-    assert "peer network" in peers and "466,906" in peers
-    assert "stands in for it" in told(okdc(*words, "kd"))
-    refused = okdc(*words, "one", "--share", "none")
-    assert refused.exit_code == 2 and "nothing is shared" in told(refused)
-    alone = okdc("inspect", "resnet20_cifar", "--members", "3")
-    assert alone.exit_code == 2 and "add --method NAME" in told(alone)
-
-
 @pytest.mark.parametrize(
     "words", ["recipes", "methods", "inspect resnet20_cifar", "inspect mobilenetv2_035 --method ahbf --img-size 64"]
 )
@@ -434,64 +333,3 @@ def test_no_figure_of_a_comparison_is_cut_off_at_80_columns(
         "16.21",
         "12057.6",
     ]
-
-
-def test_names_are_completed_without_torch() -> None:
-    from okdc import methods
-    from okdc.cli import completion
-
-    assert completion.complete_method(None, None, "") == methods.names()
-    assert completion.complete_method(None, None, "ah") == ["ahbf"]
-    assert completion.complete_recipe(None, None, "presets/") == ["presets/finetune-one", "presets/scratch-one"]
-    for command in ("compress", "profile"):
-        options = {each.name: each for each in main.commands[command].params}
-        found = options["method"].shell_complete(click.Context(main.commands[command]), "ah")
-        assert [each.value for each in found] == ["ahbf"]
-
-
-def completed(line: str) -> list[tuple[str, str]]:
-    """What the Tab key offers at the end of `line`: the kind, which is plain or file, and the value."""
-    words = line.split(" ")[1:]
-    offered = ShellComplete(main, {}, "okdc", "_OKDC_COMPLETE").get_completions(words[:-1], words[-1])
-    return [(each.type, each.value) for each in offered]
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("okdc compress --task mu", [("plain", "multilabel")]),
-        ("okdc compress --recipe presets/", [("plain", "presets/finetune-one"), ("plain", "presets/scratch-one")]),
-        ("okdc compress --recipe ./mine", [("file", "./mine")]),
-        ("okdc compress --model resnet20_", [("plain", "resnet20_cifar")]),
-        ("okdc inspect torchvision/resnet15", [("plain", "torchvision/resnet152")]),
-        ("okdc compress --peers resnet18,resnet20_", [("plain", "resnet18,resnet20_cifar")]),
-        ("okdc compare --methods one,dm", [("plain", "one,dml")]),
-        ("okdc compress flo", [("file", "flo")]),
-        ("okdc compress --data flo", [("file", "flo")]),
-        ("okdc export runs/x --runtimes openc", [("plain", "opencv")]),
-        ("okdc export runs/x --tri", [("plain", "--triton")]),
-    ],
-)
-def test_the_tab_key_completes_values(line: str, expected: list[tuple[str, str]]) -> None:
-    assert completed(line) == expected
-
-
-def test_what_is_completed_is_what_there_is() -> None:
-    from okdc import networks, tasks
-    from okdc.cli import completion
-    from okdc.deploy import runtimes
-
-    assert completion.complete_model(None, None, "") == sorted(networks.names())
-    assert completion.complete_task(None, None, "") == tasks.names()
-    assert completion.complete_runtime(None, None, "") == sorted(["auto", *runtimes.known()])
-
-
-def test_a_name_of_a_network_is_completed_without_importing_it() -> None:
-    code = """if True:
-        import sys
-        from okdc.cli import completion
-        assert completion.complete_model(None, None, "resnet18d") == ["resnet18d"]
-        print([name for name in ("torch", "timm", "torchvision", "numpy", "rich") if name in sys.modules])
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
