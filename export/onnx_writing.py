@@ -73,6 +73,24 @@ def plain(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
+def fit_windows(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with no window of a pooling larger than the map that it looks at, which pools the same numbers.
+
+    A window of 2 pixels on a map of 1 is refused by OpenVINO and computed wrongly, without a word, by OpenCV.
+    """
+    import onnx
+
+    known = onnx.shape_inference.infer_shapes(proto).graph
+    shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in (*known.input, *known.value_info)}
+    for node in proto.graph.node:
+        told = {entry.name: entry for entry in node.attribute}
+        padded = "pads" in told and any(told["pads"].ints)
+        if node.op_type in ("AveragePool", "MaxPool") and node.input[0] in shapes and not padded:
+            window, sides = told["kernel_shape"].ints, shapes[node.input[0]][2:]
+            window[:] = [min(size, side.dim_value or size) for size, side in zip(window, sides, strict=True)]
+    return proto
+
+
 def float_inputs(graph: onnx.GraphProto, operator: str) -> None:
     """Give the nodes of an operator their inputs as they are, not in 8 bits, in a graph that quantises them (QDQ)."""
     made = {name: node for node in graph.node for name in node.output}

@@ -207,13 +207,14 @@ def _clean(model: onnx_ir.Model, opset: int) -> onnx.ModelProto:
 
     for tidy in (IdentityEliminationPass(), ClearMetadataAndDocStringPass()):
         model = tidy(model).model
-    proto = _beside("onnx_writing").plain(onnx_ir.to_proto(model))
+    writing = _beside("onnx_writing")
+    proto = writing.fit_windows(writing.plain(onnx_ir.to_proto(model)))
     for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
         value.ClearField("metadata_props")
     if max(entry.version for entry in proto.opset_import if not entry.domain) <= opset:
         return proto
     try:
-        return _beside("onnx_writing").plain(convert_version(proto, opset))
+        return writing.plain(convert_version(proto, opset))
     except Exception as error:
         named = re.search(r"No Previous Version of (\w+)|No Adapter .* for (\w+)", str(error))
         operator = next(filter(None, named.groups()), None) if named else None

@@ -47,6 +47,19 @@ def test_equals_torch_at_every_batch(exported):
     assert facts["bytes"] == path.stat().st_size and facts["nodes"] > 10 and facts["dynamic_batch"]
 
 
+def test_no_window_is_larger_than_its_map(tmp_path):
+    pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), pool, nn.Conv2d(4, 4, 3), pool, nn.Flatten(), nn.LazyLinear(5))
+    images = torch.randn(2, 3, 7, 7)  # maps of 6 pixels, and of 1
+    expected = network.eval()(images).detach().numpy()
+    to_onnx.write(network, images, tmp_path / "m.onnx")
+    assert np.abs(to_onnx.runner(tmp_path / "m.onnx")(images.numpy()) - expected).max() < 1e-5
+    cv2 = pytest.importorskip("cv2", reason="OpenCV is one of the runtimes that compute such a window wrongly")
+    net = cv2.dnn.readNetFromONNX(str(tmp_path / "m.onnx"))
+    net.setInput(images[:1].numpy())
+    assert np.abs(net.forward() - expected[:1]).max() < 1e-5
+
+
 def test_file_is_clean_and_stamped(exported):
     _, path, _ = exported
     model = onnx.load(path)
