@@ -23,6 +23,9 @@ _BATCH = 8
 _HISTOGRAM_IMAGES = 64  # histograms look at every single activation
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _SOFTMAX = "Softmax"  # stays in float: onnxruntime's 8-bit kernel gives 0 for a single score, and rounds down
+_NORM = (
+    "LayerNormalization"  # stays in float with the sums before it, of all blocks so far: 8 bits tell too little there
+)
 
 
 class Preset(NamedTuple):
@@ -71,7 +74,9 @@ class Bench:
         started = time.process_time()
         self.expected = self.logits(self.model, self.probe)
         self.seconds = (time.process_time() - started) / len(self.probe)
-        self.operators = list(preset.operators) or sorted({*QDQRegistry, *QLinearOpsRegistry} - {_SOFTMAX})
+        normed = any(node.op_type == _NORM for node in self.model.graph.node)
+        in_float = {_SOFTMAX, _NORM, "Add"} if normed else {_SOFTMAX}
+        self.operators = list(preset.operators) or sorted({*QDQRegistry, *QLinearOpsRegistry} - in_float)
         self.layers = [node.name for node in self.model.graph.node if node.op_type in _LAYERS]
         self.units = self._units()
         self.ends = self.layers[-1:] if self.expected.ndim == 4 else []

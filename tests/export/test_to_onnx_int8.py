@@ -179,6 +179,34 @@ def test_a_softmax_is_not_in_8_bits(tmp_path: Path) -> None:
     assert {name for node in model.graph.node for name in node.input} >= {each.name for each in model.graph.initializer}
 
 
+class Stream(torch.nn.Module):
+    """Blocks that each add a little to tokens, which a norm reads: a transformer without its attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Conv2d(3, 16, 8, 8), torch.nn.Linear(16, 10)
+        block = (
+            torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.GELU()) for _ in range(3)
+        )
+        self.blocks = torch.nn.ModuleList(block)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(images).flatten(2).mT
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.head(tokens.mean(1))
+
+
+def test_sums_that_a_norm_reads_are_not_in_8_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    facts = to_int8.write(Stream().eval(), torch.zeros(2, 3, 32, 32), tmp_path / "m.onnx", calibration=images(64))
+    model = onnx.load(tmp_path / "m.onnx")
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
+    norms = [made[node.input[0]] for node in model.graph.node if node.op_type == "LayerNormalization"]
+    assert norms[1:] == ["Add", "Add"] and facts["kept_in_float"] == []
+    assert to_int8.runner(tmp_path / "m.onnx").precisions == {"int8": facts["layers"]}
+
+
 def test_without_images_nothing_is_written(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="training images"):
         to_int8.write(None, None, tmp_path / "m.onnx", onnx=plain)
