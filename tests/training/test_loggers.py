@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from tensorboard.summary.writer import event_file_writer
 
 from okdc.cli import main
 from okdc.errors import RecipeError
@@ -117,6 +118,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_PROJECT")
+    # TensorBoard sorts files of one second by the writer's number in the process, as text: the tenth before the ninth.
+    monkeypatch.setattr(event_file_writer, "_global_uid", type(event_file_writer._global_uid)(0))
 
 
 @pytest.fixture(params=list(READERS))
