@@ -144,7 +144,7 @@ class Bench:
             self.operators, symmetric | {"QuantizeBias": preset.quantize_bias},
         )  # fmt: skip
         quantizer.quantize_model()
-        _onnx_writing().float_inputs(quantizer.model.graph(), _SOFTMAX)
+        _float_inputs(quantizer.model.graph(), _SOFTMAX)
         quantizer.model.clean_initializers()
         quantizer.model.topological_sort()
         return self.finish(quantizer.model.model)
@@ -172,6 +172,23 @@ class Bench:
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
         return np.concatenate([session.run(None, {self.input: part})[0] for part in parts])
+
+
+def _float_inputs(graph: onnx.GraphProto, operator: str) -> None:
+    """Give the nodes of an operator their inputs as they are, not in 8 bits, in a graph that quantises them (QDQ)."""
+    made = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        back = made.get(node.input[0]) if node.op_type == operator else None
+        if back is not None and back.op_type == "DequantizeLinear" and back.input[0] in made:
+            node.input[0] = made[back.input[0]].input[0]
+    while unused := _unused(graph):
+        for node in unused:
+            graph.node.remove(node)
+
+
+def _unused(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    used = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
+    return [node for node in graph.node if used.isdisjoint(node.output)]
 
 
 def _same_class(out: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -91,23 +91,6 @@ def fit_windows(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def float_inputs(graph: onnx.GraphProto, operator: str) -> None:
-    """Give the nodes of an operator their inputs as they are, not in 8 bits, in a graph that quantises them (QDQ)."""
-    made = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        back = made.get(node.input[0]) if node.op_type == operator else None
-        if back is not None and back.op_type == "DequantizeLinear" and back.input[0] in made:
-            node.input[0] = made[back.input[0]].input[0]
-    while unused := _unused(graph):
-        for node in unused:
-            graph.node.remove(node)
-
-
-def _unused(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    used = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
-    return [node for node in graph.node if used.isdisjoint(node.output)]
-
-
 def _usual(attribute: onnx.AttributeProto, known: onnx.defs.OpSchema.Attribute) -> bool:
     """Whether an attribute has the value that the operator has without it, where there is such a value."""
     import onnx
