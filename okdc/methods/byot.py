@@ -6,8 +6,8 @@ stage, such as a ViT, too: these get their exits between blocks.
 Paper: L. Zhang, J. Song, A. Gao, J. Chen, C. Bao, K. Ma, Be Your Own Teacher: Improve the Performance of Convolutional
     Neural Networks via Self Distillation, ICCV 2019, arXiv 1905.08094, equations 3 to 6.
 Code: ArchipLab-LinfengZhang/pytorch-self-distillation-final, of the journal version, was read, and not copied: alpha
-    0.3, T = 3 without T^2, exits of separable convolutions, one pair for each stage that is left. lambda, 1e-6 for
-    batches of 128, is from luanyunteng/pytorch-be-your-own-teacher, which is not by the authors.
+    0.3, T = 3 without T^2, exits of separable convolutions, a pair for each stage that is left, and as wide as it.
+    lambda, 1e-6 for batches of 128, is from luanyunteng/pytorch-be-your-own-teacher, which is not by the authors.
 Differs: The paper sums the squared differences of features; we take their sum over features and their mean over
     images, so that hint_weight is 1e-4 where lambda is 1e-6. --distance has a T^2, which is divided out. The journal
     version has attention in front of its exits, and AutoAugment and Cutout in its data; in place of the squared
@@ -19,6 +19,7 @@ Costs: A few convolutions and a classifier for each exit. They are thrown away, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +33,20 @@ from okdc.methods.shared.parts import Ensemble
 
 
 class Exit(nn.Module):
-    """From a map (B, D, H, W), or tokens (B, D, N, 1), to features (B, width): `steps` pairs of separable convolutions.
+    """From a map (B, D, H, W), or tokens (B, D, N, 1), to features: a pair of separable convolutions for each stage.
 
-    Maps are halved at each step, and pooled at the end.
+    widths: of the map, and of what is behind each pair, (D, ..., features). Maps are halved by the first convolution of
+    a pair, widened by the second, and pooled at the end.
     """
 
-    def __init__(self, inputs: int, width: int, steps: int, tokens: bool) -> None:
+    def __init__(self, widths: Sequence[int], tokens: bool) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for stride in (1 if tokens else 2, 1) * steps:
-            if not tokens:
-                layers.append(nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False))
-            layers += [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            inputs = width
+        for inputs, outputs in pairwise(widths):
+            for stride, width in ((2, inputs), (1, outputs)):
+                if not tokens:
+                    layers.append(nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False))
+                layers += [nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +68,9 @@ class Byot(Method):
         self.temperature = temperature
         self.hint_weight = hint_weight
         shapes, width = cohort.exit_shapes, cohort.embedding_widths[0]
-        count = len(shapes)
+        widths = [*(depth for depth, _, _ in shapes), width]
         self.exits = nn.ModuleList(
-            Exit(depth, width, count - i, height > 1 and wide == 1) for i, (depth, height, wide) in enumerate(shapes)
+            Exit(widths[i:], height > 1 and wide == 1) for i, (_, height, wide) in enumerate(shapes)
         )
         self.classifiers = nn.ModuleList(nn.Linear(width, cohort.anatomy.num_classes) for _ in shapes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,12 @@ def test_losses_and_gradients() -> None:
     of_labels = (deepest.detach().softmax(1) - nn.functional.one_hot(torch.tensor(labels), 4)) / 5
     torch.testing.assert_close(deepest.grad, of_labels)
     torch.testing.assert_close(features[0].grad, 0.01 * 2 * (features[0] - embedding).detach() / 5)
+
+
+def test_exits_are_as_large_as_the_authors() -> None:
+    """The weights of SepConv chains 64-128-256-512, 128-256-512 and 256-512, counted by hand from their resnet.py."""
+    byot = okdc.build(timm.create_model("resnet18", num_classes=4), torch.randn(2, 3, 64, 64), Byot)
+    assert [sum(p.numel() for p in leave.parameters()) for leave in byot.exits] == [268_800, 254_976, 202_752]
 
 
 def given_by(network: nn.Module, name: str, images: Tensor) -> Tensor:
