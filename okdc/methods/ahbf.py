@@ -1,27 +1,28 @@
 """Adds branches, each deeper than the one before; the combined predictions of deeper ones teach the shallower ones.
 
-Use it when training may take several times as long: it is among the most expensive methods here. It is what okdc takes
-if you name none. Branch by branch, predictions are combined into teaching assistants. Each assistant teaches its own
-branch and the assistant before it. The first assistant is your network itself.
+Use it when training may take about three times as long. It is what okdc takes if you name none. Branch by branch,
+predictions are combined into teaching assistants. Each assistant teaches its own branch and the assistant before it.
+The first assistant is your network itself.
 
 Paper: L. Gong et al., Adaptive Hierarchy-Branch Fusion for Online Knowledge Distillation, AAAI 2023, doi
     10.1609/aaai.v37i6.25937.
 Code: linruigong965/AHBF of 2023-11-29 and 2023-03-03: the fusion classes, the loss loop of train_ahbf.py and its ramp
     were read, and not copied, as there is no licence.
-Differs: Gradients are clipped to 5, and the code does not clip (--clip-grad 0): without, it hardly trained on few
-    images at plain training's rate (docs/results.md). Both lambdas and the number of extra blocks are those of the
-    README (2, 4 and 4). The ramp is that of the first release: it ends with the run and peaks at 1. preset=head is
-    today's code: a kd_weight of 0.75 and a ramp of 240 epochs; for its two extra blocks, type --extra-blocks 2. Every
-    branch of a MobileNet gets its own blocks (the code reuses those of branch 0). As in the code, gradients also flow
-    into the teaching side (detach_teacher changes that), and an assistant also learns from the next branch.
+Differs: preset=okdc, the default, gives a branch one block more than the one before, where the README has four, and
+    merges maps at the width of the last blocks, where a MobileNet's head is several times as wide (docs/results.md).
+    preset=release is the code of the first release: four blocks more, as wide as the maps; its ramp, which all but head
+    have, ends with the run and peaks at 1. preset=head is today's code: two blocks, a kd_weight of 0.75, a ramp of 240
+    epochs. Gradients are clipped to 5, and the code does not clip (--clip-grad 0): without, it hardly trained on few
+    images at plain training's rate. Both lambdas are those of the README (2 and 4). Every branch of a MobileNet gets
+    its own blocks (the code reuses those of branch 0). As in the code, gradients also flow into the teaching side
+    (detach_teacher changes that), and an assistant also learns from the next branch.
 Costs: Each branch runs the tail once more, with up to (M - 1) x extra blocks. Each fusion is one 1x1 convolution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +31,30 @@ from timm.layers.cbam import ChannelAttn
 from torch import Tensor, nn
 
 from okdc.anatomy import Anatomy
-from okdc.cohort import Cohort, CohortOutput
+from okdc.anatomy.shapes import layout
+from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import rampup
 from okdc.methods.shared.base import Method
 from okdc.methods.shared.parts import on_one_grid
 
 Attention = Literal["none", "se", "cbam"]
-PRESETS = {
-    "release": (1.0, None),
-    "head": (0.75, 240),
-}  # kd_weight and rampup_epochs of the authors' code, then and now
+Preset = Literal["okdc", "release", "head"]
+
+
+class Form(NamedTuple):
+    """What a preset stands for."""
+
+    kd_weight: float
+    rampup_epochs: int | None  # None: as many as the run has
+    extra_blocks: int
+    narrow: bool  # merge maps at the width of the last blocks, where a MobileNet's head is several times as wide
+
+
+FORMS = {  # okdc's own, and the authors' code, then and now
+    "okdc": Form(1.0, None, 1, narrow=True),
+    "release": Form(1.0, None, 4, narrow=False),
+    "head": Form(0.75, 240, 2, narrow=False),
+}
 
 
 class SpatialAttention(nn.Module):
@@ -55,14 +70,20 @@ class SpatialAttention(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Merges the assistant so far with the next branch: a new feature map, and gated logits (spec section 4)."""
+    """Merges the assistant so far with the next branch: a new feature map, and gated logits (spec section 4).
 
-    def __init__(self, assistant_width: int, branch_width: int, attention: Attention = "none") -> None:
+    width: channels of the new map; as in the paper those of the branch, if not given.
+    """
+
+    def __init__(
+        self, assistant_width: int, branch_width: int, attention: Attention = "none", width: int | None = None
+    ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(assistant_width + branch_width, branch_width, 1)
-        self.bn = nn.BatchNorm2d(branch_width)
-        self.attention = _attention(attention, branch_width)
-        self.gate_fc = nn.Linear(branch_width, 2)
+        width = width or branch_width
+        self.conv = nn.Conv2d(assistant_width + branch_width, width, 1)
+        self.bn = nn.BatchNorm2d(width)
+        self.attention = _attention(attention, width)
+        self.gate_fc = nn.Linear(width, 2)
         self.gate_bn = nn.BatchNorm1d(2)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
@@ -86,11 +107,21 @@ def _attention(kind: Attention, width: int) -> nn.Module:
     return nn.Identity()
 
 
+def _width_of_blocks(anatomy: Anatomy) -> int | None:
+    """Channels behind the last stage's last block that can be repeated; None where there is none."""
+    blocks = anatomy.stages[-1].blocks
+    shape = next((c.output for c in anatomy.calls if blocks and c.name == blocks[-1][-1]), None)
+    if shape is None or len(shape) not in (2, 3):
+        return None
+    height, width = anatomy.input_size[-2:]
+    return shape[0] if layout(shape, height / width) == "nchw" else shape[-1]
+
+
 class Ahbf(Method):
     """Adaptive Hierarchy-Branch Fusion: branches of growing depth, a chain of fusion modules, the target ships."""
 
     members = 4
-    extra_blocks = 4
+    extra_blocks = FORMS["okdc"].extra_blocks
     clip_grad = 5.0  # its deep branches give the trunk many times plain training's gradient: docs/results.md
     taps = ("feature_maps",)
     tasks = ("classify", "multilabel", "pose")
@@ -99,7 +130,7 @@ class Ahbf(Method):
         self,
         cohort: Cohort,
         *,
-        preset: Literal["release", "head"] = "release",
+        preset: Preset = "okdc",
         temperature: float = 3.0,
         lambda_assistant: float = 2.0,
         lambda_branch: float = 4.0,
@@ -113,13 +144,18 @@ class Ahbf(Method):
         self.temperature = temperature
         self.lambda_assistant = lambda_assistant
         self.lambda_branch = lambda_branch
-        weight, ramp = PRESETS[preset]
-        self.kd_weight = weight if kd_weight is None else kd_weight
-        self.rampup_epochs = ramp if rampup_epochs is None else rampup_epochs
+        form = FORMS[preset]
+        self.kd_weight = form.kd_weight if kd_weight is None else kd_weight
+        self.rampup_epochs = form.rampup_epochs if rampup_epochs is None else rampup_epochs
         self.eps = eps
         self.detach_teacher = detach_teacher
-        widths = cohort.feature_widths
-        self.fusions = nn.ModuleList(Fusion(a, b, attention) for a, b in pairwise(widths))
+        limit = _width_of_blocks(cohort.anatomy) if form.narrow else None
+        assistant, *branches = cohort.feature_widths
+        self.fusions = nn.ModuleList()
+        for branch in branches:
+            width = min(branch, limit or branch)
+            self.fusions.append(Fusion(assistant, branch, attention, width))
+            assistant = width
 
     def losses(self, out: CohortOutput, labels: Tensor) -> dict[str, Tensor]:
         return self.chain_losses(out.logits, self.assistants(out), labels)
@@ -159,6 +195,14 @@ class Ahbf(Method):
 
     def _kd(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return self.task.distance(student, teacher, labels, self.temperature, eps=self.eps, detach=self.detach_teacher)
+
+    @classmethod
+    def plan(
+        cls, anatomy: Anatomy, *, preset: Preset = "okdc", extra_blocks: int | None = None, **others: Any
+    ) -> list[Branch]:
+        """As every method's; a branch has as many blocks more than the one before as the preset says."""
+        extra = FORMS[preset].extra_blocks if extra_blocks is None else extra_blocks
+        return super().plan(anatomy, extra_blocks=extra, **others)
 
     @classmethod
     def private_stages(cls, anatomy: Anatomy) -> int:

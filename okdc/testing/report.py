@@ -70,7 +70,7 @@ def check(
     case = Case(method, network, size, settings)
     report = Report(case.kind.__name__, network)
     case.target()
-    methods.refuse_unknown(methods.name_of(method), settings)
+    methods.refuse_settings(methods.name_of(method), settings)
     with own_randomness():
         built = _try_step(case, report)
         if built is None:

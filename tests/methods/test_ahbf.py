@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import okdc
 from okdc.anatomy import inspect
 from okdc.cohort import Branch, Cohort, CohortOutput
 from okdc.losses import kl, rampup
@@ -238,6 +239,21 @@ def test_parameters_of_what_is_built(key: str, name: str, size: int, members: in
     assert [sum(p.numel() for p in f.parameters()) for f in ahbf.fusions] == expected["fusion_params"]
     assert cohort.costs[0].params == expected["deployed"] == expected["trunk"] + expected["branch_params"][0]
     assert sum(p.numel() for p in ahbf.parameters()) == expected["train_total"]
+
+
+def test_presets_are_the_authors_forms_and_a_cheaper_one() -> None:
+    """okdc's own merges at the width of MobileNetV2's last block, 160, and not at its head's 1280."""
+    images, target = torch.randn(2, 3, 32, 32), timm.create_model("mobilenetv2_050", num_classes=4)
+    for preset, more in {"okdc": 1, "release": 4, "head": 2}.items():
+        plan = Ahbf.plan(inspect(target, images), members=3, preset=preset)
+        assert [sum(branch.extra_blocks) for branch in plan] == [more, 2 * more]
+    release = okdc.build(copy.deepcopy(target), images, "ahbf", members=3, preset="release")
+    own = okdc.build(target, images, "ahbf", members=3)
+    assert [tuple(f.conv.weight.shape[:2]) for f in release.fusions] == [(1280, 2560)] * 2
+    assert [tuple(f.conv.weight.shape[:2]) for f in own.fusions] == [(80, 2560), (80, 1360)]
+    parts = own(torch.randn(4, 3, 32, 32), torch.arange(4))
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in own.parameters())
 
 
 def test_peers_whose_maps_are_of_other_sizes_are_fused_on_the_smallest() -> None:

@@ -94,6 +94,11 @@ def test_settings_and_wishes_of_a_method_built_by_hand_are_checked() -> None:
     assert built.temperature == 2.0
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         ("one", {"temprature": 2.0}, "One has no setting 'temprature'. Did you mean temperature"),
+        (
+            "clilr",
+            {"variant": "half"},
+            "Clilr: variant was 'half'; expected one of paper, paper_t2, half_kl, ramped_kl",
+        ),
         ("kd", {}, "Kd needs a trained network: give teacher=NETWORK"),
         ("dml", {"teacher": Tiny()}, "Dml takes no teacher"),
         ("dml", {"cut": "early"}, "--cut has no effect here"),

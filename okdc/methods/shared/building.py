@@ -57,7 +57,7 @@ def build(
     kind, served = loading.get(name), tasks.get(task) if isinstance(task, str) else task
     loading.refuse_task(name, served)
     refuse_unwritten(kind)
-    loading.refuse_unknown(name, settings)
+    loading.refuse_settings(name, settings)
     given = _given(kind, teacher, train_labels)
     wishes = {"members": members, "share": share, "peers": peers}
     forms = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}

@@ -6,10 +6,11 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal, get_args, get_origin
 
 from okdc.errors import RecipeError, nearest
 from okdc.methods.shared.base import Method
@@ -79,13 +80,16 @@ def settings(name: str) -> inspect.Signature:
     return signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in given])
 
 
-def refuse_unknown(name: str, given: Iterable[str]) -> None:
-    """RecipeError for a setting that a method does not have."""
-    known = list(settings(name).parameters)
-    for key in given:
+def refuse_settings(name: str, given: Mapping[str, Any]) -> None:
+    """RecipeError for a setting that a method does not have, or a word that is none of a setting's choices."""
+    known, kind = settings(name).parameters, get(name).__name__
+    for key, value in given.items():
         if key not in known:
-            has = nearest(key, known) or f" It has {', '.join(known) or 'none'}."
-            raise RecipeError(f"{get(name).__name__} has no setting {key!r}.{has}")
+            has = nearest(key, list(known)) or f" It has {', '.join(known) or 'none'}."
+            raise RecipeError(f"{kind} has no setting {key!r}.{has}")
+        choices = get_args(known[key].annotation) if get_origin(known[key].annotation) is Literal else (value,)
+        if value not in choices:
+            raise RecipeError(f"{kind}: {key} was {value!r}; expected one of {', '.join(map(str, choices))}.")
 
 
 def card(name: str) -> str:
