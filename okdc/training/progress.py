@@ -30,7 +30,8 @@ from okdc.tasks.task import Task
 Row = dict[str, Any]
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
-ENOUGH_STEPS, LONG_RUN = 20, 60.0  # steps after which a run that takes more seconds says how long, and its memory
+ENOUGH_STEPS, ENOUGH_SECONDS = 20, 20.0  # whichever comes first, to say how long the run takes, and its memory
+LONG_RUN = 60.0  # seconds; a shorter one does not say so
 LONG_WAIT = 10  # per cent of a step, spent waiting for data
 
 
@@ -57,6 +58,7 @@ class Display:
         self.task = self.bar.add_task("", total=steps)
         self.status, self.accuracies = "", ""
         self.drawn, self.seen = 0.0, 0
+        self.began: float | None = None  # until the time left was told: when the first step was done
         drawable = self.console.is_terminal and not self.console.is_dumb_terminal
         bar = not quiet and not saying.quiet and (_in_notebook(self.console) or drawable)
         # Drawn by step() and not by a thread, whose lock a data worker could inherit held when it is forked.
@@ -83,9 +85,8 @@ class Display:
         """Step `step` of epoch `epoch` is done, at `speed` images per second, with `left` seconds to the end of the
         run; no `losses` when it was skipped."""
         self.seen += 1
-        if self.seen == min(ENOUGH_STEPS, self.steps + 1) and left > LONG_RUN:  # or after the first epoch
-            self.note(f"About {timedelta(seconds=round(left))} to go, by the first {self.seen} steps{_memory()}")
         now = time.perf_counter()
+        self._forecast(now, left)
         if now < self.drawn + SECONDS_BETWEEN_DRAWINGS if self.live else step % self.log_interval:
             return
         self.drawn = now
@@ -100,6 +101,17 @@ class Display:
             self.live.refresh()
         else:
             self.note(f"epoch {epoch + 1}/{self.epochs} step {step}/{self.steps} {self.status}")
+
+    def _forecast(self, now: float, left: float) -> None:
+        """Say once how long a long run takes, as soon as its steps tell: not by the first one, which may compile."""
+        if self.seen == 1:
+            self.began = now
+        elif self.began is not None and (
+            self.seen >= min(ENOUGH_STEPS, self.steps + 1) or now - self.began > ENOUGH_SECONDS
+        ):
+            self.began = None
+            if left > LONG_RUN:
+                self.note(f"About {timedelta(seconds=round(left))} to go, by the first {self.seen} steps{_memory()}")
 
     def epoch(self, row: Row) -> None:
         """An epoch is over; `row` is its line of the history."""

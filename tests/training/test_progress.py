@@ -167,3 +167,14 @@ def test_a_bar_is_drawn_on_a_terminal(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().err
     assert "1/2" in text and "━" in text and "images/s" in text and "epoch 2/2: loss" in text
     assert text.endswith("\x1b[?25h")  # the cursor is given back
+
+
+@pytest.mark.parametrize(("seconds", "told_after"), [(1e9, 20), (0.0, 2)])
+def test_a_long_run_says_once_how_long_it_takes(
+    seconds: float, told_after: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("okdc.training.progress.ENOUGH_SECONDS", seconds)
+    display = Display(2, 100, 1000)
+    for step in range(1, 41):
+        display.step(0, step, {"ce/target": 1.0}, 0.1, 10.0, left=3600.0)
+        assert capsys.readouterr().err.count("About 1:00:00 to go") == (step == told_after)
