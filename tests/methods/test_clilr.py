@@ -70,7 +70,7 @@ def test_rescaled_gradients_of_a_cohort(how: How, key: str) -> None:
     trunk[0].weight.data = t["ilr_shared_weight"].reshape(5, 5, 1, 1)
     for h, member in enumerate(cohort.members):
         member.head.weight.data = t[f"ilr_head{h}_weight"]
-    clilr = Clilr(cohort)
+    clilr = Clilr(cohort, variant="paper")
     parts = clilr(images, t["labels"])
     assert_same(sum(parts.values()), meta["ilr"]["total" if how == "mean" else "total_plain"])
     sum(parts.values()).backward()
@@ -134,9 +134,9 @@ def test_a_tree_of_two_splits() -> None:
         weight.data = t[f"tree_{name}"].reshape(weight.shape).clone()
     assert sum(p.numel() for p in cohort.parameters()) == sum(w.numel() for w in weights.values())
     for again in (cohort, copy.deepcopy(cohort)):
-        parts = Clilr(again)(images, t["labels"])
+        parts = Clilr(again, variant="paper")(images, t["labels"])
         assert_same(sum(parts.values()), meta["tree"]["total"])
-    sum(Clilr(cohort)(images, t["labels"]).values()).backward()
+    sum(Clilr(cohort, variant="paper")(images, t["labels"]).values()).backward()
     for name, weight in weights.items():
         assert_same(weight.grad.reshape(t[f"tree_d_{name}"].shape), t[f"tree_d_{name}"])
 
