@@ -29,7 +29,9 @@ def aside(images: int) -> float:
 
 
 Run = Callable[[Sequence[Job]], object]
-Rates = dict[float, float]  # learning rate: score, -inf where training failed
+Judged = tuple[float, float]  # the score, and the loss with a minus, of the images set aside: higher is better
+Rates = dict[float, Judged]
+FAILED: Judged = (-math.inf, -math.inf)
 
 
 def tuned(arms: Sequence[Arm], share: float, folder: Path, run: Run) -> list[Arm]:
@@ -47,7 +49,7 @@ def tuned(arms: Sequence[Arm], share: float, folder: Path, run: Run) -> list[Arm
             break
         run(list(jobs.values()))
         for (name, rate), job in jobs.items():
-            rates[name][rate] = _score(job)
+            rates[name][rate] = _judged(job)
     best = {arm.name: _chosen(arm, rates[arm.name]) for arm in own}
     return [_at(arm, best[PLAIN if arm.is_plain else arm.name]) if not arm.problem else arm for arm in arms]
 
@@ -57,15 +59,18 @@ def _next(arm: Arm, found: Rates) -> list[float]:
     if not found:
         return [_rounded(arm.recipe.train.peak_lr * STEP**power) for power in (-1, 0, 1)]
     best, rates = _best(arm, found), sorted(found)
-    if best == rates[0] or found[best] == -math.inf:
+    if best == rates[0] or found[best] == FAILED:
         return [_rounded(rates[0] / STEP)]
     return [_rounded(best * STEP)] if best == rates[-1] else []
 
 
 def _best(arm: Arm, found: Rates) -> float:
-    """The rate with the best score; of equals the nearest to the arm's own."""
+    """The rate with the best score; of equals the one with the least loss, and then the nearest to the arm's own.
+
+    So few images are set aside that scores are often equal where the losses are far apart.
+    """
     own = arm.recipe.train.peak_lr
-    return max(found, key=lambda rate: (found[rate], -abs(math.log(rate / own))))
+    return max(found, key=lambda rate: (*found[rate], -abs(math.log(rate / own))))
 
 
 def _rounded(rate: float) -> float:
@@ -88,14 +93,18 @@ def score(facts: dict[str, Any], metric: str) -> float | None:
     return history[-1].get(f"eval_{metric}")
 
 
-def _score(job: Job) -> float:
-    value = score(job.facts() or {}, tasks.metric(job.recipe))
-    return -math.inf if value is None else value
+def _judged(job: Job) -> Judged:
+    facts = job.facts() or {}
+    value = score(facts, tasks.metric(job.recipe))
+    if value is None:
+        return FAILED
+    loss = facts["history"][-1].get("eval_loss")
+    return value, -loss if loss is not None and math.isfinite(loss) else -math.inf
 
 
 def _chosen(arm: Arm, found: Rates) -> float:
     best = _best(arm, found)
-    if found[best] == -math.inf:
+    if found[best] == FAILED:
         tried = ", ".join(f"{each:g}" for each in sorted(found))
         raise TrainingError(f"{arm.name} trains at none of the learning rates {tried}. Give another --lr.")
     return best
