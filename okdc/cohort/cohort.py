@@ -157,7 +157,7 @@ class Cohort(nn.Module):
             raise CutError(
                 f"a view for each member, images {tuple(images.shape)}, came to a cohort whose trunk takes the mean of "
                 "its members' gradients, and with views the trunk runs once for each. Give images (batch, channels, "
-                "height, width), or make the cohort with trunk_gradient='sum'."
+                "height, width), or make the cohort with trunk_gradient='sum' (--trunk-gradient sum)."
             )
         if views and len(images) != len(self):
             raise CutError(

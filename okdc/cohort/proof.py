@@ -203,11 +203,11 @@ def refuse_other_ways(network: nn.Module, anatomy: Anatomy, cut: str, tape: Tape
     others = [name for name in sorted(replayed - set(cuts)) if tape.handling[name].live]
     if others:
         ways = f"the mean of its members' gradients needs one way into the trunk, and {', '.join(others)} are others"
-        raise CutError(_refusal(anatomy, cut, ways))
+        raise CutError(_refusal(anatomy, cut, ways, "give it their sum: --trunk-gradient sum"))
 
 
-def _refusal(anatomy: Anatomy, cut: str, reason: str) -> str:
-    ways = anatomy.ways_out(cut, "train whole peer networks: --share none")
+def _refusal(anatomy: Anatomy, cut: str, reason: str, *others: str) -> str:
+    ways = anatomy.ways_out(cut, *others, "train whole peer networks: --share none")
     return f"{anatomy.name} cannot be shared up to {cut!r}: {reason}. {ways}"
 
 

@@ -23,6 +23,8 @@ from okdc.tasks.task import Task
 from okdc.training import checkpoint
 from okdc.training.machine import choose_device
 
+_OF_BRANCHES = ("members", "peers", "cut", "private_stages", "extra_blocks", "trunk_gradient")  # nothing for one alone
+
 
 def task_of(recipe: Recipe, input_size: tuple[int, int, int], noted: Mapping[str, Any] | None = None) -> Task:
     """What the recipe's networks are for, with what its data tell (`Data.noted`) and the size of their images."""
@@ -74,6 +76,7 @@ def build_method(
     method = methods.build(
         target, example, name, members=cohort.members, extra_blocks=cohort.extra_blocks,
         private_stages=cohort.private_stages, cut=cohort.cut, share=cohort.share,
+        trunk_gradient=cohort.trunk_gradient,
         peers=[_peer(peer, network, input_size, classes, task).to(first.device) for peer in cohort.peers],
         teacher=None if teacher is None else teacher.to(first.device), train_labels=train_labels,
         pretrained=network.pretrained or network.checkpoint is not None,
@@ -117,7 +120,7 @@ def _saved_proof(recipe: Recipe, last: Path | None) -> tuple[str, Found]:
 
 def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
     """RecipeError where a setting of branches is given to members that share nothing, or to a target alone."""
-    names = [name for name in ("members", "peers", "cut", "private_stages", "extra_blocks") if getattr(cohort, name)]
+    names = [name for name in _OF_BRANCHES if getattr(cohort, name)]
     if kind.members == 1 and names and (cohort.members, names) != (1, ["members"]):
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
         raise RecipeError(
@@ -130,7 +133,7 @@ def _refuse_contradictions(cohort: CohortSettings, kind: type[Method]) -> None:
             f"{1 + len(cohort.peers)}. Leave out --members."
         )
     apart = "--peers" if cohort.peers else "--share none" if cohort.share == "none" else None
-    names = ["cut", "private_stages", *(["extra_blocks"] if cohort.peers else [])]
+    names = ["cut", "private_stages", "trunk_gradient", *(["extra_blocks"] if cohort.peers else [])]
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(cohort, name) is not None]
     if apart and given:
         words = " and ".join(given)

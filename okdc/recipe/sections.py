@@ -72,6 +72,9 @@ class CohortSettings:
     share: str | None = _setting(
         None, "trunk: branches share the layers before the cut; none: whole peer networks", choices=("trunk", "none")
     )
+    trunk_gradient: str | None = _setting(
+        None, "what shared layers get of the members' gradients; mean for pre-trained weights", choices=("sum", "mean")
+    )
     peers: list[str] = _setting([], "networks that learn beside the target (comma separated names)")
     teacher: str | None = _setting(None, "trained network to copy: its name, a run folder or a checkpoint (kd, sokd)")
 

@@ -102,12 +102,24 @@ def test_settings_and_wishes_of_a_method_built_by_hand_are_checked() -> None:
         ("kd", {}, "Kd needs a trained network: give teacher=NETWORK"),
         ("dml", {"teacher": Tiny()}, "Dml takes no teacher"),
         ("dml", {"cut": "early"}, "--cut has no effect here"),
+        ("dml", {"trunk_gradient": "mean"}, "--trunk-gradient has no effect here"),
         ("dml", {"task": "segment"}, "there is no task 'segment'"),
         ("dml", {"members": 1}, "needs two members or more"),
     ]
     for method, given, words in wrong:
         with pytest.raises(RecipeError, match=words):
             okdc.build(Tiny(), IMAGES, method, **given)
+
+
+def test_shared_layers_get_the_mean_of_the_gradients_where_a_user_says_so() -> None:
+    found = {}
+    for how in (None, "sum", "mean"):
+        torch.manual_seed(0)
+        built = okdc.build(Tiny(), IMAGES, "clilr", members=3, trunk_gradient=how).double()
+        sum(built(IMAGES.double(), torch.arange(len(IMAGES))).values()).backward()
+        found[how] = next(built.cohort.target.stem.parameters()).grad
+    assert torch.equal(found[None], found["mean"]), "what the method says"
+    torch.testing.assert_close(3 * found["mean"], found["sum"])
 
 
 def test_an_epoch_begins_by_a_call() -> None:

@@ -32,6 +32,7 @@ def build(
     private_stages: int | None = None,
     cut: str | None = None,
     share: str | None = None,
+    trunk_gradient: str | None = None,
     peers: Sequence[nn.Module] = (),
     teacher: nn.Module | None = None,
     train_labels: Tensor | None = None,
@@ -45,7 +46,8 @@ def build(
     """A method around `network`, as okdc trains it: members, taps and gradient rule as its class says, and tried once.
 
     example: images (B >= 2, C, H, W), on which the branches are proved; where they are, the method is.
-    members, extra_blocks, private_stages, cut, share, peers: other than the class says; see `Method.plan`.
+    members, extra_blocks, private_stages, cut, share, trunk_gradient, peers: other than the class says; see
+    `Method.plan` and `Cohort`.
     teacher, train_labels: a trained network and the labels (N,) of all training images, for a method that takes them.
     pretrained, fresh, task, known: as for `Cohort`. soft_labels: labels will be class probabilities, as with mixup.
     settings: the keywords of the method's constructor.
@@ -61,7 +63,9 @@ def build(
     given = _given(kind, teacher, train_labels)
     wishes = {"members": members, "share": share, "peers": peers}
     forms = {"extra_blocks": extra_blocks, "private_stages": private_stages, "cut": cut}
-    options = {"pretrained": pretrained, "fresh": fresh, "task": served, "known": known}
+    options = {
+        "pretrained": pretrained, "fresh": fresh, "task": served, "known": known, "trunk_gradient": trunk_gradient,
+    }  # fmt: skip
     cohort = _cohort(network, example, kind, wishes, forms, settings, options)
     strip = cohort.strip
     try:
@@ -90,10 +94,11 @@ def _cohort(
     anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=options["task"])
     planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     plan = kind.plan(anatomy, **wishes, **forms, **{k: v for k, v in settings.items() if k in planned})
-    _refuse_ignored(forms, plan)
+    how = options.pop("trunk_gradient")
+    _refuse_ignored(forms | {"trunk_gradient": how}, plan)
     return Cohort(
         network, example, plan, taps=kind.taps, tapped=kind.tapped(anatomy, **settings),
-        trunk_gradient=kind.trunk_gradient, anatomy=anatomy, **options,
+        trunk_gradient=how or kind.trunk_gradient, anatomy=anatomy, **options,
     )  # fmt: skip
 
 
@@ -143,7 +148,7 @@ def _refuse_ignored(forms: dict[str, Any], plan: list[Branch]) -> None:
     """RecipeError where the method planned its branches without a setting that was given."""
     ignored = []
     if not any(branch.cut for branch in plan):
-        ignored += [name for name in ("cut", "private_stages") if forms[name]]
+        ignored += [name for name in ("cut", "private_stages", "trunk_gradient") if forms[name]]
     if forms["extra_blocks"] and not any(any(branch.extra_blocks) for branch in plan):
         ignored.append("extra_blocks")
     if ignored:
