@@ -139,7 +139,11 @@ def test_the_usual_distance_is_untouched() -> None:
     ("method", "settings", "told"),
     [
         ("baseline", {"distance": "dkd"}, "--distance dkd: baseline compares no outputs as it is set"),
-        ("clilr", {"distance": "dkd"}, "--distance dkd: with these settings the method has a cross-entropy"),
+        (
+            "clilr variant=paper",
+            {"distance": "dkd"},
+            "--distance dkd: with these settings the method has a cross-entropy",
+        ),
         ("one", {"distance": "dkd", "distance_kwargs": {"gamma": 1}}, "no such setting; expected alpha or beta"),
         ("one", {"distance_kwargs": {"alpha": 1}}, "--distance kl has no such setting; it has none"),
         ("one", {"distance": "dist", "distance_kwargs": {"beta": -1}}, "beta=-1: expected a number of 0 or more"),
@@ -148,7 +152,9 @@ def test_the_usual_distance_is_untouched() -> None:
 )
 def test_what_has_no_meaning_is_refused(method: str, settings: dict, told: str) -> None:
     with pytest.raises(RecipeError, match=told):
-        recipe = Recipe.from_dict({"method": {"name": method}, "train": settings}, methods.settings)
+        name, *own = method.split()
+        named = {"name": name, **dict(setting.split("=") for setting in own)}
+        recipe = Recipe.from_dict({"method": named, "train": settings}, methods.settings)
         build_method(Tiny(), recipe, (3, 32, 32), 4, named=False)
 
 
