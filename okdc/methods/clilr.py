@@ -10,10 +10,10 @@ Code: The authors published none. The re-implementations in MCL-OKD, in OKDDip a
 Differs: All branches part at one place. --cut EARLY,LATE makes the paper's binary tree, with 4 members: two ways from
     the early cut, two from each of the late ones, and gradients are divided at every split. The variants weigh and
     measure the soft loss differently. `paper` is tensorpack's: half of the cross entropy with labels, half of the soft
-    one, no T^2. `paper_t2` is the same times T^2, `half_kl` is MCL-OKD's. In all three the shared layers take half of
-    plain training's step, which costs accuracy where epochs are few (docs/results.md). So the default is `ramped_kl`,
-    OKDDip's: both losses whole, the soft one by a ramp over 80 of 300 epochs (rampup_epochs). In OKDDip gradients also
-    flow into the teaching side (detach_teacher=False).
+    one, no T^2. `paper_t2` is the same times T^2, `half_kl` is MCL-OKD's. In all three the labels count half, which
+    costs accuracy where epochs are few (docs/results.md, for `paper`). So the default is `ramped_kl`, OKDDip's: both
+    losses whole, the soft one by a ramp over 80 of 300 epochs (rampup_epochs). In OKDDip gradients also flow into the
+    teaching side (detach_teacher=False).
 Costs: Each branch runs the tail once more. There is nothing else.
 """
 

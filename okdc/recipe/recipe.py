@@ -246,12 +246,16 @@ def override(
 ) -> Recipe:
     """The recipe with settings changed by their bare names (epochs=3), `method` (a name) and `method_kwargs`.
 
-    Another method starts from its own defaults. Raises RecipeError with every mistake.
+    Another method starts from its own defaults, and so do members that are to share nothing (`share`, `peers`): what
+    the recipe says of shared layers is not for them. Raises RecipeError with every mistake.
     """
     raw, unknown = recipe.to_dict(), []
     method = flat.get("method") or raw["method"]["name"]
     if method != raw["method"]["name"]:
         raw["method"], raw["cohort"] = {"name": method}, asdict(CohortSettings())
+    if flat.get("peers") or flat.get("share") == "none":
+        of_branches = ("members", "extra_blocks") if flat.get("peers") else ()
+        raw["cohort"].update(dict.fromkeys(("cut", "private_stages", "trunk_gradient", *of_branches)))
     raw["method"].update(flat.get("method_kwargs") or {})
     known = flat_settings()
     for name, value in flat.items():

@@ -50,8 +50,10 @@ def test_inspect_shows_what_a_method_would_build() -> None:
         return " ".join(result.output.split())
 
     words = ("inspect", "resnet20_cifar", "--num-classes", "10", "--method")
-    shown = told(okdc(*words, "ahbf", "--members", "3", "-b", "64", "--method-kwargs", "attention=se"))
-    for said in ("ahbf around resnet20_cifar, 3x32x32, 10 classes: 3 networks", "ships", "2 x BasicBlock", "stages.1"):
+    shown = told(
+        okdc(*words, "ahbf", "--members", "3", "--extra-blocks", "4", "-b", "64", "--method-kwargs", "attention=se")
+    )
+    for said in ("ahbf around resnet20_cifar, 3x32x32, 10 classes: 3 networks", "ships", "8 x BasicBlock", "stages.1"):
         assert said in shown
     assert "times the FLOPs of the target alone" in shown and "for a batch of 64" in shown and "branch3" not in shown
     peers = told(okdc(*words, "dml", "--peers", "resnet32_cifar"))

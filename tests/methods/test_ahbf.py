@@ -242,7 +242,7 @@ def test_parameters_of_what_is_built(key: str, name: str, size: int, members: in
 
 
 def test_presets_are_the_authors_forms_and_a_cheaper_one() -> None:
-    """okdc's own merges at the width of MobileNetV2's last block, 160, and not at its head's 1280."""
+    """okdc's own merges at the width of the last block of half a MobileNetV2, 80, and not at its head's 1280."""
     images, target = torch.randn(2, 3, 32, 32), timm.create_model("mobilenetv2_050", num_classes=4)
     for preset, more in {"okdc": 1, "release": 4, "head": 2}.items():
         plan = Ahbf.plan(inspect(target, images), members=3, preset=preset)

@@ -214,6 +214,17 @@ def test_another_method_starts_from_its_own_defaults() -> None:
     }
 
 
+def test_members_that_share_nothing_take_nothing_that_a_recipe_says_of_shared_layers() -> None:
+    said = {"members": 3, "extra_blocks": 2, "cut": "layer2", "trunk_gradient": "mean"}
+    start = Recipe.from_dict({"cohort": said, "method": {"name": "warm"}}, settings_of)
+    alone = recipe.override(start, {"share": "none"}, settings_of).cohort
+    assert (alone.members, alone.extra_blocks, alone.cut, alone.trunk_gradient) == (3, 2, None, None)
+    peers = recipe.override(start, {"peers": ["resnet34"]}, settings_of).cohort
+    assert (peers.members, peers.extra_blocks, peers.cut, peers.trunk_gradient) == (None, None, None, None)
+    typed = recipe.override(start, {"share": "none", "trunk_gradient": "sum"}, settings_of).cohort
+    assert typed.trunk_gradient == "sum", "which is refused where members are built"
+
+
 def test_sets_change_plain_values() -> None:
     raw = {"train": {"epochs": 1}, "method": {"name": "warm", "temperature": 9}}
     changed = recipe.apply_sets(

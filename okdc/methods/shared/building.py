@@ -94,12 +94,11 @@ def _cohort(
     anatomy = inspect(network, example, logits_only=apart and not kind.taps, task=options["task"])
     planned = python_inspect.signature(kind.plan).parameters  # settings that the plan depends on, too
     plan = kind.plan(anatomy, **wishes, **forms, **{k: v for k, v in settings.items() if k in planned})
-    how = options.pop("trunk_gradient")
-    _refuse_ignored(forms | {"trunk_gradient": how}, plan)
+    _refuse_ignored(forms | {"trunk_gradient": options["trunk_gradient"]}, plan)
+    options = options | {"trunk_gradient": options["trunk_gradient"] or kind.trunk_gradient}
     return Cohort(
-        network, example, plan, taps=kind.taps, tapped=kind.tapped(anatomy, **settings),
-        trunk_gradient=how or kind.trunk_gradient, anatomy=anatomy, **options,
-    )  # fmt: skip
+        network, example, plan, taps=kind.taps, tapped=kind.tapped(anatomy, **settings), anatomy=anatomy, **options
+    )
 
 
 def _given(kind: type[Method], teacher: nn.Module | None, train_labels: Tensor | None) -> dict[str, Any]:
